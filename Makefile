@@ -1,0 +1,45 @@
+# All paths are relative, so that the checkout may have any name and lie anywhere.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# processes that run the tests; 0 runs them in pytest's own process
+TEST_WORKERS ?= 2
+# passed on to pytest, for example PYTEST_ARGS="-m slow" or PYTEST_ARGS="tests/test_packaging.py -x"
+PYTEST_ARGS ?=
+# passed on to the installation of torch, for example to choose another package index
+TORCH_PIP_ARGS ?=
+DEMO_ARGS ?=
+BENCHMARK_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint demo benchmark clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/\1\t\2/' | expand -t 12
+
+setup: $(STAMP) ## create .venv and install the package with its tested dependencies (once)
+
+# torch comes first, at its exact version: left to the resolver, another build of it may be chosen.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH_PIP_ARGS) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]"
+	touch $(STAMP)
+
+test: setup ## run the tests (PYTEST_ARGS="-m slow" for the slow ones)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+lint: setup ## check the style
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+demo: setup ## train a tiny model on synthetic clips and show what it predicts
+	$(BIN)/python scripts/demo.py $(DEMO_ARGS)
+
+benchmark: setup ## measure decoding, the head and a training step
+	$(BIN)/python scripts/benchmark.py $(BENCHMARK_ARGS)
+
+clean: ## remove the environment, caches and outputs
+	rm -rf $(VENV) build dist *.egg-info demo_output .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
