@@ -1,0 +1,275 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""Which frames of a clip the model gets to see.
+
+Each policy is a pure function from the length of a clip (and its frame rate) to frame indices, and says what a short
+clip gives. `FrameSampling` is the validated choice of one policy with its settings:
+
+    FrameSampling(policy="uniform", num_frames=8).select(total_frames=300, native_fps=30.0).indices
+    # array([  0,  42,  85, 128, 170, 213, 256, 299])
+
+The three `llava_*` policies reproduce LLaVA-NeXT (https://github.com/LLaVA-VL/LLaVA-NeXT), frame for frame.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+SLOW, FAST = 0, 1  # as `FrameType` in frame_token_layout.py
+
+
+# Arguments by position: the clip. By name: the keys of `FrameSampling` that the policy reads; those without a
+# default must be set.
+
+
+def uniform(total_frames: int, native_fps: float | None, *, num_frames: int) -> np.ndarray:
+    """`num_frames` evenly spaced frames, the first and the last among them. A clip that has no more gives each of its
+    frames once."""
+    if total_frames <= num_frames:
+        return np.arange(total_frames)
+    return _spread(total_frames, num_frames)
+
+
+def exactly_num_frames(total_frames: int, native_fps: float | None, *, num_frames: int) -> np.ndarray:
+    """`num_frames` frames, each at the start of one of as many equal parts, as transformers samples. Raises ValueError
+    for a clip that has fewer."""
+    if num_frames > total_frames:
+        raise ValueError(f"num_frames={num_frames} is more than the {total_frames} frames of the video")
+    return np.arange(num_frames) * total_frames // num_frames
+
+
+def frames_per_second(
+    total_frames: int, native_fps: float | None, *, fps: float, max_frames: int | None = None
+) -> np.ndarray:
+    """As many frames as `fps` a second make, but at most `max_frames` and at most all, each at the start of one of as
+    many equal parts, as transformers samples. A short clip gives at least its first frame. (`llava_video` takes every
+    n-th frame instead.)"""
+    num_frames = max(1, int(total_frames / _known("fps", native_fps) * fps))
+    num_frames = min(num_frames, total_frames, total_frames if max_frames is None else max_frames)
+    return exactly_num_frames(total_frames, native_fps, num_frames=num_frames)
+
+
+def every_nth(
+    total_frames: int, native_fps: float | None, *, sample_rate: int, max_frames: int | None = None
+) -> np.ndarray:
+    """Every `sample_rate`-th frame, evenly thinned to `max_frames`. A short clip gives at least its first frame."""
+    indices = np.arange(0, total_frames, sample_rate)
+    if max_frames is None or len(indices) <= max_frames:
+        return indices
+    return indices[_spread(len(indices), max_frames)]
+
+
+def fast_slow(
+    total_frames: int,
+    native_fps: float | None,
+    *,
+    num_fast: int,
+    fast_stride: int,
+    num_slow: int,
+    slow_stride: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fast: the last `num_fast` frames `fast_stride` apart, up to the last one. Slow: `num_slow` frames spread over
+    the clip, `slow_stride` apart or wider. Returns their union in order of time and its types; a frame in both is
+    slow. A short clip gives as many of either as fit."""
+    fast = np.arange(total_frames - 1, -1, -fast_stride)[:num_fast]
+    slow = np.arange(0, total_frames, slow_stride)
+    if len(slow) > num_slow:
+        slow = slow[_spread(len(slow), num_slow)]
+    indices = np.union1d(fast, slow)
+    return indices, np.where(np.isin(indices, slow), SLOW, FAST)
+
+
+def llava_video(
+    total_frames: int,
+    native_fps: float | None,
+    *,
+    fps: float,
+    max_frames: int | None = None,
+    force_sample: bool = False,
+) -> np.ndarray:
+    """LLaVA-NeXT's `process_video_with_decord`: every n-th frame, n = round(native_fps / fps); if these are more than
+    `max_frames`, that many evenly spaced frames of the clip instead. With `force_sample` always the latter, so that a
+    short clip repeats some. Raises ValueError where the original fails: fps above twice the clip's own."""
+    step = _llava_step(_known("llava_video", native_fps), fps)
+    if force_sample and max_frames is not None:
+        return _spread(total_frames, max_frames)
+    return _at_most(np.arange(0, total_frames, step), max_frames, total_frames)
+
+
+def llava_video_times(
+    total_frames: int,
+    native_fps: float,
+    *,
+    fps: float,
+    max_frames: int | None = None,
+    force_sample: bool = False,
+) -> np.ndarray:
+    """Seconds `[T]` that LLaVA-NeXT puts into its time instruction for the frames of `llava_video`.
+
+    They are right if frames were thinned to `max_frames`. Otherwise the original divides by its stride and not by the
+    frame rate, so that frames are 0, 1, 2, ... "seconds" apart whatever `fps` is. For prompts as the released models
+    know them; elsewhere use the timestamps of the video.
+    """
+    indices = llava_video(total_frames, native_fps, fps=fps, max_frames=max_frames, force_sample=force_sample)
+    step = _llava_step(native_fps, fps)
+    every_nth = len(range(0, total_frames, step))
+    thinned = max_frames is not None and (force_sample or every_nth > max_frames)
+    return indices / (native_fps if thinned else step)
+
+
+def llava_video_pyav(
+    total_frames: int, native_fps: float | None, *, fps: float, max_frames: int | None = None
+) -> np.ndarray:
+    """LLaVA-NeXT's `process_video_with_pyav`, which takes the last frame's time for the duration and hence the frame
+    rate for higher than it is. Raises ValueError where the original fails, a clip of one frame included."""
+    if total_frames == 1:
+        raise ValueError("llava_video_pyav cannot tell the frame rate of a single frame")
+    duration = (total_frames - 1) / _known("llava_video_pyav", native_fps)
+    return _at_most(np.arange(0, total_frames, _llava_step(total_frames / duration, fps)), max_frames, total_frames)
+
+
+def llava_frame_folder(
+    total_frames: int,
+    native_fps: float | None,
+    *,
+    max_frames: int | None = None,
+    force_sample: bool = False,
+) -> np.ndarray:
+    """LLaVA-NeXT's training on folders of frames: 10 evenly spaced ones, or `max_frames` with `force_sample`. A short
+    clip repeats some."""
+    return _spread(total_frames, max_frames if force_sample and max_frames is not None else 10)
+
+
+SAMPLING_POLICIES: dict[str, Callable[..., np.ndarray | tuple[np.ndarray, np.ndarray]]] = {
+    "uniform": uniform,
+    "num_frames": exactly_num_frames,
+    "fps": frames_per_second,
+    "every_nth": every_nth,
+    "fast_slow": fast_slow,
+    "llava_video": llava_video,
+    "llava_video_pyav": llava_video_pyav,
+    "llava_frame_folder": llava_frame_folder,
+}
+
+
+@dataclass(frozen=True)
+class SampledFrames:
+    """Attributes:
+    indices: `[T]` int64, in order of time.
+    frame_types: 0 (slow) or 1 (fast) for each; None if the policy has no types.
+    """
+
+    indices: np.ndarray
+    frame_types: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameSampling:
+    """One policy of `SAMPLING_POLICIES` with its settings; what each does is in the policy's docstring.
+
+    `fps`, `max_frames`, `sample_rate` and `force_sample` are refused where the policy would ignore them.
+
+    Attributes:
+        policy: a key of `SAMPLING_POLICIES`.
+        num_frames: read by `uniform` and `num_frames`.
+        fps: frames wanted per second of video; read by `fps` and `llava_*`.
+        max_frames: upper limit; None for none.
+        sample_rate: every how many frames `every_nth` takes one.
+        fast_stride, slow_stride, num_fast, num_slow: read by `fast_slow`.
+        force_sample: whether `llava_*` repeat frames of short clips.
+
+    Raises:
+        ValueError: for a value out of range, a setting that the policy needs and lacks, or one it would ignore.
+    """
+
+    policy: str = "uniform"
+    num_frames: int = 16
+    fps: float | None = None
+    max_frames: int | None = None
+    sample_rate: int | None = None
+    fast_stride: int = 1
+    slow_stride: int = 4
+    num_fast: int = 8
+    num_slow: int = 8
+    force_sample: bool = False
+
+    def __post_init__(self) -> None:
+        if self.policy not in SAMPLING_POLICIES:
+            raise ValueError(f"policy={self.policy!r} is not one of {', '.join(SAMPLING_POLICIES)}")
+        read = _settings_of(self.policy)
+        for key in (field.name for field in fields(self) if field.name != "policy"):
+            value = getattr(self, key)
+            if value is None or value is False:
+                if key in read and read[key].default is inspect.Parameter.empty:
+                    raise ValueError(f"{key}={value!r}, but policy={self.policy!r} needs {key} to be set")
+            elif key == "fps":
+                if not 0 < value < float("inf"):
+                    raise ValueError(f"fps={value!r} must be a finite number above 0")
+            elif key == "force_sample":
+                if value is not True:
+                    raise ValueError(f"force_sample={value!r} must be True or False")
+            elif isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(f"{key}={value!r} must be an integer of at least 1")
+            if value and key not in read and key in ("fps", "max_frames", "sample_rate", "force_sample"):
+                raise ValueError(
+                    f"{key}={value!r} has no effect with policy={self.policy!r}, which reads {', '.join(read)}"
+                )
+
+    def select(self, total_frames: int, native_fps: float | None = None) -> SampledFrames:
+        """Chooses among the frames 0 ... total_frames - 1 of a clip with `native_fps` frames a second.
+
+        Raises:
+            ValueError: if the clip is empty, or its policy refuses it (see there).
+        """
+        if total_frames < 1:
+            raise ValueError(f"total_frames={total_frames} must be at least 1")
+        settings = {key: getattr(self, key) for key in _settings_of(self.policy)}
+        chosen = SAMPLING_POLICIES[self.policy](total_frames, native_fps, **settings)
+        indices, types = chosen if isinstance(chosen, tuple) else (chosen, None)
+        return SampledFrames(indices.astype(np.int64), None if types is None else tuple(types.tolist()))
+
+
+def time_instruction(duration: float, timestamps: Sequence[float]) -> str:
+    """The sentence that LLaVA-Video puts before a question, word for word (no space after the last full stop
+    included).
+
+    Args:
+        duration: of the clip in seconds.
+        timestamps: of the sampled frames in seconds.
+    """
+    times = ",".join(f"{time:.2f}s" for time in timestamps)
+    return (
+        f"The video lasts for {duration:.2f} seconds, and {len(timestamps)} frames are uniformly sampled from it. "
+        f"These frames are located at {times}.Please answer the following questions related to this video."
+    )
+
+
+def _settings_of(policy: str) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(SAMPLING_POLICIES[policy]).parameters
+    return {key: value for key, value in parameters.items() if value.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _spread(total: int, num: int) -> np.ndarray:
+    """`num` evenly spaced indices below `total`, the first and the last among them. numpy's rounding, as in
+    LLaVA-NeXT: it differs from `i * (total - 1) // (num - 1)` here and there."""
+    return np.linspace(0, total - 1, num, dtype=int)
+
+
+def _at_most(indices: np.ndarray, max_frames: int | None, total_frames: int) -> np.ndarray:
+    if max_frames is None or len(indices) <= max_frames:
+        return indices
+    return _spread(total_frames, max_frames)
+
+
+def _known(policy: str, native_fps: float | None) -> float:
+    if native_fps is None or not native_fps > 0:
+        raise ValueError(f"policy {policy!r} needs the frame rate of the video, got native_fps={native_fps!r}")
+    return native_fps
+
+
+def _llava_step(native_fps: float, fps: float) -> int:
+    step = round(native_fps / fps)
+    if step < 1:
+        raise ValueError(f"fps={fps} is more than the video has to give ({native_fps:g} frames a second)")
+    return step
