@@ -15,8 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_next_ar.frame_token_layout import FrameTokenLayout
-
 FOLDER = Path(os.environ.get("LLAVA_NEXT_AR_GOLDEN", Path(__file__).parent / "golden"))
 MEDIA_PLACEHOLDER = -200  # IMAGE_TOKEN_INDEX of the original code
 
@@ -94,38 +92,3 @@ def parametrize_golden(manifest: str, *groups: str):
     """`pytest.mark.parametrize("case", ...)` over the cases of a manifest, or over some of its groups."""
     wanted = [case for case in golden_cases(manifest) if not groups or case.group.partition("/")[2] in groups]
     return pytest.mark.parametrize("case", wanted, ids=[f"{case.group}/{case.name}" for case in wanted])
-
-
-def layout_from_original_config(config: dict[str, Any], patches_per_side: int, path: str) -> FrameTokenLayout:
-    """The layout that the original project's configuration describes; missing keys take the original's defaults.
-
-    Args:
-        config: attributes of a LLaVA-NeXT configuration (`config.json` of an original checkpoint).
-        patches_per_side: side of the vision tower's patch grid.
-        path: `snapshot` is the published code as it stands, which pools by 2 whatever the configuration says and has
-            no slow and fast frames; `encode_multimodals` the code behind LLaVA-Video, which follows the configuration.
-
-    Raises:
-        ValueError: if the original cannot run this configuration or does not know a value.
-    """
-    merge_type = config.get("mm_patch_merge_type", "flat")
-    newline_position = config.get("mm_newline_position", "one_token")
-    pool_stride = config.get("mm_spatial_pool_stride", 2) if path == "encode_multimodals" else 2
-    add_faster_video = config.get("add_faster_video", False)
-    if merge_type == "flat":
-        newline_position = "no_token"
-    elif not merge_type.startswith("spatial"):
-        raise ValueError(f"mm_patch_merge_type must be 'flat' or begin with 'spatial', got {merge_type!r}")
-    elif newline_position == "one_token" and "unpad" not in merge_type:
-        newline_position = "no_token"  # `grid` and `frame` do not look at `unpad`
-    if add_faster_video and newline_position == "grid" and (path == "snapshot" or pool_stride == 1):
-        raise ValueError(f"add_faster_video=True cannot run on {path!r} with mm_spatial_pool_stride={pool_stride}")
-    return FrameTokenLayout(
-        patches_height=patches_per_side,
-        patches_width=patches_per_side,
-        pool_stride=pool_stride,
-        pool_mode=config.get("mm_spatial_pool_mode", "bilinear"),
-        newline_position=newline_position,
-        add_faster_video=add_faster_video,
-        faster_token_stride=config.get("faster_token_stride", 10),
-    )

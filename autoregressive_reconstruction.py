@@ -1,0 +1,641 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""The reconstruction head: from the frames read so far, predict the frozen vision features of the next frame.
+
+What makes the objective mean something:
+- the predictor reads the language model's hidden states at the video positions (never the target's features), attends
+  frame-causally, and sees time in seconds, since sampling is not uniform;
+- prediction = this frame's features + a learned change that starts at zero, so training starts exactly at the
+  copy-last-frame baseline and every gain is a gain over it;
+- the target comes from a frozen teacher, without gradient.
+
+Relatives: frame-causal prediction of frozen patch features in DINO-WM (arXiv 2411.04983), a latent next-frame head in
+Cambrian-S (arXiv 2511.04670), reconstruction of latents in ROSS (arXiv 2410.09575).
+
+Shape letters: V clips, F frames of all clips together, T frames of one clip, M predicted frames (all but the first of
+each clip), P patches of a frame, E predictor width, Dv width of the vision features, K frames visible to a frame.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput, logging
+
+from .configuration_llava_next_ar import LlavaNextARAutoregressiveConfig
+from .frame_masks import FrameLevelMaskGenerator
+from .frame_token_layout import FrameTokenLayout, FrameType, VideoTokens
+
+logger = logging.get_logger(__name__)
+
+
+def select_vision_features(
+    hidden_states: Sequence[torch.Tensor], layer: int | list[int], strategy: str
+) -> torch.Tensor:
+    """The features that the projector reads: `[F, P, Dv]` from the vision tower's hidden states."""
+    if isinstance(layer, int):
+        features = hidden_states[layer]
+    else:
+        features = torch.cat([hidden_states[index] for index in layer], dim=-1)
+    return features[:, 1:] if strategy == "default" else features
+
+
+def _adapter_layers(module: nn.Module) -> list[nn.Module]:
+    # PEFT's layers, known by their flag: PEFT need not be installed here. (Every transformers model has a method of that
+    # name, hence the test for bool.)
+    return [layer for layer in module.modules() if isinstance(getattr(layer, "disable_adapters", None), bool)]
+
+
+def _trains(vision_tower: nn.Module, adapters: list[nn.Module]) -> bool:
+    """Whether weights of the tower itself train; those of adapters do not count."""
+    of_adapters = {
+        id(parameter)
+        for layer in adapters
+        for name, parameter in layer.named_parameters()
+        if not name.startswith(("base_layer.", "original_module."))
+    }
+    return any(p.requires_grad and id(p) not in of_adapters for p in vision_tower.parameters())
+
+
+class _Unregistered:
+    """Holds a module that belongs to another one, out of sight of `parameters()` and `state_dict()`.
+
+    A copy of the whole model holds the copied module; a copy of the holder's owner alone (PEFT's `modules_to_save`) still
+    holds the original, not a hidden duplicate of it.
+    """
+
+    def __init__(self, module: nn.Module | None):
+        self.module = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Unregistered":
+        return _Unregistered(memo.get(id(self.module), self.module))
+
+
+@contextmanager
+def _adapters_off(layers: list[nn.Module]) -> Iterator[None]:
+    enabled = [layer for layer in layers if not layer.disable_adapters]
+    for layer in enabled:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in enabled:
+            layer.enable_adapters(True)
+
+
+def _sinusoids(values: torch.Tensor, wavelengths: torch.Tensor) -> torch.Tensor:
+    """`[...]` -> `[..., 2 * len(wavelengths)]`."""
+    angles = values[..., None] * (2 * math.pi / wavelengths)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def _resample(states: torch.Tensor, grid: tuple[int, int], target: tuple[int, int]) -> torch.Tensor:
+    """`[h * w, E]` on one grid -> `[h' * w', E]` on another."""
+    if grid == target:
+        return states
+    states = states.T.unflatten(1, grid)[None]
+    return nn.functional.interpolate(states, size=list(target), mode="bilinear")[0].flatten(1).T
+
+
+class ZeroInitializedLinear(nn.Linear):
+    """A linear layer that starts at zero; the model's weight initialisation knows it by its class."""
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.weight)
+        init.zeros_(self.bias)
+
+
+class FrameAttention(nn.Module):
+    """Self-attention of patches over the visible frames. Linear in the number of frames for a fixed window."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor, visible: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+        """`x` `[F, P, E]`, `visible` `[F, K]` frame indices, `key_mask` `[F, 1, 1, K * P]` (True = may attend)."""
+        num_frames, num_patches, dim = x.shape
+        qkv = self.qkv(x).view(num_frames, num_patches, 3, self.num_heads, dim // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [F, heads, P, E / heads] each
+        if visible.shape[1] > 1:
+            # [F, K, heads, P, d] -> [F, heads, K * P, d]
+            key, value = (states[visible].transpose(1, 2).flatten(2, 3) for states in (key, value))
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=key_mask)
+        return self.out(attended.transpose(1, 2).reshape(num_frames, num_patches, dim))
+
+
+class FramePredictorBlock(GradientCheckpointingLayer):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(dim)
+        self.attention = FrameAttention(dim, num_heads)
+        self.mlp_norm = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: torch.Tensor, visible: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), visible, key_mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+@dataclass
+class Reconstruction(ModelOutput):
+    """Next-frame predictions for a batch of clips. Frames of different grids are padded to the largest.
+
+    Args:
+        loss_per_video (`torch.FloatTensor` of shape `(num_videos,)`): unweighted loss of each clip with two frames or
+            more: mean over patches, then over predicted frames.
+        video_index (`torch.LongTensor` of shape `(num_videos,)`): which clips of the batch these are.
+        predictions, targets, copies (`torch.FloatTensor` of shape `(M, P, Dv)`): predicted and true features of each
+            predicted frame, and the copy-last-frame baseline, all normalised as the targets are.
+        patch_mask (`torch.BoolTensor` of shape `(M, P)`): which patches exist.
+        frame_video, frame_index (`torch.LongTensor` of shape `(M,)`): the clip, and the frame in it, that is predicted.
+        candidates (`tuple` of `torch.FloatTensor`): for each predicted frame, all frames of its clip on its grid
+            `(T, P, Dv)`; views of few tensors.
+        grids (`tuple` of `(int, int)`): grid of each predicted frame.
+    """
+
+    loss_per_video: torch.FloatTensor | None = None
+    video_index: torch.LongTensor | None = None
+    predictions: torch.FloatTensor | None = None
+    targets: torch.FloatTensor | None = None
+    copies: torch.FloatTensor | None = None
+    patch_mask: torch.BoolTensor | None = None
+    frame_video: torch.LongTensor | None = None
+    frame_index: torch.LongTensor | None = None
+    candidates: tuple[torch.FloatTensor, ...] | None = None
+    grids: tuple[tuple[int, int], ...] | None = None
+
+    @torch.no_grad()
+    def frame_metrics(self) -> dict[str, torch.Tensor]:
+        """Metrics of each predicted frame, each `[M]` float32.
+
+        `mse`, `copy_mse`, `cosine` (mean over patches), `temporal_consistency` (1.0 where the true next frame is nearer to
+        the prediction than every other frame of the clip; equally near is not nearer).
+        """
+        mask = self.patch_mask
+        count = mask.sum(1)
+        mse, copy_mse = (
+            ((other.float() - self.targets.float()).square().mean(-1) * mask).sum(1) / count
+            for other in (self.predictions, self.copies)
+        )
+        cosine = nn.functional.cosine_similarity(self.predictions.float(), self.targets.float(), dim=-1)
+        consistency = torch.zeros_like(mse)
+        for m, frames in enumerate(self.candidates):
+            prediction = self.predictions[m, : frames.shape[1]].float()
+            distance = (frames.float() - prediction).square().flatten(1).sum(1)  # [T]
+            others = distance.index_fill(0, self.frame_index[m], math.inf)
+            consistency[m] = distance[self.frame_index[m]] < others.min()
+        return {
+            "mse": mse,
+            "copy_mse": copy_mse,
+            "cosine": (cosine * mask).sum(1) / count,
+            "temporal_consistency": consistency,
+        }
+
+    @torch.no_grad()
+    def patch_errors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared error of the prediction and of the copy baseline, mean over features: two `[M, P]`, 0 at padding."""
+        return tuple(
+            (other.float() - self.targets.float()).square().mean(-1) * self.patch_mask
+            for other in (self.predictions, self.copies)
+        )
+
+
+def summarize_frame_metrics(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Means over frames, and `skill = 1 - mse / copy_mse` of the means.
+
+    `skill` is NaN where nothing in the clips changes (`copy_mse` 0): there is no baseline to improve on.
+    """
+    means = {name: values.double().mean().item() for name, values in metrics.items()}
+    means["skill"] = 1 - means["mse"] / means["copy_mse"] if means["copy_mse"] > 0 else math.nan
+    return means
+
+
+class AutoregressiveReconstructionModule(nn.Module):
+    """Predicts the next frame's frozen vision features from the language model's hidden states.
+
+    **Teacher.** As long as the vision tower is frozen, it is its own teacher: no memory, no time, nothing extra saved.
+    With adapters on the tower (PEFT), the teacher is the tower with the adapters off: one more tower pass, nothing extra
+    saved. When the tower itself trains, `prepare_teacher` makes a frozen copy before the first step; it is a submodule
+    (`teacher`), follows `.to()`, is saved with the checkpoint under `autoregressive_module.teacher.*`, and
+    `autoregressive_config.separate_teacher` is set so that it is found again on reload.
+
+    Args:
+        config: the head's configuration, `embedding_dim` resolved.
+        hidden_size: width of the language model's hidden states.
+        vision_dim: width of the vision features (Dv).
+        token_layout: how frames became tokens.
+        vision_feature_layer, vision_feature_select_strategy: the features that the projector reads.
+        vision_tower: the tower for `compute_autoregressive_loss`, which is given frames; not a submodule of this one.
+    """
+
+    # Wavelengths in seconds, from faster than any frame rate to longer than most clips.
+    TIME_WAVELENGTHS = torch.logspace(math.log10(0.1), math.log10(1000.0), 16)
+    # Wavelengths in units of the frame's side.
+    POSITION_WAVELENGTHS = torch.logspace(math.log10(2.0), math.log10(0.0625), 8)
+
+    def __init__(
+        self,
+        config: LlavaNextARAutoregressiveConfig,
+        hidden_size: int,
+        vision_dim: int,
+        token_layout: FrameTokenLayout,
+        vision_feature_layer: int | list[int] = -1,
+        vision_feature_select_strategy: str = "full",
+        vision_tower: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        self.token_layout = token_layout
+        self.target_layout = config.target_layout(token_layout)
+        self.vision_feature_layer = vision_feature_layer
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        dim = config.embedding_dim
+        self.input_norm = nn.LayerNorm(hidden_size)
+        self.input_projection = nn.Linear(hidden_size, dim)
+        num_place_features = 4 * len(self.POSITION_WAVELENGTHS) + 4 * len(self.TIME_WAVELENGTHS)
+        self.place_projection = nn.Linear(num_place_features, dim)
+        self.blocks = nn.ModuleList(FramePredictorBlock(dim, config.num_heads) for _ in range(config.num_layers))
+        self.output_norm = nn.LayerNorm(dim)
+        self.change = ZeroInitializedLinear(dim, vision_dim)
+        self.teacher: nn.Module | None = None
+        self._vision_tower = _Unregistered(vision_tower)
+
+    def train(self, mode: bool = True) -> "AutoregressiveReconstructionModule":
+        super().train(mode)
+        if self.teacher is not None:
+            # from_pretrained makes every parameter trainable, then calls eval(), which is train(False).
+            self.teacher.requires_grad_(False).eval()
+        return self
+
+    # ---- teacher ---------------------------------------------------------------------------------------------------
+
+    def prepare_teacher(self, vision_tower: nn.Module) -> None:
+        """Makes the frozen copy if the tower is about to train. Call before wrapping the model (DDP, FSDP).
+
+        `LlavaNextARForConditionalGeneration.train()` calls it, and with it every Trainer.
+        """
+        if self.teacher is not None or _adapter_layers(vision_tower) or not _trains(vision_tower, []):
+            return
+        self.teacher = copy.deepcopy(vision_tower).requires_grad_(False).eval()
+        self.config.separate_teacher = True
+        logger.info("the vision tower trains: a frozen copy of it is kept as the teacher of the reconstruction head")
+
+    def _run_tower(self, tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+        dtype = next(tower.parameters()).dtype
+        # Naming the layer keeps the tower from storing the hidden states of all the others.
+        outputs = tower(pixel_values.to(dtype), output_hidden_states=self.vision_feature_layer, return_dict=True)
+        return select_vision_features(
+            outputs.hidden_states, self.vision_feature_layer, self.vision_feature_select_strategy
+        )
+
+    @torch.no_grad()
+    def teacher_features(
+        self,
+        vision_tower: nn.Module,
+        pixel_values: torch.Tensor | None,
+        tower_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Features of the frozen teacher, `[F, P, Dv]`, without gradient.
+
+        Args:
+            vision_tower: the model's own tower.
+            pixel_values: `[F, 3, H, W]`.
+            tower_features: what the tower just gave for these frames; saves the shared teacher its pass.
+
+        Raises:
+            RuntimeError: if the tower trains but no copy was made before, or trains beside its adapters.
+        """
+        if self.teacher is not None:
+            return self._run_tower(self.teacher, pixel_values)
+        adapters = _adapter_layers(vision_tower)
+        if self.training and _trains(vision_tower, adapters):
+            raise RuntimeError(
+                "the vision tower has adapters, and weights of its own train as well (bias='all' is a usual cause): with "
+                "the adapters off it would be no fixed teacher"
+                if adapters
+                else "the vision tower trains, but its frozen copy, the teacher, was not made: call model.train() after "
+                "unfreezing the tower and before the first step"
+            )
+        if adapters:
+            with _adapters_off(adapters):
+                return self._run_tower(vision_tower, pixel_values)
+        if tower_features is not None:
+            return tower_features.detach()
+        return self._run_tower(vision_tower, pixel_values)
+
+    # ---- prediction ------------------------------------------------------------------------------------------------
+
+    def _place_features(self, clips: Sequence[VideoTokens], timestamps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Where and when each patch is: `[num_patches, features]` float32, in the order of the hidden states."""
+        device = timestamps[0].device
+        time_wavelengths = self.TIME_WAVELENGTHS.to(device)
+        position_wavelengths = self.POSITION_WAVELENGTHS.to(device)
+        places = []
+        for clip, times in zip(clips, timestamps, strict=True):
+            times = times.float() - times[0].float()
+            gaps = times.diff()
+            # The frame after the last has no time; its gap is taken to be the last one.
+            gaps = torch.cat([gaps, gaps[-1:]]) if len(gaps) else torch.ones_like(times)
+            offsets = clip.patch_offsets
+            frame = clip.frame[offsets].to(device)
+            grid = torch.tensor(clip.frame_grids, device=device)[frame]  # [patches, 2]
+            place = torch.stack([clip.row[offsets], clip.column[offsets]], dim=1).to(device)
+            place = (place + 0.5) / grid
+            places.append(
+                torch.cat(
+                    [
+                        _sinusoids(place, position_wavelengths).flatten(1),
+                        _sinusoids(times, time_wavelengths)[frame],
+                        _sinusoids(gaps, time_wavelengths)[frame],
+                    ],
+                    dim=1,
+                )
+            )
+        return torch.cat(places)
+
+    def _visible_frames(
+        self, clips: Sequence[VideoTokens], frame_types: Sequence[Sequence[int] | None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Visible frames over the whole batch: `[F, K]` indices and validity; no frame sees another clip."""
+        per_clip = []
+        for clip, types in zip(clips, frame_types, strict=True):
+            visibility = FrameLevelMaskGenerator.frame_visibility(
+                len(clip.frame_types),
+                self.config.num_hist,
+                types if self.config.use_fast_slow_frames else None,
+                causal=self.config.use_frame_causal_mask,
+            )
+            per_clip.append(FrameLevelMaskGenerator.visible_frames(visibility))
+        width = max(visible.shape[1] for visible, _ in per_clip)
+        indices, validity, first = [], [], 0
+        for visible, valid in per_clip:
+            padding = width - visible.shape[1]
+            own = torch.arange(len(visible))[:, None].expand(-1, padding)
+            indices.append(torch.cat([visible, own], dim=1) + first)
+            validity.append(nn.functional.pad(valid, (0, padding)))
+            first += len(visible)
+        return torch.cat(indices), torch.cat(validity)
+
+    def _predictor_states(
+        self,
+        hidden_states: torch.Tensor,
+        clips: Sequence[VideoTokens],
+        timestamps: Sequence[torch.Tensor],
+        frame_types: Sequence[Sequence[int] | None],
+    ) -> list[torch.Tensor]:
+        """Runs the predictor: hidden states `[num_patches, hidden]` -> for each frame `[h * w, E]`."""
+        counts = [height * width for clip in clips for height, width in clip.frame_grids]
+        device, dtype = hidden_states.device, self.input_projection.weight.dtype
+        x = self.input_projection(self.input_norm(hidden_states.to(dtype)))
+        x = x + self.place_projection(self._place_features(clips, timestamps).to(dtype))
+        visible, valid = self._visible_frames(clips, frame_types)
+        visible, valid = visible.to(device), valid.to(device)
+        key_mask = valid[:, :, None].expand(-1, -1, max(counts))  # [F, K, P]
+        if len(set(counts)) == 1:
+            x = x.view(len(counts), counts[0], -1)
+        else:
+            x = nn.utils.rnn.pad_sequence(x.split(counts), batch_first=True)  # [F, P, E]
+            exists = torch.arange(max(counts), device=device) < torch.tensor(counts, device=device)[:, None]
+            key_mask = key_mask & exists[visible]
+        key_mask = None if visible.shape[1] == 1 and len(set(counts)) == 1 else key_mask.flatten(1)[:, None, None]
+        for block in self.blocks:
+            x = block(x, visible, key_mask)
+        x = self.output_norm(x)
+        return [frame[:count] for frame, count in zip(x, counts, strict=True)]
+
+    def _targets(self, features: torch.Tensor, frame_type: FrameType) -> torch.Tensor:
+        """Teacher features `[T, P, Dv]` -> pooled and normalised targets `[T, h * w, Dv]`, float32."""
+        pooled = self.target_layout.pool(features.float(), frame_type)
+        return nn.functional.layer_norm(pooled, pooled.shape[-1:]) if self.config.target_norm else pooled
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        clips: Sequence[VideoTokens],
+        vision_features: torch.Tensor,
+        timestamps: Sequence[torch.Tensor] | None = None,
+        frame_types: Sequence[Sequence[int]] | None = None,
+    ) -> Reconstruction | None:
+        """Predicts every frame but the first of every clip.
+
+        Args:
+            hidden_states: `[num_patches, hidden_size]`, the language model's last hidden states at the patch tokens of
+                all clips, by clip, frame, row and column (`VideoTokens.patch_offsets`).
+            clips: the token map of each clip.
+            vision_features: `[F, P, Dv]` unpooled teacher features of all frames of all clips.
+            timestamps: for each clip `[T]` seconds; frames are taken to be one second apart if None.
+            frame_types: for each clip slow (0) or fast (1) for each frame, where the video processor chose them. A layout
+                with slow and fast tokens knows its own; without either, no frame is told apart from the others.
+
+        Returns:
+            The predictions with the loss of each clip, or None if no clip has two frames.
+        """
+        clip_lengths = [len(clip.frame_types) for clip in clips]
+        if max(clip_lengths, default=0) < 2:
+            return None
+        if timestamps is None:
+            timestamps = [torch.arange(length, device=hidden_states.device).float() for length in clip_lengths]
+        if self.token_layout.is_slow_fast:
+            frame_types = [clip.frame_types for clip in clips]
+        elif frame_types is None:
+            frame_types = [None] * len(clips)
+        states = self._predictor_states(hidden_states, clips, timestamps, frame_types)
+
+        predictions, targets, copies, candidates, grids, places = [], [], [], [], [], []
+        first = 0
+        for video, (clip, length) in enumerate(zip(clips, clip_lengths, strict=True)):
+            features = vision_features[first : first + length]
+            clip_states = states[first : first + length]
+            first += length
+            if length < 2:
+                continue
+            kinds = self.target_layout.frame_types(length, frame_types[video])
+            frames_on_grid = {kind: self._targets(features, kind) for kind in set(kinds[1:])}
+            for frame in range(1, length):
+                on_grid = frames_on_grid[kinds[frame]]
+                grid = self.target_layout.frame_grid(kinds[frame])
+                predictions.append(_resample(clip_states[frame - 1], clip.frame_grids[frame - 1], grid))
+                targets.append(on_grid[frame])
+                copies.append(on_grid[frame - 1])
+                candidates.append(on_grid)
+                grids.append(grid)
+                places.append((video, frame))
+
+        pad = nn.utils.rnn.pad_sequence
+        copies = pad(copies, batch_first=True)
+        # This frame's features plus a learned change.
+        predictions = copies + self.change(pad(predictions, batch_first=True)).float()
+        targets = pad(targets, batch_first=True)
+        counts = torch.tensor([height * width for height, width in grids], device=targets.device)
+        patch_mask = torch.arange(targets.shape[1], device=targets.device) < counts[:, None]
+        frame_loss = self._frame_loss(predictions, targets, patch_mask, grids)
+        frame_video, frame_index = torch.tensor(places, device=targets.device).unbind(1)
+        video_index, num_predicted = frame_video.unique_consecutive(return_counts=True)
+        loss_per_video = torch.stack([loss.mean() for loss in frame_loss.split(num_predicted.tolist())])
+        return Reconstruction(
+            loss_per_video=loss_per_video,
+            video_index=video_index,
+            predictions=predictions,
+            targets=targets,
+            copies=copies,
+            patch_mask=patch_mask,
+            frame_video=frame_video,
+            frame_index=frame_index,
+            candidates=tuple(candidates),
+            grids=tuple(grids),
+        )
+
+    def _frame_loss(
+        self,
+        predictions: torch.Tensor,
+        targets: torch.Tensor,
+        patch_mask: torch.Tensor,
+        grids: Sequence[tuple[int, int]],
+    ) -> torch.Tensor:
+        """`[M]`: mean over patches, and over the pyramid of coarser grids with `enable_multiscale_pooling`."""
+        loss = (self._patch_loss(predictions, targets) * patch_mask).sum(1) / patch_mask.sum(1)
+        if not self.config.enable_multiscale_pooling:
+            return loss
+        per_frame: list[torch.Tensor] = [loss[0]] * len(grids)
+        for grid in set(grids):
+            members = [m for m, other in enumerate(grids) if other == grid]
+            levels = [loss[members]]
+            pair = torch.cat([predictions[members], targets[members]])[:, : grid[0] * grid[1]]
+            pair = pair.transpose(1, 2).unflatten(2, grid)  # [2 * members, Dv, h, w]
+            while min(pair.shape[2:]) >= 2:
+                pair = nn.functional.avg_pool2d(pair, 2)
+                coarse = pair.flatten(2).transpose(1, 2)
+                levels.append(self._patch_loss(*coarse.chunk(2)).mean(1))
+            for m, value in zip(members, torch.stack(levels).mean(0), strict=True):
+                per_frame[m] = value
+        return torch.stack(per_frame)
+
+    def _patch_loss(self, predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """`[M, P, Dv]` twice -> `[M, P]`."""
+        if self.config.loss_type == "mse":
+            return (predictions - targets).square().mean(-1)
+        if self.config.loss_type == "smooth_l1":
+            return nn.functional.smooth_l1_loss(predictions, targets, reduction="none").mean(-1)
+        return 1 - nn.functional.cosine_similarity(predictions, targets, dim=-1)
+
+    def zero_touch(self) -> torch.Tensor:
+        """A zero that came through the whole head, for batches without video.
+
+        Distributed training waits for the gradient of every parameter, and sharded training for every rank to run the
+        same modules; so the head runs, on a clip of two empty frames.
+        """
+        clip = self.token_layout.video(2)
+        weight = self.change.weight
+        num_patches = self.token_layout.patches_height * self.token_layout.patches_width
+        hidden_states = weight.new_zeros(len(clip.patch_offsets), self.input_projection.in_features)
+        reconstruction = self(hidden_states, [clip], weight.new_zeros(2, num_patches, weight.shape[0]))
+        return reconstruction.loss_per_video.sum() * 0
+
+    def compute_autoregressive_loss(
+        self,
+        hidden_states: torch.Tensor,
+        video_frames: torch.Tensor,
+        position_map: torch.Tensor | None = None,
+        timestamps: torch.Tensor | None = None,
+        frame_types: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The weighted reconstruction loss of one video per sample.
+
+        Args:
+            hidden_states: `[B, L, hidden_size]` of the language model.
+            video_frames: `[B, T, 3, H, W]`, as the vision tower takes them.
+            position_map: `[B, num_tokens]` int64, where in the sequence each token of the video is. Needed unless the
+                sequence is exactly the video.
+            timestamps: `[B, T]` seconds; one second apart if None.
+            frame_types: `[B, T]` slow (0) or fast (1), where the video processor chose them.
+
+        Returns:
+            A scalar, `loss_weight` times the mean over patches, frames and videos; zero for videos of one frame.
+
+        Raises:
+            ValueError: if the hidden states cannot be aligned with the frames' tokens.
+            RuntimeError: if the module was built without a vision tower.
+        """
+        vision_tower = self._vision_tower.module
+        if vision_tower is None:
+            raise RuntimeError("this module was built without a vision tower and cannot read frames")
+        batch_size, num_frames = video_frames.shape[:2]
+        if hidden_states.shape[0] != batch_size:
+            raise ValueError(f"hidden_states holds {hidden_states.shape[0]} samples, video_frames {batch_size} videos")
+        types = None if frame_types is None else frame_types.tolist()
+        clips = [
+            self.token_layout.video(num_frames, None if types is None else types[sample])
+            for sample in range(batch_size)
+        ]
+        selected = []
+        for sample, clip in enumerate(clips):
+            if position_map is not None:
+                if position_map.shape[1] != len(clip):
+                    raise ValueError(
+                        f"position_map has {position_map.shape[1]} positions, {num_frames} frames take {len(clip)} tokens"
+                    )
+                positions = position_map[sample]
+            elif hidden_states.shape[1] == len(clip):
+                positions = torch.arange(len(clip), device=hidden_states.device)
+            else:
+                raise ValueError(
+                    f"hidden_states has {hidden_states.shape[1]} positions, but {num_frames} frames take {len(clip)} tokens: "
+                    "pass position_map to say where in the sequence they are"
+                )
+            selected.append(hidden_states[sample, positions[clip.patch_offsets.to(positions.device)]])
+        features = self.teacher_features(vision_tower, video_frames.flatten(0, 1))
+        times = None if timestamps is None else list(timestamps.to(hidden_states.device))
+        reconstruction = self(torch.cat(selected), clips, features, times, types)
+        if reconstruction is None:
+            return self.zero_touch()
+        return self.config.loss_weight * reconstruction.loss_per_video.mean()
+
+
+def create_autoregressive_reconstruction_module(
+    vision_tower: nn.Module, hidden_size: int, config: "LlavaNextARAutoregressiveConfig | dict[str, Any] | Any"
+) -> AutoregressiveReconstructionModule:
+    """Builds the head for a vision tower and a language model.
+
+    Args:
+        vision_tower: a transformers vision model (`config.hidden_size`, `image_size`, `patch_size`).
+        hidden_size: width of the language model.
+        config: a `LlavaNextARConfig`, whose layout is used, or the head's configuration alone (object or dict), with the
+            default token layout.
+
+    Returns:
+        The module, with its teacher prepared.
+
+    Raises:
+        ValueError: on an invalid configuration.
+    """
+    layer, strategy = -1, "full"
+    vision_config = vision_tower.config
+    vision_dim = vision_config.hidden_size
+    if hasattr(config, "frame_token_layout"):
+        layout, vision_dim = config.frame_token_layout, config.vision_feature_dim
+        layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+        config = config.autoregressive_config
+    else:
+        layout = FrameTokenLayout.for_vision_config(vision_config)
+    if isinstance(config, dict):
+        config = LlavaNextARAutoregressiveConfig(**{"embedding_dim": vision_dim, **config})
+    if config.embedding_dim is None:
+        config = copy.copy(config)  # the caller's object may serve a head for another tower too
+        config.embedding_dim = vision_dim
+    config.check_ranges()
+    module = AutoregressiveReconstructionModule(
+        config, hidden_size, vision_dim, layout, layer, strategy, vision_tower=vision_tower
+    )
+    module.prepare_teacher(vision_tower)
+    return module

@@ -1,0 +1,323 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""Typed, validated configuration: LLaVA-OneVision's, plus the token layout of a video, plus the reconstruction head.
+
+Every key has one default, here. Unknown keys are refused with the nearest valid one, so that a typo in a recipe cannot
+silently train something else.
+"""
+
+import copy
+import difflib
+from dataclasses import fields
+from typing import Any, Literal
+
+import transformers
+from packaging import version
+
+# Before the other imports: an older transformers lacks some of the names, and its own error would not say why.
+MINIMUM_TRANSFORMERS = "5.23.0"
+if version.parse(transformers.__version__) < version.parse(MINIMUM_TRANSFORMERS):
+    raise ImportError(
+        f"LLaVA-NeXT-AR needs transformers>={MINIMUM_TRANSFORMERS}, found {transformers.__version__}: "
+        f"pip install -U 'transformers>={MINIMUM_TRANSFORMERS}'"
+    )
+
+from huggingface_hub.dataclasses import strict  # noqa: E402
+from transformers import GenerationConfig, LlavaOnevisionConfig, PreTrainedConfig  # noqa: E402
+
+from .frame_token_layout import FrameTokenLayout, NewlinePosition, PoolMode  # noqa: E402
+from .hub_code import AUTO_MAP  # noqa: E402
+from .image_token_layout import ImageTokenLayout, UnpadRounding  # noqa: E402
+
+# Keys that transformers itself reads from or writes to a config.json without declaring them as fields.
+_TRANSFORMERS_KEYS = {
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "per_layer_config",
+    "quantization_config",
+    "tie_last_hidden_states",
+    "torch_dtype",
+    "use_cache",
+} | set(GenerationConfig._get_default_generation_params())
+# Keys of released LLaVA-OneVision checkpoints that transformers no longer reads.
+_ONEVISION_LEGACY_KEYS = {"ignore_index", "use_image_newline_parameter"}
+
+
+def _refuse_unknown(kwargs: dict[str, Any], known: set[str], where: str, allowed: set[str] = frozenset()) -> None:
+    for key in kwargs:
+        if key in known or key in allowed or key.startswith("_"):
+            continue
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        raise ValueError(f"unknown key {key!r} in {where}; did you mean {nearest[0]!r}?")
+
+
+def _check_range(where: str, name: str, value: float, low: float) -> None:
+    if not low <= value < float("inf"):  # false for NaN too
+        raise ValueError(f"{where}.{name} must be finite and at least {low}, got {value!r}")
+
+
+@strict
+class LlavaNextARAutoregressiveConfig(PreTrainedConfig):
+    r"""Configuration of the reconstruction head: from the frames read so far, predict the next frame's features.
+
+    Args:
+        embedding_dim (`int`, *optional*): width of the predictor; the vision tower's width if unset (1152 for SigLIP
+            SO400M). Divisible by `num_heads`.
+        num_hist (`int`, defaults to 3): frames a patch may attend to, its own included.
+        loss_weight (`float`, defaults to 0.1): weight of the reconstruction loss in the total loss; 0 computes and
+            reports it without training on it.
+        num_heads (`int`, defaults to 8): attention heads of the predictor.
+        num_layers (`int`, defaults to 3): transformer layers of the predictor.
+        use_frame_causal_mask (`bool`, defaults to `True`): `False` lets a patch see every frame of the clip, the
+            target included. The objective then means nothing; it exists for the ablation.
+        loss_type (`str`, defaults to `"mse"`): `mse | smooth_l1 | cosine`.
+        target_norm (`bool`, defaults to `True`): normalise each target patch to zero mean and unit variance over its
+            features (per-patch normalisation as in MAE, arXiv 2111.06377).
+        use_fast_slow_frames (`bool`, defaults to `False`): the clip is sampled as fast and slow frames. Sampling
+            itself is the video processor's work; in the head, slow frames stay visible to every later frame.
+        fast_stride, slow_stride, num_fast, num_slow (`int`, default to 1, 4, 8, 8): the sampling that goes with it.
+        enable_multiscale_pooling (`bool`, defaults to `False`): average the loss over a pyramid of coarser grids too.
+        mm_spatial_pool_stride, mm_spatial_pool_mode, add_faster_video, faster_token_stride (*optional*): how *targets*
+            are pooled. Unset, exactly as the tokens are; with `enable_multiscale_pooling`, 2, `average`, `False`, 10.
+        separate_teacher (`bool`, defaults to `False`): the checkpoint holds a frozen copy of the vision tower as
+            teacher. Set by the model when the tower starts to train.
+
+    Raises:
+        ValueError: on an unknown key (naming the nearest), or a value out of range (naming key, value and range).
+        huggingface_hub.errors.StrictDataclassFieldValidationError: on a value of the wrong type or not among the names
+            allowed (naming key, value and what is allowed). It is no ValueError.
+    """
+
+    model_type = "llava_next_ar_head"
+    base_config_key = "autoregressive_config"
+
+    embedding_dim: int | None = None
+    num_hist: int = 3
+    loss_weight: float | int = 0.1
+    num_heads: int = 8
+    num_layers: int = 3
+    use_frame_causal_mask: bool = True
+    loss_type: Literal["mse", "smooth_l1", "cosine"] = "mse"
+    target_norm: bool = True
+    use_fast_slow_frames: bool = False
+    fast_stride: int = 1
+    slow_stride: int = 4
+    num_fast: int = 8
+    num_slow: int = 8
+    enable_multiscale_pooling: bool = False
+    mm_spatial_pool_stride: int | None = None
+    mm_spatial_pool_mode: PoolMode | None = None
+    add_faster_video: bool | None = None
+    faster_token_stride: int | None = None
+    separate_teacher: bool = False
+
+    def __post_init__(self, **kwargs):
+        known = self._own_keys()
+        inherited = {field.name for field in fields(PreTrainedConfig)} | _TRANSFORMERS_KEYS
+        for key in set(kwargs) & ({field.name for field in fields(LlavaNextARConfig)} - inherited):
+            raise ValueError(f"unknown key {key!r} in autoregressive_config; it belongs in the model configuration")
+        _refuse_unknown(kwargs, known, "autoregressive_config", inherited)
+        self.check_ranges()
+        super().__post_init__(**kwargs)
+
+    def check_ranges(self) -> None:
+        """Refuses values out of range, also those assigned after construction.
+
+        Raises:
+            ValueError: naming key, value and range.
+        """
+        for name in ("num_hist", "num_heads", "num_layers", "fast_stride", "slow_stride", "num_fast", "num_slow"):
+            _check_range("autoregressive_config", name, getattr(self, name), 1)
+        for name in ("embedding_dim", "mm_spatial_pool_stride", "faster_token_stride"):
+            if getattr(self, name) is not None:
+                _check_range("autoregressive_config", name, getattr(self, name), 1)
+        _check_range("autoregressive_config", "loss_weight", self.loss_weight, 0)
+        if self.embedding_dim is not None and self.embedding_dim % self.num_heads:
+            raise ValueError(
+                f"autoregressive_config.embedding_dim={self.embedding_dim} is not divisible by "
+                f"num_heads={self.num_heads}"
+            )
+
+    @classmethod
+    def _own_keys(cls) -> set[str]:
+        return {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The head's own keys; what every transformers config carries besides means nothing to it."""
+        kept = self._own_keys() | {"model_type", "transformers_version"}
+        return {name: value for name, value in super().to_dict().items() if name in kept}
+
+    def target_layout(self, token_layout: FrameTokenLayout) -> FrameTokenLayout:
+        """How the targets are pooled, given how the tokens are."""
+        defaults = (2, "average", False, 10)
+        given = (
+            self.mm_spatial_pool_stride,
+            self.mm_spatial_pool_mode,
+            self.add_faster_video,
+            self.faster_token_stride,
+        )
+        if not self.enable_multiscale_pooling:
+            if all(value is None for value in given):
+                return token_layout
+            defaults = (
+                token_layout.pool_stride,
+                token_layout.pool_mode,
+                token_layout.is_slow_fast,
+                token_layout.faster_token_stride,
+            )
+        stride, mode, faster, faster_stride = (
+            default if value is None else value for value, default in zip(given, defaults, strict=True)
+        )
+        return FrameTokenLayout(
+            patches_height=token_layout.patches_height,
+            patches_width=token_layout.patches_width,
+            pool_stride=stride,
+            pool_mode=mode,
+            newline_position="grid",  # targets hold no newline; `grid` is where slow and fast frames differ
+            add_faster_video=faster,
+            faster_token_stride=faster_stride,
+        )
+
+
+@strict
+class LlavaNextARConfig(LlavaOnevisionConfig):
+    r"""Configuration of `LlavaNextARForConditionalGeneration`.
+
+    A LLaVA-OneVision configuration (file, dict or Hub id) is a valid one: the added keys default to what OneVision
+    does.
+
+    Args:
+        enable_autoregressive (`bool`, defaults to `True`): build the reconstruction head.
+        autoregressive_config (`LlavaNextARAutoregressiveConfig` or `dict`, *optional*): the head's configuration.
+        mm_spatial_pool_stride (`int`, defaults to 2), mm_spatial_pool_mode (`str`, defaults to `"bilinear"`): spatial
+            pooling of video frames, as in LLaVA-NeXT.
+        mm_newline_position (`str`, defaults to `"one_token"`): `one_token | grid | frame | no_token`.
+        add_faster_video (`bool`, defaults to `False`), faster_token_stride (`int`, defaults to 10): slow and fast
+            frames of LLaVA-Video; need `mm_newline_position="grid"`.
+        mm_patch_merge_type (`str`, defaults to `"spatial_unpad"`): how the views of an image are put together, as in
+            LLaVA-NeXT; see `ImageTokenLayout`. Videos follow `mm_newline_position` alone.
+        unpad_rounding (`str`, defaults to `"round"`): how the padding around an image is cut off: `round` as in
+            transformers, `truncate` as in the original project, whose converted checkpoints have it.
+
+    All other keys are those of `LlavaOnevisionConfig`.
+
+    Raises:
+        ValueError: on an unknown key (naming the nearest valid key), a value out of range or a contradiction (naming
+            both values).
+        huggingface_hub.errors.StrictDataclassFieldValidationError: on a value of the wrong type or not among the names
+            allowed (naming key, value and what is allowed). It is no ValueError.
+
+    Example:
+
+    ```python
+    >>> config = LlavaNextARConfig(mm_newline_position="grid", autoregressive_config={"num_hist": 4})
+    >>> config.frame_token_layout.num_tokens(num_frames=8)
+    1680
+    ```
+    """
+
+    model_type = "llava_next_ar"
+    _auto_class = "AutoConfig"
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "main_loss",
+        "autoregressive_loss",
+        "video_hidden_states",
+        "image_hidden_states",
+        "reconstruction",
+    ]
+    sub_configs_defaults = {
+        **LlavaOnevisionConfig.sub_configs_defaults,
+        "autoregressive_config": LlavaNextARAutoregressiveConfig,
+    }
+
+    enable_autoregressive: bool = True
+    autoregressive_config: dict | PreTrainedConfig | None = None
+    mm_spatial_pool_stride: int = 2
+    mm_spatial_pool_mode: PoolMode = "bilinear"
+    mm_newline_position: NewlinePosition = "one_token"
+    add_faster_video: bool = False
+    faster_token_stride: int = 10
+    mm_patch_merge_type: str = "spatial_unpad"
+    unpad_rounding: UnpadRounding = "round"
+
+    def __post_init__(self, **kwargs):
+        known = {field.name for field in fields(self)} | set(self.attribute_map)
+        # The head's keys one level too high are the likeliest mistake: say where they belong.
+        for key in set(kwargs) & (LlavaNextARAutoregressiveConfig._own_keys() - known):
+            raise ValueError(f"unknown key {key!r} in the model configuration; it belongs in autoregressive_config")
+        _refuse_unknown(kwargs, known, "the model configuration", _TRANSFORMERS_KEYS | _ONEVISION_LEGACY_KEYS)
+        kwargs.pop("model_type", None)  # a LLaVA-OneVision config names its own type
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
+        self._check_consistency()
+
+    def _check_consistency(self) -> None:
+        _check_range("config", "mm_spatial_pool_stride", self.mm_spatial_pool_stride, 1)
+        _check_range("config", "faster_token_stride", self.faster_token_stride, 1)
+        if self.add_faster_video and self.mm_newline_position != "grid":
+            raise ValueError(
+                f"add_faster_video=True needs mm_newline_position='grid', got {self.mm_newline_position!r} "
+                "(LLaVA-NeXT ignores slow and fast frames there)"
+            )
+        head = self.autoregressive_config
+        if head.model_type != LlavaNextARAutoregressiveConfig.model_type:
+            raise ValueError(
+                f"autoregressive_config must be a dict or a LlavaNextARAutoregressiveConfig, got {type(head).__name__}"
+            )
+        if head.embedding_dim is None:
+            head = copy.copy(head)  # the caller's object may serve a model with another tower too
+            head.embedding_dim = self.vision_feature_dim
+            self.autoregressive_config = head
+        head.check_ranges()
+        if not self.image_token_layout.is_anyres:
+            raise ValueError(f"vision_aspect_ratio must be anyres or anyres_max_N, got {self.vision_aspect_ratio!r}")
+        token_layout = self.frame_token_layout  # layouts validate themselves
+        try:
+            head.target_layout(token_layout)
+        except ValueError as error:
+            raise ValueError(f"impossible targets in autoregressive_config: {error}") from error
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in transformers; values overridden by keyword are checked like those given at construction."""
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config._check_consistency()
+        return loaded
+
+    @property
+    def vision_feature_dim(self) -> int:
+        """Width of the vision features that the projector reads."""
+        num_layers = 1 if isinstance(self.vision_feature_layer, int) else len(self.vision_feature_layer)
+        return self.vision_config.hidden_size * num_layers
+
+    @property
+    def frame_token_layout(self) -> FrameTokenLayout:
+        """The token layout of videos that these keys describe."""
+        return FrameTokenLayout.for_vision_config(
+            self.vision_config,
+            pool_stride=self.mm_spatial_pool_stride,
+            pool_mode=self.mm_spatial_pool_mode,
+            newline_position=self.mm_newline_position,
+            add_faster_video=self.add_faster_video,
+            faster_token_stride=self.faster_token_stride,
+        )
+
+    @property
+    def image_token_layout(self) -> ImageTokenLayout:
+        """The token layout of images that these keys describe."""
+        side = self.vision_config.image_size // self.vision_config.patch_size
+        return ImageTokenLayout(
+            patches_height=side,
+            patches_width=side,
+            tile_size=self.vision_config.image_size,
+            grid_pinpoints=self.image_grid_pinpoints,
+            aspect_ratio=self.vision_aspect_ratio,
+            merge_type=self.mm_patch_merge_type,
+            unpad_rounding=self.unpad_rounding,
+        )

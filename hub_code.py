@@ -1,0 +1,36 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""Keeps every save complete: all code files and the full `auto_map` travel with a checkpoint.
+
+With `_auto_class` set, transformers copies the file of a saved class and, recursively, whatever its text imports
+relatively. A model saved alone would so lose its processor, and a processor its model. This module names every sibling in
+one block that is never executed, and every class that can be saved imports it: the copy is always the whole package, also
+when the class itself came from the Hub.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .autoregressive_reconstruction import AutoregressiveReconstructionModule  # noqa: F401
+    from .configuration_llava_next_ar import LlavaNextARConfig  # noqa: F401
+    from .frame_masks import FrameLevelMaskGenerator  # noqa: F401
+    from .frame_sampling import FrameSampling  # noqa: F401
+    from .frame_token_layout import FrameTokenLayout  # noqa: F401
+    from .image_token_layout import ImageTokenLayout  # noqa: F401
+    from .modeling_llava_next_ar import LlavaNextARForConditionalGeneration  # noqa: F401
+    from .processing_llava_next_ar import LlavaNextARProcessor  # noqa: F401
+    from .training_data import LlavaVideoDataset  # noqa: F401
+    from .training_llava_next_ar import AutoregressiveTrainer  # noqa: F401
+    from .video_decoding import VideoReadError  # noqa: F401
+    from .video_frames import MultiScaleVideoFrameLoader  # noqa: F401
+    from .video_inputs import flatten_videos  # noqa: F401
+    from .video_processing_llava_next_ar import LlavaNextARVideoProcessor  # noqa: F401
+
+_MODEL = "modeling_llava_next_ar.LlavaNextARForConditionalGeneration"
+AUTO_MAP = {
+    "AutoConfig": "configuration_llava_next_ar.LlavaNextARConfig",
+    "AutoModel": _MODEL,
+    "AutoModelForImageTextToText": _MODEL,
+    "AutoModelForMultimodalLM": _MODEL,
+    "AutoProcessor": "processing_llava_next_ar.LlavaNextARProcessor",
+    "AutoVideoProcessor": "video_processing_llava_next_ar.LlavaNextARVideoProcessor",
+}

@@ -1,0 +1,635 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""LLaVA-OneVision with LLaVA-NeXT's video token layouts and a head that predicts the next frame.
+
+Images, any-resolution tiles, caching, generation and the attention back ends are those of transformers' LlavaOnevision;
+here is only what is new: videos of different length in one batch, every layout of `FrameTokenLayout`, the reconstruction
+head and its loss, and a loss over the supervised positions alone.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, LlavaOnevisionForConditionalGeneration, LlavaOnevisionModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llava_onevision.modeling_llava_onevision import (
+    LlavaOnevisionCausalLMOutputWithPast,
+    LlavaOnevisionModelOutputWithPast,
+)
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import select_hidden_states
+
+from .autoregressive_reconstruction import (
+    AutoregressiveReconstructionModule,
+    Reconstruction,
+    ZeroInitializedLinear,
+    select_vision_features,
+    summarize_frame_metrics,
+)
+from .configuration_llava_next_ar import LlavaNextARConfig
+from .frame_token_layout import FrameTokenLayout, VideoTokens, split_video_positions
+
+# Released OneVision checkpoints carry legacy key names. transformers renames them by class name only, so without this a
+# OneVision checkpoint would load with a random lm_head.
+for _name, _origin in (
+    ("LlavaNextARForConditionalGeneration", "llava_onevision"),
+    ("LlavaNextARModel", "LlavaOnevisionModel"),
+):
+    register_checkpoint_conversion_mapping(_name, get_checkpoint_conversion_mapping(_origin), overwrite=True)
+
+
+@dataclass
+class VideoFeatures(BaseModelOutputWithPooling):
+    """What the model knows of the videos of a batch before the language model.
+
+    Args:
+        pooler_output (`list` of `torch.FloatTensor` of shape `(num_tokens, hidden_size)`): for each video its features in
+            sequence order, newline and faster tokens included.
+        vision_features (`torch.FloatTensor` of shape `(num_frames, num_patches, vision_dim)`): what the projector read,
+            unpooled, all real frames of all videos.
+        video_tokens (`tuple` of `VideoTokens`): the token map of each video.
+    """
+
+    vision_features: torch.FloatTensor | None = None
+    video_tokens: tuple[VideoTokens, ...] | None = None
+
+
+@dataclass
+class LlavaNextAROutput(LlavaOnevisionCausalLMOutputWithPast):
+    """Output of `LlavaNextARForConditionalGeneration`.
+
+    Args:
+        loss (`torch.FloatTensor`, *optional*): `main_loss + loss_weight * autoregressive_loss`.
+        main_loss (`torch.FloatTensor`, *optional*): language modeling loss; zero where no label is set.
+        autoregressive_loss (`torch.FloatTensor`, *optional*): unweighted reconstruction loss; None where no video has two
+            frames or the head is off.
+        reconstruction (`Reconstruction`, *optional*): under `return_reconstruction=True`, the predictions, targets and copy
+            baseline.
+    """
+
+    main_loss: torch.FloatTensor | None = None
+    autoregressive_loss: torch.FloatTensor | None = None
+    reconstruction: Reconstruction | None = None
+
+
+@dataclass
+class NextFramePrediction:
+    """Next-frame predictions for one video. Entry i is about frame `frame_index[i]`, predicted from the frames before it.
+
+    Attributes:
+        frame_index: `[M]` int64.
+        predictions, targets, copies: for each predicted frame `[P, Dv]` float32: predicted, true, and the frame before.
+        grids: `(h, w)` of each predicted frame.
+        frame_metrics: name -> `[M]` float32: `mse`, `copy_mse`, `cosine`, `temporal_consistency`.
+        metrics: their means over frames, and `skill = 1 - mse / copy_mse` (horizon 1).
+    """
+
+    frame_index: torch.Tensor
+    predictions: list[torch.Tensor]
+    targets: list[torch.Tensor]
+    copies: list[torch.Tensor]
+    grids: list[tuple[int, int]]
+    frame_metrics: dict[str, torch.Tensor]
+    metrics: dict[str, float]
+
+
+class LlavaNextARModel(LlavaOnevisionModel):
+    """Vision tower, projector and language model, without the heads."""
+
+    config: LlavaNextARConfig
+    config_class = LlavaNextARConfig
+    # All other flags are OneVision's, and tests/test_generation.py shows each of them on videos. These two do not hold: a
+    # forward with pixels has graph breaks (one that decodes has none), and a part of the sequence has not all of a video.
+    _can_compile_fullgraph = False
+    _supports_context_parallel = False
+
+    def __init__(self, config: LlavaNextARConfig):
+        super().__init__(config)
+        self.token_layout = config.frame_token_layout
+        self.image_layout = config.image_token_layout
+        self.faster_token = None
+        if self.token_layout.is_slow_fast:
+            self.faster_token = nn.Parameter(torch.randn_like(self.image_newline) * _embedding_std(config))
+        self.post_init()
+
+    def train(self, mode: bool = True) -> "LlavaNextARModel":
+        """As in torch, and freezes what the vision features never pass through.
+
+        Were those parts trainable, distributed training would wait for gradients that never come. Here, because
+        `from_pretrained` makes every parameter trainable and then calls `eval()`, which is `train(False)`.
+        """
+        super().train(mode)
+        for name in ("post_layernorm", "head"):
+            unused = getattr(self.vision_tower, name, None)
+            if isinstance(unused, nn.Module):
+                unused.requires_grad_(False)
+        return self
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        _init_own_weights(module)
+
+    def pack_image_features(
+        self,
+        image_features: Sequence[torch.Tensor],
+        image_sizes: torch.Tensor | Sequence[Sequence[int]],
+        image_newline: torch.Tensor | None = None,
+        vision_aspect_ratio: str = "anyres_max_9",
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """As in `LlavaOnevisionModel`: projected views `[C, P, D]` of each image to its tokens `[L, D]`, and all L."""
+        layout = replace(self.image_layout, aspect_ratio=vision_aspect_ratio)
+        packed = [
+            layout.assemble(features, [int(side) for side in size], image_newline)
+            for features, size in zip(image_features, image_sizes, strict=True)
+        ]
+        return packed, torch.tensor([len(tokens) for tokens in packed], device=image_features[0].device)
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    @select_hidden_states("vision_feature_layer")
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_frame_mask: torch.Tensor | None = None,
+        video_frame_types: torch.Tensor | None = None,
+        video_timestamps: torch.Tensor | None = None,
+        video_layout: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ) -> VideoFeatures:
+        """Encodes, projects, pools and lays out videos.
+
+        Args:
+            pixel_values_videos: `[N, T, 3, H, W]`, shorter videos padded at the end.
+            video_frame_mask: `[N, T]` bool, True at real frames; all are real if None. Padding costs no tower time.
+            video_frame_types: `[N, T]` slow (0) or fast (1), where the video processor chose them.
+            video_timestamps: not used here; named so that `generate` does not pass it on to every step.
+            video_layout: `[N, 7]`, the layout that the processor wrote placeholders for.
+
+        Raises:
+            ValueError: if the processor's layout is another (naming the key), a video has no real frame, or its padding is
+                not at the end.
+        """
+        num_videos, num_frames = pixel_values_videos.shape[:2]
+        if video_layout is not None:
+            for row in video_layout.unique(dim=0).cpu():
+                self.token_layout.check_same(FrameTokenLayout.from_tensor(row))
+        if video_frame_mask is None:
+            lengths = [num_frames] * num_videos
+            frames = pixel_values_videos.flatten(0, 1)
+        else:
+            lengths = video_frame_mask.sum(1).tolist()
+            frames = pixel_values_videos[video_frame_mask.bool()]
+            if (video_frame_mask[:, 1:].bool() & ~video_frame_mask[:, :-1].bool()).any():
+                raise ValueError(
+                    "video_frame_mask must be True for the first frames of a video and False for the rest"
+                )
+        if 0 in lengths:
+            raise ValueError(f"video {lengths.index(0)} of the batch has no real frame in video_frame_mask")
+
+        outputs = self.vision_tower(frames, return_dict=True, **kwargs)
+        vision_features = select_vision_features(
+            outputs.hidden_states, vision_feature_layer, vision_feature_select_strategy
+        )
+        projected = self.multi_modal_projector(vision_features)
+        assembled, video_tokens = [], []
+        for video, features in enumerate(projected.split(lengths)):
+            types = None if video_frame_types is None else video_frame_types[video, : lengths[video]].tolist()
+            assembled.append(self.token_layout.assemble(features, self.image_newline, self.faster_token, types))
+            video_tokens.append(self.token_layout.video(lengths[video], types))
+        return VideoFeatures(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=assembled,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            vision_features=vision_features,
+            video_tokens=tuple(video_tokens),
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_sizes_videos: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        vision_aspect_ratio: str | None = None,
+        batch_num_images: torch.LongTensor | None = None,
+        video_frame_mask: torch.Tensor | None = None,
+        video_frame_types: torch.Tensor | None = None,
+        video_timestamps: torch.Tensor | None = None,
+        video_layout: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> LlavaOnevisionModelOutputWithPast:
+        """As `LlavaOnevisionModel.forward`, with the video inputs of `get_video_features`."""
+        encoded = dict(mm_encoder_outputs or {})
+        for name, pixels in (("image", pixel_values), ("video", pixel_values_videos)):
+            if pixels is not None and encoded.get(name) is not None:
+                raise ValueError(f"both pixels and encoded features of the {name}s were given")
+        if pixel_values is not None:
+            encoded["image"] = self.get_image_features(
+                pixel_values,
+                image_sizes,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                vision_aspect_ratio=vision_aspect_ratio,
+                batch_num_images=batch_num_images,
+                return_dict=True,
+            )
+        if pixel_values_videos is not None:
+            encoded["video"] = self.get_video_features(
+                pixel_values_videos,
+                video_frame_mask=video_frame_mask,
+                video_frame_types=video_frame_types,
+                video_layout=video_layout,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                return_dict=True,
+            )
+        if encoded.get("video") is not None:
+            # OneVision's forward wants one tensor; videos of different length only concatenate.
+            encoded["video"] = BaseModelOutputWithPooling(
+                pooler_output=torch.cat(list(encoded["video"].pooler_output))[None]
+            )
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            mm_encoder_outputs=encoded,
+            **kwargs,
+        )
+
+
+class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration, GenerationMixin):
+    """LLaVA-OneVision for chat over images and videos, with next-frame prediction as a second objective.
+
+    Loads LLaVA-OneVision checkpoints: only the head is new. With the default configuration, logits equal those of
+    `LlavaOnevisionForConditionalGeneration` on the same weights, head on or off.
+    """
+
+    config: LlavaNextARConfig
+    config_class = LlavaNextARConfig
+    _auto_class = "AutoModelForImageTextToText"
+    _can_compile_fullgraph = False  # as in `LlavaNextARModel`
+    _supports_context_parallel = False
+
+    def __init__(self, config: LlavaNextARConfig):
+        super(LlavaOnevisionForConditionalGeneration, self).__init__(config)
+        self.model = LlavaNextARModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.autoregressive_module = None
+        if config.enable_autoregressive:
+            self.autoregressive_module = AutoregressiveReconstructionModule(
+                config.autoregressive_config,
+                hidden_size=config.text_config.hidden_size,
+                vision_dim=config.vision_feature_dim,
+                token_layout=config.frame_token_layout,
+                vision_feature_layer=config.vision_feature_layer,
+                vision_feature_select_strategy=config.vision_feature_select_strategy,
+                vision_tower=self.model.vision_tower,
+            )
+            if config.autoregressive_config.separate_teacher:
+                teacher = type(self.model.vision_tower)._from_config(config.vision_config)
+                self.autoregressive_module.teacher = teacher.requires_grad_(False).eval()
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        _init_own_weights(module)
+
+    def train(self, mode: bool = True) -> "LlavaNextARForConditionalGeneration":
+        """As in torch; when the vision tower trains, the head's teacher is made from it first (see there)."""
+        super().train(mode)
+        if mode and self.autoregressive_module is not None:
+            self.autoregressive_module.prepare_teacher(self.model.vision_tower)
+        return self
+
+    def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs) -> VideoFeatures:
+        """See `LlavaNextARModel.get_video_features`."""
+        return self.model.get_video_features(pixel_values_videos, **kwargs)
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_sizes_videos: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        vision_aspect_ratio: str | None = None,
+        batch_num_images: torch.LongTensor | None = None,
+        video_frame_mask: torch.Tensor | None = None,
+        video_frame_types: torch.Tensor | None = None,
+        video_timestamps: torch.Tensor | None = None,
+        video_layout: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        skip_logits: bool = False,
+        skip_reconstruction: bool = False,
+        return_reconstruction: bool = False,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        num_videos_in_batch: int | torch.Tensor | None = None,
+        **kwargs,
+    ) -> LlavaNextAROutput:
+        r"""Runs the model; with `labels`, computes both losses.
+
+        Args:
+            pixel_values_videos, video_frame_mask, video_frame_types, video_timestamps, video_layout: the videos, as
+                `LlavaNextARVideoProcessor` and `LlavaNextARProcessor` give them (see `get_video_features`);
+                `video_timestamps` `[N, T]` in seconds, one second apart if None.
+            labels: `[B, S]`, -100 where there is no target.
+            skip_logits: with labels, project to the vocabulary only where there is a label; `logits` is then None.
+            skip_reconstruction: do not run the head; `loss` is then `main_loss` alone.
+            return_reconstruction: run the head without labels too and return what it predicts.
+            num_items_in_batch: labels in the whole optimizer step (all micro-batches, all ranks), as `Trainer` passes it;
+                `main_loss` is then a sum divided by it.
+            num_videos_in_batch: videos with two frames or more in the whole optimizer step, as `AutoregressiveTrainer`
+                passes it; `autoregressive_loss` is then a sum over videos divided by it. With `num_items_in_batch` alone (a
+                plain `Trainer`), each sample's reconstruction counts by its share of the labels, the one weighting that
+                is invariant to how the step is split.
+            kwargs: `shift_labels` `[B, S]`, labels that are aligned with the logits already, takes the place of `labels` in
+                the loss.
+
+        Raises:
+            ValueError: if placeholders and video tokens differ in number, processor and model in layout, or both pixels and
+                encoded features of the videos are given.
+        """
+        # No argument of its own: Trainer evaluates no loss unless it is given every argument whose name holds "label".
+        shift_labels = kwargs.pop("shift_labels", None)
+        encoded = dict(mm_encoder_outputs or {})
+        if pixel_values_videos is not None and encoded.get("video") is not None:
+            raise ValueError("both pixels and encoded features of the videos were given")
+        if pixel_values_videos is not None:
+            encoded["video"] = self.model.get_video_features(
+                pixel_values_videos,
+                video_frame_mask=video_frame_mask,
+                video_frame_types=video_frame_types,
+                video_layout=video_layout,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                return_dict=True,
+            )
+            if input_ids is not None:  # an early, speaking error for the likeliest mistake
+                num_tokens = [len(tokens) for tokens in encoded["video"].video_tokens]
+                split_video_positions(input_ids == self.config.video_token_id, num_tokens)
+        zero = None
+        if self.training and labels is not None:
+            zero = self._touch_vision(run_tower=not encoded and pixel_values is None)
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            vision_aspect_ratio=vision_aspect_ratio,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            batch_num_images=batch_num_images,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            mm_encoder_outputs=encoded,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+
+        logits = main_loss = None
+        if labels is None or not skip_logits:
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        if labels is not None:
+            main_loss = self._main_loss(hidden_states, logits, labels, num_items_in_batch, shift_labels)
+
+        reconstruction = autoregressive_loss = None
+        wants_reconstruction = (labels is not None or return_reconstruction) and not skip_reconstruction
+        if wants_reconstruction and self.autoregressive_module is not None and pixel_values_videos is not None:
+            reconstruction, sample_of_video = self._reconstruct(
+                input_ids,
+                inputs_embeds,
+                hidden_states,
+                encoded["video"],
+                pixel_values_videos,
+                video_frame_mask,
+                video_timestamps,
+                video_frame_types,
+            )
+        if reconstruction is not None:
+            autoregressive_loss = _reduce_video_losses(
+                reconstruction, sample_of_video, labels, num_items_in_batch, num_videos_in_batch
+            )
+
+        loss = main_loss
+        if main_loss is not None and autoregressive_loss is not None:
+            loss = main_loss + self.config.autoregressive_config.loss_weight * autoregressive_loss
+        if zero is not None:
+            head = self.autoregressive_module
+            if autoregressive_loss is None and head is not None and any(p.requires_grad for p in head.parameters()):
+                zero = zero + head.zero_touch()
+            loss = loss + zero
+
+        return LlavaNextAROutput(
+            loss=loss,
+            main_loss=main_loss,
+            autoregressive_loss=autoregressive_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            video_hidden_states=outputs.video_hidden_states,
+            reconstruction=reconstruction if return_reconstruction else None,
+        )
+
+    def _touch_vision(self, run_tower: bool) -> torch.Tensor:
+        """A zero that came through the vision parts that a batch may leave out.
+
+        The ranks of distributed training need not hold the same kinds of samples, but wait for each other's gradients
+        and, where modules are sharded, for each other's modules in the same order: so this runs before the language model.
+        """
+        tokens = (self.model.image_newline, self.model.faster_token)  # no layout uses both of them always
+        zero = sum((token * 0).sum() for token in tokens if token is not None)
+        if run_tower:
+            vision = self.config.vision_config
+            pixels = zero.new_zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size)
+            (features,) = self.model.get_video_features(pixels, return_dict=True).pooler_output
+            zero = zero + features.sum() * 0
+        return zero
+
+    def _main_loss(
+        self,
+        hidden_states: torch.Tensor,
+        logits: torch.Tensor | None,
+        labels: torch.Tensor,
+        num_items_in_batch: int | torch.Tensor | None,
+        shift_labels: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Next-token cross-entropy, over the supervised positions only if no logits were made."""
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
+        supervised = targets != -100
+        if logits is not None:
+            if not supervised.any():
+                return logits.sum() * 0.0
+            return self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
+            )
+        supervised_logits = self.lm_head(hidden_states[supervised])
+        targets = targets[supervised].to(supervised_logits.device)
+        loss = nn.functional.cross_entropy(supervised_logits.float(), targets, reduction="sum")
+        if not len(targets):
+            return loss  # zero, also where the whole step has no target
+        count = num_items_in_batch if num_items_in_batch is not None else len(targets)
+        return loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
+
+    def _reconstruct(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        hidden_states: torch.Tensor,
+        video: VideoFeatures,
+        pixel_values_videos: torch.Tensor,
+        video_frame_mask: torch.Tensor | None,
+        video_timestamps: torch.Tensor | None,
+        video_frame_types: torch.Tensor | None,
+    ) -> tuple[Reconstruction | None, torch.Tensor]:
+        """The head on the videos of the batch, and `[N]` the sample that each video belongs to."""
+        embeds = None if input_ids is not None else inputs_embeds
+        _, video_token_mask = self.model.get_placeholder_mask(input_ids, hidden_states if embeds is None else embeds)
+        positions = split_video_positions(video_token_mask[..., 0], [len(tokens) for tokens in video.video_tokens])
+        patches = torch.cat(
+            [
+                where[tokens.patch_offsets.to(where.device)]
+                for where, tokens in zip(positions, video.video_tokens, strict=True)
+            ]
+        )
+        if video_frame_mask is None:
+            frames = pixel_values_videos.flatten(0, 1)
+        else:
+            frames = pixel_values_videos[video_frame_mask.bool()]
+        module = self.autoregressive_module
+        teacher_features = module.teacher_features(self.model.vision_tower, frames, video.vision_features)
+        lengths = [len(tokens.frame_types) for tokens in video.video_tokens]
+        timestamps = frame_types = None
+        if video_timestamps is not None:
+            rows = video_timestamps.to(hidden_states.device)
+            timestamps = [row[:length] for row, length in zip(rows, lengths, strict=True)]
+        if video_frame_types is not None:
+            frame_types = [row[:length] for row, length in zip(video_frame_types.tolist(), lengths, strict=True)]
+        reconstruction = module(
+            hidden_states.flatten(0, 1)[patches],
+            video.video_tokens,
+            teacher_features.to(hidden_states.device),
+            timestamps,
+            frame_types,
+        )
+        sample_of_video = torch.stack([where[0] for where in positions]) // hidden_states.shape[1]
+        return reconstruction, sample_of_video
+
+    @torch.no_grad()
+    def predict_next_frames(self, **inputs) -> list[NextFramePrediction]:
+        """Predicts every frame of every video from the frames before it, and measures the predictions.
+
+        Args:
+            inputs: what the processor returned for prompts with videos.
+
+        Returns:
+            One `NextFramePrediction` for each video with two frames or more, in the order of the batch.
+
+        Raises:
+            ValueError: if the head is off or there is no video with two frames.
+        """
+        if self.autoregressive_module is None:
+            raise ValueError("this model was built with enable_autoregressive=False and has no head to predict with")
+        inputs.pop("labels", None)
+        # The logits of one position are the least that can be asked for.
+        outputs = self(**inputs, return_reconstruction=True, logits_to_keep=1, use_cache=False)
+        reconstruction = outputs.reconstruction
+        if reconstruction is None:
+            raise ValueError("predict_next_frames needs at least one video with two frames or more")
+        frame_metrics = reconstruction.frame_metrics()
+        predictions = []
+        for video in reconstruction.video_index.tolist():
+            members = (reconstruction.frame_video == video).nonzero().squeeze(1)
+            own_metrics = {name: values[members] for name, values in frame_metrics.items()}
+            sizes = reconstruction.patch_mask[members].sum(1).tolist()
+            predictions.append(
+                NextFramePrediction(
+                    frame_index=reconstruction.frame_index[members],
+                    grids=[reconstruction.grids[m] for m in members.tolist()],
+                    frame_metrics=own_metrics,
+                    metrics=summarize_frame_metrics(own_metrics),
+                    **{
+                        name: [values[m, :size] for m, size in zip(members.tolist(), sizes, strict=True)]
+                        for name, values in (
+                            ("predictions", reconstruction.predictions),
+                            ("targets", reconstruction.targets),
+                            ("copies", reconstruction.copies),
+                        )
+                    },
+                )
+            )
+        return predictions
+
+
+def _embedding_std(config: LlavaNextARConfig) -> float:
+    return 1 / math.sqrt(config.text_config.hidden_size)
+
+
+def _init_own_weights(module: nn.Module) -> None:
+    if isinstance(module, ZeroInitializedLinear):
+        module.reset_parameters()
+    elif isinstance(module, LlavaNextARModel) and getattr(module, "faster_token", None) is not None:
+        init.normal_(module.faster_token, mean=0.0, std=_embedding_std(module.config))
+
+
+def _reduce_video_losses(
+    reconstruction: Reconstruction,
+    sample_of_video: torch.Tensor,
+    labels: torch.Tensor | None,
+    num_items_in_batch: int | torch.Tensor | None,
+    num_videos_in_batch: int | torch.Tensor | None,
+) -> torch.Tensor:
+    """The unweighted loss of a micro-batch; see `forward` for the three ways of counting."""
+    losses = reconstruction.loss_per_video
+    if num_videos_in_batch is not None:
+        count = num_videos_in_batch
+        return losses.sum() / (count.to(losses.device) if isinstance(count, torch.Tensor) else count)
+    if num_items_in_batch is None or labels is None:
+        return losses.mean()
+    samples = sample_of_video[reconstruction.video_index]
+    videos_in_sample = torch.bincount(samples, minlength=len(labels))
+    items_in_sample = (labels[:, 1:] != -100).sum(1).to(samples.device)
+    # In a step without any label no sample has a share: zero, not 0 / 0.
+    return (losses * items_in_sample[samples] / videos_in_sample[samples]).sum() / max(num_items_in_batch, 1)
