@@ -54,10 +54,16 @@ class VideoFeatures(BaseModelOutputWithPooling):
         vision_features (`torch.FloatTensor` of shape `(num_frames, num_patches, vision_dim)`): what the projector read,
             unpooled, all real frames of all videos.
         video_tokens (`tuple` of `VideoTokens`): the token map of each video.
+        pixel_values (`torch.FloatTensor` of shape `(num_frames, 3, height, width)`): the real frames of all videos.
+        timestamps (`tuple` of `torch.FloatTensor`, *optional*): for each video the seconds of its frames.
+        frame_types (`tuple` of `list[int]`, *optional*): for each video what the video processor chose its frames as.
     """
 
     vision_features: torch.FloatTensor | None = None
     video_tokens: tuple[VideoTokens, ...] | None = None
+    pixel_values: torch.FloatTensor | None = None
+    timestamps: tuple[torch.FloatTensor, ...] | None = None
+    frame_types: tuple[list[int], ...] | None = None
 
 
 @dataclass
@@ -125,10 +131,15 @@ class LlavaNextARModel(LlavaOnevisionModel):
         `from_pretrained` makes every parameter trainable and then calls `eval()`, which is `train(False)`.
         """
         super().train(mode)
-        for name in ("post_layernorm", "head"):
-            unused = getattr(self.vision_tower, name, None)
-            if isinstance(unused, nn.Module):
-                unused.requires_grad_(False)
+        unused = [getattr(self.vision_tower, name, None) for name in ("post_layernorm", "head")]
+        layers = getattr(getattr(self.vision_tower, "encoder", None), "layers", ())
+        last = self.config.vision_feature_layer
+        last = max(
+            index % (len(layers) + 1) for index in ([last] if isinstance(last, int) else last)
+        )  # hidden state 0 is the input of the first layer
+        for module in (*unused, *layers[last:]):
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False)
         return self
 
     @torch.no_grad()
@@ -171,7 +182,7 @@ class LlavaNextARModel(LlavaOnevisionModel):
             pixel_values_videos: `[N, T, 3, H, W]`, shorter videos padded at the end.
             video_frame_mask: `[N, T]` bool, True at real frames; all are real if None. Padding costs no tower time.
             video_frame_types: `[N, T]` slow (0) or fast (1), where the video processor chose them.
-            video_timestamps: not used here; named so that `generate` does not pass it on to every step.
+            video_timestamps: `[N, T]` seconds; kept for the head.
             video_layout: `[N, 7]`, the layout that the processor wrote placeholders for.
 
         Raises:
@@ -195,6 +206,14 @@ class LlavaNextARModel(LlavaOnevisionModel):
         if 0 in lengths:
             raise ValueError(f"video {lengths.index(0)} of the batch has no real frame in video_frame_mask")
 
+        def of_each_video(values: torch.Tensor | None) -> tuple[torch.Tensor, ...] | None:
+            if values is None:
+                return None
+            return tuple(row[:length] for row, length in zip(values, lengths, strict=True))
+
+        timestamps, frame_types = of_each_video(video_timestamps), of_each_video(video_frame_types)
+        frame_types = None if frame_types is None else tuple(types.tolist() for types in frame_types)
+
         outputs = self.vision_tower(frames, return_dict=True, **kwargs)
         vision_features = select_vision_features(
             outputs.hidden_states, vision_feature_layer, vision_feature_select_strategy
@@ -202,7 +221,7 @@ class LlavaNextARModel(LlavaOnevisionModel):
         projected = self.multi_modal_projector(vision_features)
         assembled, video_tokens = [], []
         for video, features in enumerate(projected.split(lengths)):
-            types = None if video_frame_types is None else video_frame_types[video, : lengths[video]].tolist()
+            types = None if frame_types is None else frame_types[video]
             assembled.append(self.token_layout.assemble(features, self.image_newline, self.faster_token, types))
             video_tokens.append(self.token_layout.video(lengths[video], types))
         return VideoFeatures(
@@ -212,6 +231,9 @@ class LlavaNextARModel(LlavaOnevisionModel):
             attentions=outputs.attentions,
             vision_features=vision_features,
             video_tokens=tuple(video_tokens),
+            pixel_values=frames,
+            timestamps=timestamps,
+            frame_types=frame_types,
         )
 
     @can_return_tuple
@@ -258,6 +280,7 @@ class LlavaNextARModel(LlavaOnevisionModel):
                 pixel_values_videos,
                 video_frame_mask=video_frame_mask,
                 video_frame_types=video_frame_types,
+                video_timestamps=video_timestamps,
                 video_layout=video_layout,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
@@ -317,6 +340,23 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
     def _init_weights(self, module):
         super()._init_weights(module)
         _init_own_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers.
+
+        Raises:
+            ValueError: if the configuration promises a separate teacher that the checkpoint does not hold: it would be a
+                random one.
+        """
+        model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = [key for key in loading_info["missing_keys"] if key.startswith("autoregressive_module.teacher.")]
+        if missing:
+            raise ValueError(
+                f"autoregressive_config.separate_teacher=True, but the checkpoint holds no teacher ({missing[0]} and "
+                f"{len(missing) - 1} more are missing): load with autoregressive_config={{'separate_teacher': False}}"
+            )
+        return (model, loading_info) if output_loading_info else model
 
     def train(self, mode: bool = True) -> "LlavaNextARForConditionalGeneration":
         """As in torch; when the vision tower trains, the head's teacher is made from it first (see there)."""
@@ -394,6 +434,7 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
                 pixel_values_videos,
                 video_frame_mask=video_frame_mask,
                 video_frame_types=video_frame_types,
+                video_timestamps=video_timestamps,
                 video_layout=video_layout,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
@@ -432,15 +473,12 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
         reconstruction = autoregressive_loss = None
         wants_reconstruction = (labels is not None or return_reconstruction) and not skip_reconstruction
         if wants_reconstruction and self.autoregressive_module is not None and pixel_values_videos is not None:
+            # Without ids, the placeholders are the positions that were given as their embedding.
+            _, video_token_mask = self.model.get_placeholder_mask(
+                input_ids, hidden_states if input_ids is not None else inputs_embeds
+            )
             reconstruction, sample_of_video = self._reconstruct(
-                input_ids,
-                inputs_embeds,
-                hidden_states,
-                encoded["video"],
-                pixel_values_videos,
-                video_frame_mask,
-                video_timestamps,
-                video_frame_types,
+                hidden_states, video_token_mask[..., 0], encoded["video"]
             )
         if reconstruction is not None:
             autoregressive_loss = _reduce_video_losses(
@@ -514,45 +552,25 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
         return loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
 
     def _reconstruct(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        hidden_states: torch.Tensor,
-        video: VideoFeatures,
-        pixel_values_videos: torch.Tensor,
-        video_frame_mask: torch.Tensor | None,
-        video_timestamps: torch.Tensor | None,
-        video_frame_types: torch.Tensor | None,
+        self, hidden_states: torch.Tensor, video_token_mask: torch.Tensor, video: VideoFeatures
     ) -> tuple[Reconstruction | None, torch.Tensor]:
         """The head on the videos of the batch, and `[N]` the sample that each video belongs to."""
-        embeds = None if input_ids is not None else inputs_embeds
-        _, video_token_mask = self.model.get_placeholder_mask(input_ids, hidden_states if embeds is None else embeds)
-        positions = split_video_positions(video_token_mask[..., 0], [len(tokens) for tokens in video.video_tokens])
+        device = hidden_states.device
+        positions = split_video_positions(video_token_mask, [len(tokens) for tokens in video.video_tokens])
         patches = torch.cat(
             [
                 where[tokens.patch_offsets.to(where.device)]
                 for where, tokens in zip(positions, video.video_tokens, strict=True)
             ]
         )
-        if video_frame_mask is None:
-            frames = pixel_values_videos.flatten(0, 1)
-        else:
-            frames = pixel_values_videos[video_frame_mask.bool()]
-        module = self.autoregressive_module
-        teacher_features = module.teacher_features(self.model.vision_tower, frames, video.vision_features)
-        lengths = [len(tokens.frame_types) for tokens in video.video_tokens]
-        timestamps = frame_types = None
-        if video_timestamps is not None:
-            rows = video_timestamps.to(hidden_states.device)
-            timestamps = [row[:length] for row, length in zip(rows, lengths, strict=True)]
-        if video_frame_types is not None:
-            frame_types = [row[:length] for row, length in zip(video_frame_types.tolist(), lengths, strict=True)]
-        reconstruction = module(
+        head = self.autoregressive_module
+        teacher_features = head.teacher_features(self.model.vision_tower, video.pixel_values, video.vision_features)
+        reconstruction = head(
             hidden_states.flatten(0, 1)[patches],
             video.video_tokens,
-            teacher_features.to(hidden_states.device),
-            timestamps,
-            frame_types,
+            teacher_features.to(device),
+            None if video.timestamps is None else [times.to(device) for times in video.timestamps],
+            video.frame_types,
         )
         sample_of_video = torch.stack([where[0] for where in positions]) // hidden_states.shape[1]
         return reconstruction, sample_of_video
@@ -631,5 +649,6 @@ def _reduce_video_losses(
     samples = sample_of_video[reconstruction.video_index]
     videos_in_sample = torch.bincount(samples, minlength=len(labels))
     items_in_sample = (labels[:, 1:] != -100).sum(1).to(samples.device)
+    shares = items_in_sample[samples] / videos_in_sample[samples]
     # In a step without any label no sample has a share: zero, not 0 / 0.
-    return (losses * items_in_sample[samples] / videos_in_sample[samples]).sum() / max(num_items_in_batch, 1)
+    return (losses * shares).sum() / max(int(num_items_in_batch), 1)

@@ -1056,3 +1056,24 @@ def test_without_a_head_only_the_main_loss_is_left():
     assert torch.equal(output.loss, output.main_loss)
     assert output.autoregressive_loss is None and output.reconstruction is None
     assert not [name for name in model.state_dict() if "autoregressive" in name]
+
+
+def test_a_promised_teacher_that_the_checkpoint_lacks_is_refused(tmp_path):
+    """It would be a random one, told only in the load report: a config of one run beside the base weights of another."""
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds no teacher.*separate_teacher.: False"):
+        LlavaNextARForConditionalGeneration.from_pretrained(
+            tmp_path, autoregressive_config={"separate_teacher": True}
+        )
+
+
+def test_layers_behind_the_features_stay_frozen(tmp_path):
+    """No gradient ever reaches them, and distributed training would wait for it."""
+    model = tiny_model(freeze_tower=False, vision_feature_layer=-2)
+    model.save_pretrained(tmp_path)
+    reloaded = LlavaNextARForConditionalGeneration.from_pretrained(tmp_path).train()
+    inputs = video_batch(model.config, [[2]])
+    reloaded(**inputs).loss.backward()
+    assert [name for name, p in reloaded.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert not any(p.requires_grad for p in reloaded.model.vision_tower.encoder.layers[-1].parameters())
+    assert all(p.requires_grad for p in reloaded.model.vision_tower.encoder.layers[0].parameters())
