@@ -19,18 +19,17 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
 from .configuration_llava_next_ar import LlavaNextARAutoregressiveConfig
 from .frame_masks import FrameLevelMaskGenerator
+from .frame_predictor import FramePredictorBlock, ZeroInitializedLinear, resample_states, sinusoids
 from .frame_token_layout import FrameTokenLayout, FrameType, VideoTokens
+from .reconstruction_metrics import Reconstruction
 
 logger = logging.get_logger(__name__)
 
@@ -87,138 +86,6 @@ def _adapters_off(layers: list[nn.Module]) -> Iterator[None]:
     finally:
         for layer in enabled:
             layer.enable_adapters(True)
-
-
-def _sinusoids(values: torch.Tensor, wavelengths: torch.Tensor) -> torch.Tensor:
-    """`[...]` -> `[..., 2 * len(wavelengths)]`."""
-    angles = values[..., None] * (2 * math.pi / wavelengths)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-def _resample(states: torch.Tensor, grid: tuple[int, int], target: tuple[int, int]) -> torch.Tensor:
-    """`[h * w, E]` on one grid -> `[h' * w', E]` on another."""
-    if grid == target:
-        return states
-    states = states.T.unflatten(1, grid)[None]
-    return nn.functional.interpolate(states, size=list(target), mode="bilinear")[0].flatten(1).T
-
-
-class ZeroInitializedLinear(nn.Linear):
-    """A linear layer that starts at zero; the model's weight initialisation knows it by its class."""
-
-    def reset_parameters(self) -> None:
-        init.zeros_(self.weight)
-        init.zeros_(self.bias)
-
-
-class FrameAttention(nn.Module):
-    """Self-attention of patches over the visible frames. Linear in the number of frames for a fixed window."""
-
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
-
-    def forward(self, x: torch.Tensor, visible: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
-        """`x` `[F, P, E]`, `visible` `[F, K]` frame indices, `key_mask` `[F, 1, 1, K * P]` (True = may attend)."""
-        num_frames, num_patches, dim = x.shape
-        qkv = self.qkv(x).view(num_frames, num_patches, 3, self.num_heads, dim // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # [F, heads, P, E / heads] each
-        if visible.shape[1] > 1:
-            # [F, K, heads, P, d] -> [F, heads, K * P, d]
-            key, value = (states[visible].transpose(1, 2).flatten(2, 3) for states in (key, value))
-        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=key_mask)
-        return self.out(attended.transpose(1, 2).reshape(num_frames, num_patches, dim))
-
-
-class FramePredictorBlock(GradientCheckpointingLayer):
-    """Pre-norm transformer block."""
-
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(dim)
-        self.attention = FrameAttention(dim, num_heads)
-        self.mlp_norm = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x: torch.Tensor, visible: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), visible, key_mask)
-        return x + self.mlp(self.mlp_norm(x))
-
-
-@dataclass
-class Reconstruction(ModelOutput):
-    """Next-frame predictions for a batch of clips. Frames of different grids are padded to the largest.
-
-    Args:
-        loss_per_video (`torch.FloatTensor` of shape `(num_videos,)`): unweighted loss of each clip with two frames or
-            more: mean over patches, then over predicted frames.
-        video_index (`torch.LongTensor` of shape `(num_videos,)`): which clips of the batch these are.
-        predictions, targets, copies (`torch.FloatTensor` of shape `(M, P, Dv)`): predicted and true features of each
-            predicted frame, and the copy-last-frame baseline, all normalised as the targets are.
-        patch_mask (`torch.BoolTensor` of shape `(M, P)`): which patches exist.
-        frame_video, frame_index (`torch.LongTensor` of shape `(M,)`): the clip, and the frame in it, that is predicted.
-        candidates (`tuple` of `torch.FloatTensor`): for each predicted frame, all frames of its clip on its grid
-            `(T, P, Dv)`; views of few tensors.
-        grids (`tuple` of `(int, int)`): grid of each predicted frame.
-    """
-
-    loss_per_video: torch.FloatTensor | None = None
-    video_index: torch.LongTensor | None = None
-    predictions: torch.FloatTensor | None = None
-    targets: torch.FloatTensor | None = None
-    copies: torch.FloatTensor | None = None
-    patch_mask: torch.BoolTensor | None = None
-    frame_video: torch.LongTensor | None = None
-    frame_index: torch.LongTensor | None = None
-    candidates: tuple[torch.FloatTensor, ...] | None = None
-    grids: tuple[tuple[int, int], ...] | None = None
-
-    @torch.no_grad()
-    def frame_metrics(self) -> dict[str, torch.Tensor]:
-        """Metrics of each predicted frame, each `[M]` float32.
-
-        `mse`, `copy_mse`, `cosine` (mean over patches), `temporal_consistency` (1.0 where the true next frame is nearer to
-        the prediction than every other frame of the clip; equally near is not nearer).
-        """
-        mask = self.patch_mask
-        count = mask.sum(1)
-        mse, copy_mse = (
-            ((other.float() - self.targets.float()).square().mean(-1) * mask).sum(1) / count
-            for other in (self.predictions, self.copies)
-        )
-        cosine = nn.functional.cosine_similarity(self.predictions.float(), self.targets.float(), dim=-1)
-        consistency = torch.zeros_like(mse)
-        for m, frames in enumerate(self.candidates):
-            prediction = self.predictions[m, : frames.shape[1]].float()
-            distance = (frames.float() - prediction).square().flatten(1).sum(1)  # [T]
-            others = distance.index_fill(0, self.frame_index[m], math.inf)
-            consistency[m] = distance[self.frame_index[m]] < others.min()
-        return {
-            "mse": mse,
-            "copy_mse": copy_mse,
-            "cosine": (cosine * mask).sum(1) / count,
-            "temporal_consistency": consistency,
-        }
-
-    @torch.no_grad()
-    def patch_errors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Squared error of the prediction and of the copy baseline, mean over features: two `[M, P]`, 0 at padding."""
-        return tuple(
-            (other.float() - self.targets.float()).square().mean(-1) * self.patch_mask
-            for other in (self.predictions, self.copies)
-        )
-
-
-def summarize_frame_metrics(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Means over frames, and `skill = 1 - mse / copy_mse` of the means.
-
-    `skill` is NaN where nothing in the clips changes (`copy_mse` 0): there is no baseline to improve on.
-    """
-    means = {name: values.double().mean().item() for name, values in metrics.items()}
-    means["skill"] = 1 - means["mse"] / means["copy_mse"] if means["copy_mse"] > 0 else math.nan
-    return means
 
 
 class AutoregressiveReconstructionModule(nn.Module):
@@ -355,9 +222,9 @@ class AutoregressiveReconstructionModule(nn.Module):
             places.append(
                 torch.cat(
                     [
-                        _sinusoids(place, position_wavelengths).flatten(1),
-                        _sinusoids(times, time_wavelengths)[frame],
-                        _sinusoids(gaps, time_wavelengths)[frame],
+                        sinusoids(place, position_wavelengths).flatten(1),
+                        sinusoids(times, time_wavelengths)[frame],
+                        sinusoids(gaps, time_wavelengths)[frame],
                     ],
                     dim=1,
                 )
@@ -465,7 +332,7 @@ class AutoregressiveReconstructionModule(nn.Module):
             for frame in range(1, length):
                 on_grid = frames_on_grid[kinds[frame]]
                 grid = self.target_layout.frame_grid(kinds[frame])
-                predictions.append(_resample(clip_states[frame - 1], clip.frame_grids[frame - 1], grid))
+                predictions.append(resample_states(clip_states[frame - 1], clip.frame_grids[frame - 1], grid))
                 targets.append(on_grid[frame])
                 copies.append(on_grid[frame - 1])
                 candidates.append(on_grid)

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from .autoregressive_reconstruction import AutoregressiveReconstructionModule  # noqa: F401
     from .configuration_llava_next_ar import LlavaNextARConfig  # noqa: F401
     from .frame_masks import FrameLevelMaskGenerator  # noqa: F401
+    from .frame_predictor import FramePredictorBlock  # noqa: F401
     from .frame_sampling import FrameSampling  # noqa: F401
     from .frame_token_layout import FrameTokenLayout  # noqa: F401
     from .image_token_layout import ImageTokenLayout  # noqa: F401
     from .modeling_llava_next_ar import LlavaNextARForConditionalGeneration  # noqa: F401
     from .processing_llava_next_ar import LlavaNextARProcessor  # noqa: F401
+    from .reconstruction_metrics import Reconstruction  # noqa: F401
     from .training_data import LlavaVideoDataset  # noqa: F401
     from .training_llava_next_ar import AutoregressiveTrainer  # noqa: F401
     from .video_decoding import VideoReadError  # noqa: F401

@@ -25,15 +25,11 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
-from .autoregressive_reconstruction import (
-    AutoregressiveReconstructionModule,
-    Reconstruction,
-    ZeroInitializedLinear,
-    select_vision_features,
-    summarize_frame_metrics,
-)
+from .autoregressive_reconstruction import AutoregressiveReconstructionModule, select_vision_features
 from .configuration_llava_next_ar import LlavaNextARConfig
+from .frame_predictor import ZeroInitializedLinear
 from .frame_token_layout import FrameTokenLayout, VideoTokens, split_video_positions
+from .reconstruction_metrics import NextFramePrediction, Reconstruction
 
 # Released OneVision checkpoints carry legacy key names. transformers renames them by class name only, so without this a
 # OneVision checkpoint would load with a random lm_head.
@@ -82,27 +78,6 @@ class LlavaNextAROutput(LlavaOnevisionCausalLMOutputWithPast):
     main_loss: torch.FloatTensor | None = None
     autoregressive_loss: torch.FloatTensor | None = None
     reconstruction: Reconstruction | None = None
-
-
-@dataclass
-class NextFramePrediction:
-    """Next-frame predictions for one video. Entry i is about frame `frame_index[i]`, predicted from the frames before it.
-
-    Attributes:
-        frame_index: `[M]` int64.
-        predictions, targets, copies: for each predicted frame `[P, Dv]` float32: predicted, true, and the frame before.
-        grids: `(h, w)` of each predicted frame.
-        frame_metrics: name -> `[M]` float32: `mse`, `copy_mse`, `cosine`, `temporal_consistency`.
-        metrics: their means over frames, and `skill = 1 - mse / copy_mse` (horizon 1).
-    """
-
-    frame_index: torch.Tensor
-    predictions: list[torch.Tensor]
-    targets: list[torch.Tensor]
-    copies: list[torch.Tensor]
-    grids: list[tuple[int, int]]
-    frame_metrics: dict[str, torch.Tensor]
-    metrics: dict[str, float]
 
 
 class LlavaNextARModel(LlavaOnevisionModel):
@@ -358,6 +333,14 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
             )
         return (model, loading_info) if output_loading_info else model
 
+    def save_pretrained(self, save_directory, *, save_original_format: bool = False, **kwargs):
+        """As in transformers, but under the names that the model's own `state_dict` has.
+
+        transformers would write the legacy names of LLaVA-OneVision, which `Trainer` does not translate when it resumes:
+        it would go on with nearly all weights of the checkpoint left out, and one warning.
+        """
+        return super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+
     def train(self, mode: bool = True) -> "LlavaNextARForConditionalGeneration":
         """As in torch; when the vision tower trains, the head's teacher is made from it first (see there)."""
         super().train(mode)
@@ -596,29 +579,7 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
         reconstruction = outputs.reconstruction
         if reconstruction is None:
             raise ValueError("predict_next_frames needs at least one video with two frames or more")
-        frame_metrics = reconstruction.frame_metrics()
-        predictions = []
-        for video in reconstruction.video_index.tolist():
-            members = (reconstruction.frame_video == video).nonzero().squeeze(1)
-            own_metrics = {name: values[members] for name, values in frame_metrics.items()}
-            sizes = reconstruction.patch_mask[members].sum(1).tolist()
-            predictions.append(
-                NextFramePrediction(
-                    frame_index=reconstruction.frame_index[members],
-                    grids=[reconstruction.grids[m] for m in members.tolist()],
-                    frame_metrics=own_metrics,
-                    metrics=summarize_frame_metrics(own_metrics),
-                    **{
-                        name: [values[m, :size] for m, size in zip(members.tolist(), sizes, strict=True)]
-                        for name, values in (
-                            ("predictions", reconstruction.predictions),
-                            ("targets", reconstruction.targets),
-                            ("copies", reconstruction.copies),
-                        )
-                    },
-                )
-            )
-        return predictions
+        return reconstruction.per_video()
 
 
 def _embedding_std(config: LlavaNextARConfig) -> float:

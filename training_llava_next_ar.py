@@ -10,13 +10,14 @@ done here for the reconstruction loss, which is a sum over videos: the videos of
 divides by their number. Both are logged the same way, so that what is logged adds up to what is trained.
 """
 
+import copy
 import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from .training_data import BadSampleError, LlavaVideoCollator, LlavaVideoDataset
@@ -248,6 +249,36 @@ class AutoregressiveTrainer(Trainer):
             metrics.update(_skill(sums))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    # ---- resuming ---------------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As in Trainer, for models whose weights have other names in files than in memory.
+
+        Trainer matches the names in the file with those in memory, and warns about the rest. A LLaVA-OneVision model is
+        saved under older names, so that it would go on from its first weights with the last optimizer state.
+        """
+        model = self.model if model is None else model
+        if not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # In float32, which holds every 16-bit weight exactly: not all have the same precision.
+        loaded, report = type(model).from_pretrained(
+            resume_from_checkpoint,
+            config=copy.deepcopy(model.config),
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise ValueError(
+                f"cannot resume from {resume_from_checkpoint}: it lacks {len(missing)} weights, the first is {missing[0]}"
+            )
+        model.load_state_dict(loaded.state_dict())
+
+    def _load_best_model(self) -> None:
+        if not isinstance(self.model, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     # ---- optimizer --------------------------------------------------------------------------------------------------
 

@@ -10,12 +10,11 @@ from torch import nn
 
 from llava_next_ar.autoregressive_reconstruction import (
     AutoregressiveReconstructionModule,
-    Reconstruction,
     create_autoregressive_reconstruction_module,
-    summarize_frame_metrics,
 )
 from llava_next_ar.configuration_llava_next_ar import LlavaNextARAutoregressiveConfig
 from llava_next_ar.frame_masks import FrameLevelMaskGenerator as Masks
+from llava_next_ar.reconstruction_metrics import Reconstruction, summarize_frame_metrics
 
 HIDDEN, VISION = 32, 16
 # Targets pooled otherwise than the tokens.

@@ -1077,3 +1077,10 @@ def test_layers_behind_the_features_stay_frozen(tmp_path):
     assert [name for name, p in reloaded.named_parameters() if p.requires_grad and p.grad is None] == []
     assert not any(p.requires_grad for p in reloaded.model.vision_tower.encoder.layers[-1].parameters())
     assert all(p.requires_grad for p in reloaded.model.vision_tower.encoder.layers[0].parameters())
+
+
+def test_files_hold_the_names_of_the_state_dict(tmp_path):
+    """`Trainer` resumes with `load_state_dict`, which knows nothing of legacy names."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())

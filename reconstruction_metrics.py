@@ -1,0 +1,133 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""What the head predicted, and how good it is: always beside the baseline of copying the last frame.
+
+Shape letters: M predicted frames (all but the first of each clip), T frames of one clip, P patches, Dv features.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class NextFramePrediction:
+    """Next-frame predictions for one video. Entry i is about frame `frame_index[i]`, predicted from the frames before it.
+
+    Attributes:
+        frame_index: `[M]` int64.
+        predictions, targets, copies: for each predicted frame `[P, Dv]` float32: predicted, true, and the frame before.
+        grids: `(h, w)` of each predicted frame.
+        frame_metrics: name -> `[M]` float32: `mse`, `copy_mse`, `cosine`, `temporal_consistency`.
+        metrics: their means over frames, and `skill = 1 - mse / copy_mse` (horizon 1).
+    """
+
+    frame_index: torch.Tensor
+    predictions: list[torch.Tensor]
+    targets: list[torch.Tensor]
+    copies: list[torch.Tensor]
+    grids: list[tuple[int, int]]
+    frame_metrics: dict[str, torch.Tensor]
+    metrics: dict[str, float]
+
+
+@dataclass
+class Reconstruction(ModelOutput):
+    """Next-frame predictions for a batch of clips. Frames of different grids are padded to the largest.
+
+    Args:
+        loss_per_video (`torch.FloatTensor` of shape `(num_videos,)`): unweighted loss of each clip with two frames or
+            more: mean over patches, then over predicted frames.
+        video_index (`torch.LongTensor` of shape `(num_videos,)`): which clips of the batch these are.
+        predictions, targets, copies (`torch.FloatTensor` of shape `(M, P, Dv)`): predicted and true features of each
+            predicted frame, and the copy-last-frame baseline, all normalised as the targets are.
+        patch_mask (`torch.BoolTensor` of shape `(M, P)`): which patches exist.
+        frame_video, frame_index (`torch.LongTensor` of shape `(M,)`): the clip, and the frame in it, that is predicted.
+        candidates (`tuple` of `torch.FloatTensor`): for each predicted frame, all frames of its clip on its grid
+            `(T, P, Dv)`; views of few tensors.
+        grids (`tuple` of `(int, int)`): grid of each predicted frame.
+    """
+
+    loss_per_video: torch.FloatTensor | None = None
+    video_index: torch.LongTensor | None = None
+    predictions: torch.FloatTensor | None = None
+    targets: torch.FloatTensor | None = None
+    copies: torch.FloatTensor | None = None
+    patch_mask: torch.BoolTensor | None = None
+    frame_video: torch.LongTensor | None = None
+    frame_index: torch.LongTensor | None = None
+    candidates: tuple[torch.FloatTensor, ...] | None = None
+    grids: tuple[tuple[int, int], ...] | None = None
+
+    @torch.no_grad()
+    def frame_metrics(self) -> dict[str, torch.Tensor]:
+        """Metrics of each predicted frame, each `[M]` float32.
+
+        `mse`, `copy_mse`, `cosine` (mean over patches), `temporal_consistency` (1.0 where the true next frame is nearer to
+        the prediction than every other frame of the clip; equally near is not nearer).
+        """
+        mask = self.patch_mask
+        count = mask.sum(1)
+        mse, copy_mse = (
+            ((other.float() - self.targets.float()).square().mean(-1) * mask).sum(1) / count
+            for other in (self.predictions, self.copies)
+        )
+        cosine = nn.functional.cosine_similarity(self.predictions.float(), self.targets.float(), dim=-1)
+        consistency = torch.zeros_like(mse)
+        for m, frames in enumerate(self.candidates):
+            prediction = self.predictions[m, : frames.shape[1]].float()
+            distance = (frames.float() - prediction).square().flatten(1).sum(1)  # [T]
+            others = distance.index_fill(0, self.frame_index[m], math.inf)
+            consistency[m] = distance[self.frame_index[m]] < others.min()
+        return {
+            "mse": mse,
+            "copy_mse": copy_mse,
+            "cosine": (cosine * mask).sum(1) / count,
+            "temporal_consistency": consistency,
+        }
+
+    @torch.no_grad()
+    def patch_errors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared error of the prediction and of the copy baseline, mean over features: two `[M, P]`, 0 at padding."""
+        return tuple(
+            (other.float() - self.targets.float()).square().mean(-1) * self.patch_mask
+            for other in (self.predictions, self.copies)
+        )
+
+    @torch.no_grad()
+    def per_video(self) -> list[NextFramePrediction]:
+        """The same, video by video, without padding and with the metrics."""
+        frame_metrics = self.frame_metrics()
+        predictions = []
+        for video in self.video_index.tolist():
+            members = (self.frame_video == video).nonzero().squeeze(1)
+            own_metrics = {name: values[members] for name, values in frame_metrics.items()}
+            sizes = self.patch_mask[members].sum(1).tolist()
+            predictions.append(
+                NextFramePrediction(
+                    frame_index=self.frame_index[members],
+                    predictions=_unpadded(self.predictions[members], sizes),
+                    targets=_unpadded(self.targets[members], sizes),
+                    copies=_unpadded(self.copies[members], sizes),
+                    grids=[self.grids[m] for m in members.tolist()],
+                    frame_metrics=own_metrics,
+                    metrics=summarize_frame_metrics(own_metrics),
+                )
+            )
+        return predictions
+
+
+def summarize_frame_metrics(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Means over frames, and `skill = 1 - mse / copy_mse` of the means.
+
+    `skill` is NaN where nothing in the clips changes (`copy_mse` 0): there is no baseline to improve on.
+    """
+    means = {name: values.double().mean().item() for name, values in metrics.items()}
+    means["skill"] = 1 - means["mse"] / means["copy_mse"] if means["copy_mse"] > 0 else math.nan
+    return means
+
+
+def _unpadded(values: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
+    return [row[:size] for row, size in zip(values, sizes, strict=True)]
