@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from golden_data import MEDIA_PLACEHOLDER, layout_from_original_config, parametrize_golden
+from golden_data import MEDIA_PLACEHOLDER, parametrize_golden
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from original_checkpoint import layout_from_original_config
 from transformers import LlavaOnevisionModel
 
 from llava_next_ar.frame_token_layout import (
