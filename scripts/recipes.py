@@ -1,0 +1,220 @@
+"""Recipes of scripts/train.py: YAML files and command lines -> typed, checked arguments.
+
+Values come from the dataclasses' defaults, then from the recipe, then from the command line. A recipe is a mapping, or
+the prototype's list (`- type: trainer`). Unknown keys are refused with the nearest known one.
+"""
+
+import argparse
+import difflib
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, LlavaOnevisionConfig, TrainingArguments
+
+from llava_next_ar.configuration_llava_next_ar import LlavaNextARAutoregressiveConfig, LlavaNextARConfig
+
+TRAINABLE = ("full", "projector_and_head", "head", "lora")
+TRAINER_TYPE = "autoregressive_trainer"
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    model: str | None = field(default=None, metadata={"help": "Checkpoint to start from: a folder or a Hub id."})
+    processor: str | None = field(default=None, metadata={"help": "Where the processor is, if not with the model."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that the checkpoint carries instead of the installed package."}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "Precision of frozen weights; bfloat16 with bf16, else float32. What trains is in float32."},
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."})
+    trainable: str = field(default="full", metadata={"help": "full | projector_and_head | head | lora."})
+    freeze_vision_tower: bool = field(
+        default=True,
+        metadata={"help": "False trains the tower too; the head then keeps a frozen copy as its teacher."},
+    )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the reconstruction head, if it is to differ."}
+    )
+    lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=128, metadata={"help": "Scale of the adapters: lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Linear layers with adapters; by default all of the language model."}
+    )
+    merge_lora: bool = field(
+        default=False, metadata={"help": "Save the merged model at the end instead of the adapter."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on. An option of the video processor that is not set stays as the checkpoint has it."""
+
+    train_data: str | None = field(default=None, metadata={"help": "LLaVA JSON or JSON lines."})
+    eval_data: str | None = field(default=None, metadata={"help": "The same, for evaluation."})
+    video_root: str | None = field(default=None, metadata={"help": "Folder of the videos; that of the data if unset."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder of the images; video_root if unset."})
+    allow_outside_root: bool = field(default=False, metadata={"help": "Accept paths outside of the folder, and URLs."})
+    check_data: bool = field(default=True, metadata={"help": "Look through all entries before training starts."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens that a sample may have."})
+    truncate: bool = field(default=False, metadata={"help": "Cut longer samples (never visual tokens)."})
+    sampling: str | None = field(
+        default=None, metadata={"help": "uniform | num_frames | fps | every_nth | fast_slow."}
+    )
+    num_frames: int | None = field(default=None, metadata={"help": "Frames of a video."})
+    fps: float | None = field(default=None, metadata={"help": "Frames per second, instead of num_frames."})
+    max_frames: int | None = field(
+        default=None, metadata={"help": "Limit on the frames that fps or sample_rate give."}
+    )
+    sample_rate: int | None = field(default=None, metadata={"help": "Every how many frames one is taken."})
+    video_backend: str | None = field(default=None, metadata={"help": "auto | decord | pyav."})
+    resize_backend: str | None = field(default=None, metadata={"help": "torch | pil."})
+    allow_partial: bool | None = field(default=None, metadata={"help": "Use what can be read of a damaged video."})
+    add_time_instruction: bool | None = field(
+        default=None, metadata={"help": "Write the frame times into the prompt."}
+    )
+
+
+PLAIN_KEYS = {f.name for kind in (ModelArguments, DataArguments, TrainingArguments) for f in fields(kind) if f.init}
+HEAD_KEYS = {f.name for f in fields(LlavaNextARAutoregressiveConfig)} & set(
+    LlavaNextARAutoregressiveConfig.__annotations__
+)
+CONFIG_KEYS = {f.name for f in fields(LlavaNextARConfig)} - {f.name for f in fields(LlavaOnevisionConfig)}
+CONFIG_KEYS -= {"autoregressive_config"}
+SECTIONS = {"autoregressive_config": HEAD_KEYS, "model_config": CONFIG_KEYS}
+
+
+def flatten_recipe(document: Any, source: str) -> dict[str, Any]:
+    """A recipe in either form -> `{"learning_rate": ..., "autoregressive_config.num_hist": ...}`.
+
+    Raises:
+        ValueError: on an unknown or ambiguous key (naming the nearest), or a document of neither form.
+    """
+    if isinstance(document, list):  # the prototype's form
+        if len(document) != 1 or not isinstance(document[0], dict) or document[0].get("type") != "trainer":
+            raise ValueError(f"{source}: a list must hold one entry of the form `- type: trainer` with `config:`")
+        unknown = document[0].keys() - {"type", "config"}
+        if unknown:
+            raise ValueError(f"{source}: unknown key {min(unknown)!r} beside 'type' and 'config'")
+        document = dict(document[0].get("config") or {})
+        trainer_type = document.pop("trainer_type", TRAINER_TYPE)
+        if trainer_type != TRAINER_TYPE:
+            raise ValueError(f"{source}: trainer_type is {trainer_type!r}, expected {TRAINER_TYPE!r}")
+    if not isinstance(document, dict):
+        raise ValueError(f"{source} must hold keys and values, got {type(document).__name__}")
+    flat: dict[str, Any] = {}
+
+    def add(key: str, value: Any) -> None:
+        if key in flat:
+            raise ValueError(f"{source}: {key} is given twice")
+        flat[key] = value
+
+    for key, value in document.items():
+        key = str(key).replace("-", "_")
+        if key not in SECTIONS:
+            add(resolve_key(key, source), value)
+            continue
+        if not isinstance(value, dict):
+            raise ValueError(f"{source}: {key} must hold keys and values, got {value!r}")
+        for name, inner in value.items():
+            if key == "model_config" and name == "autoregressive_config":
+                for head_name, head_value in (inner or {}).items():
+                    add(resolve_key(f"autoregressive_config.{head_name}", source), head_value)
+            else:
+                add(resolve_key(f"{key}.{name}", source), inner)
+    return flat
+
+
+def resolve_key(key: str, source: str) -> str:
+    """The full name of a key that may have been given without its section.
+
+    Raises:
+        ValueError: if there is no such key, or two.
+    """
+    key = key.removeprefix("model_config.") if key.startswith("model_config.autoregressive_config.") else key
+    section, _, name = key.rpartition(".")
+    if section in SECTIONS and name in SECTIONS[section]:
+        return key
+    if not section:
+        full = [name] if name in PLAIN_KEYS else [f"{s}.{name}" for s, names in SECTIONS.items() if name in names]
+        if len(full) == 1:
+            return full[0]
+        if full:
+            raise ValueError(f"{source}: {name} may mean {' or '.join(full)}; give the full name")
+    known = {f"{s}.{n}": n for s, names in SECTIONS.items() for n in names} | {n: n for n in PLAIN_KEYS}
+    if section in SECTIONS:
+        known = {full: n for full, n in known.items() if full.startswith(f"{section}.")}
+    nearest = max(known, key=lambda full: difflib.SequenceMatcher(None, name, known[full]).ratio())
+    raise ValueError(f"{source}: unknown key {key!r}; did you mean {nearest!r}?")
+
+
+def read_command_line(argv: list[str]) -> dict[str, Any]:
+    """`--key value`, `--key=value`, `--flag`, `--key a b` -> values as YAML reads them."""
+    document: dict[str, list[str]] = {}
+    values: list[str] | None = None
+    for token in argv:
+        if token.startswith("--"):
+            key, has_value, value = token[2:].partition("=")
+            key = key.replace("-", "_")
+            if key in document:
+                raise ValueError(f"--{key} is given twice")
+            values = document[key] = [value] if has_value else []
+        elif values is None:
+            raise ValueError(f"expected --key before {token!r}")
+        else:
+            values.append(token)
+    parsed = {key: [yaml.safe_load(value) for value in values] for key, values in document.items()}
+    return {key: True if not values else values[0] if len(values) == 1 else values for key, values in parsed.items()}
+
+
+def make_parser(description: str | None = None) -> HfArgumentParser:
+    return HfArgumentParser(
+        (ModelArguments, DataArguments, TrainingArguments),
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+
+
+def parse_arguments(
+    argv: list[str],
+) -> tuple[ModelArguments, DataArguments, TrainingArguments, dict[str, dict[str, Any]], dict[str, Any]]:
+    """Recipe and command line -> the three groups of arguments, the configuration's sections, and all values as given.
+
+    Raises:
+        ValueError: on an unknown key, a missing one or a value that does not fit.
+    """
+    given = read_command_line(argv)
+    values: dict[str, Any] = {}
+    config_files = given.pop("config", [])
+    for path in config_files if isinstance(config_files, list) else [config_files]:
+        with open(path, encoding="utf-8") as file:
+            values.update(flatten_recipe(yaml.safe_load(file) or {}, str(path)))
+    values.update(flatten_recipe(given, "the command line"))
+    sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    words = []
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            sections[section][name] = value
+        elif value is not None:  # null stands for the default
+            # As on a command line: the parser gives each value the type of its field (1e-5 is text to YAML).
+            texts = value if isinstance(value, list) else [value]
+            words += [f"--{key}", *(json.dumps(t) if isinstance(t, (dict, bool)) else str(t) for t in texts)]
+    try:
+        model_args, data_args, training_args = make_parser().parse_args_into_dataclasses(words)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    for name, value in (("model", model_args.model), ("train_data", data_args.train_data)):
+        if value is None:
+            raise ValueError(f"--{name} is missing: give it in the recipe or on the command line")
+    if model_args.trainable not in TRAINABLE:
+        raise ValueError(f"trainable is {model_args.trainable!r}, expected one of {', '.join(TRAINABLE)}")
+    return model_args, data_args, training_args, sections, values

@@ -1,0 +1,321 @@
+"""Fine-tune a video language model with next-frame reconstruction.
+
+    accelerate launch --config_file scripts/accelerate/ddp.yaml scripts/train.py \\
+        --config scripts/configs/full.yaml --model llava-hf/llava-onevision-qwen2-0.5b-ov-hf \\
+        --train_data clips/train.json --output_dir outputs/run
+
+    torchrun --nproc_per_node 8 scripts/train.py --config scripts/configs/lora.yaml ...
+
+    # a tiny model on one CPU, in seconds (scripts/demo.py makes model and data)
+    python scripts/train.py --config scripts/configs/demo.yaml --model demo_output/base \\
+        --train_data demo_output/clips/train.json --output_dir demo_output/run
+
+Every key of a recipe can be given on the command line too, and wins over the file: `--learning_rate 1e-5`,
+`--autoregressive_config.num_hist 4` or just `--num_hist 4`, `--report_to tensorboard`, `--fsdp_config '{...}'`. Keys
+are those of `ModelArguments` and `DataArguments` in scripts/recipes.py, of transformers' `TrainingArguments`, of the
+model's configuration (`model_config.mm_newline_position`) and of its head (`autoregressive_config.num_hist`). An
+unknown key is an error. The prototype's list form (`- type: trainer`, see scripts/configs/prototype_basic.yaml) is
+read as well.
+
+The model may be a checkpoint of this package or of LLaVA-OneVision, which gets a new head. `output_dir` becomes a
+complete
+Hub folder: model (or adapter), processor and code.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from recipes import DataArguments, ModelArguments, make_parser, parse_arguments
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from llava_next_ar.configuration_llava_next_ar import LlavaNextARConfig
+from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
+from llava_next_ar.processing_llava_next_ar import DEFAULT_CHAT_TEMPLATE, LlavaNextARProcessor
+from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer, LlavaVideoDataset
+
+VIDEO_OPTIONS = (
+    *("sampling", "num_frames", "fps", "max_frames", "sample_rate"),
+    *("video_backend", "resize_backend", "allow_partial"),
+)
+FAST_SLOW_OPTIONS = ("use_fast_slow_frames", "fast_stride", "slow_stride", "num_fast", "num_slow")
+# Parts of the model that every choice but `lora` trains: what stands between tower and language model, and the head.
+BRIDGE = ("multi_modal_projector", "image_newline", "faster_token")
+HEAD = "autoregressive_module"
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+def load_config(args: ModelArguments, sections: dict[str, dict[str, Any]]) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+    """The model's configuration with the recipe's keys, and the keys that differ from the checkpoint's: `{key: (old,
+    new)}`.
+
+    Raises:
+        ValueError: if the checkpoint is of another kind, or a key does not fit.
+    """
+    kind = LlavaNextARConfig.get_config_dict(args.model)[0].get("model_type")
+    if kind not in ("llava_next_ar", "llava_onevision"):
+        raise ValueError(f"{args.model} is a {kind} model, expected llava_next_ar or llava_onevision")
+    config_class = LlavaNextARConfig
+    if args.trust_remote_code and kind == "llava_next_ar":
+        config_class = type(AutoConfig.from_pretrained(args.model, trust_remote_code=True))
+    saved = config_class.from_pretrained(args.model)
+    overrides = dict(sections["model_config"])
+    wants_head = overrides.pop("enable_autoregressive", True)
+    if kind == "llava_next_ar" and not wants_head:
+        wants_head = saved.enable_autoregressive  # a head that is not trained is kept, not thrown away
+    if sections["autoregressive_config"]:
+        overrides["autoregressive_config"] = sections["autoregressive_config"]
+    config = config_class.from_pretrained(args.model, enable_autoregressive=wants_head, **overrides)
+    old, new = ({**c.to_dict(), **c.autoregressive_config.to_dict()} for c in (saved, config))
+    changed = {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
+    changed.pop("autoregressive_config", None)  # its keys are in there one by one
+    if kind == "llava_onevision":
+        changed["model_type"] = (kind, "llava_next_ar")
+    return config, changed
+
+
+def load_model(args: ModelArguments, config: Any, training_args: TrainingArguments) -> Any:
+    """The checkpoint in the precision of its frozen parts.
+
+    Raises:
+        ValueError: if the checkpoint lacks weights other than those of the head.
+    """
+    remote = args.trust_remote_code and not isinstance(config, LlavaNextARConfig)
+    model_class = AutoModelForImageTextToText if remote else LlavaNextARForConditionalGeneration
+    model, report = model_class.from_pretrained(
+        args.model,
+        config=config,
+        dtype=args.dtype or ("bfloat16" if training_args.bf16 else "float32"),
+        output_loading_info=True,
+        **({"attn_implementation": args.attn_implementation} if args.attn_implementation else {}),
+        **({"trust_remote_code": True} if remote else {}),
+    )
+    missing = sorted(key for key in report["missing_keys"] if not {HEAD, "faster_token"} & set(key.split(".")))
+    if missing:
+        raise ValueError(f"{args.model} lacks {len(missing)} weights of the model, the first of them {missing[0]}")
+    return model
+
+
+def choose_trainable(model: Any, args: ModelArguments, training_args: TrainingArguments) -> Any:
+    """Freezes what is not to train and returns the model, in a PEFT model for `lora`."""
+    if args.trainable == "lora":
+        model = add_adapters(model, args)
+    else:
+        head_only, bridge_too = args.trainable == "head", args.trainable == "projector_and_head"
+        for name, parameter in model.named_parameters():
+            parts = set(name.split("."))
+            trains = HEAD in parts or (not head_only and (not bridge_too or bool(parts & set(BRIDGE))))
+            if "vision_tower" in parts:
+                trains = not args.freeze_vision_tower
+            parameter.requires_grad_(trains)
+    if training_args.bf16 or training_args.fp16:
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # small updates are lost in 16 bits
+                parameter.data = parameter.data.float()
+    # Freezes unused parts again and makes the teacher's copy if the tower trains, before anything wraps the model.
+    return model.train()
+
+
+def add_adapters(model: Any, args: ModelArguments) -> Any:
+    """LoRA on the language model's linear layers (and the tower's, unless frozen); projector and head train whole."""
+    from peft import LoraConfig, get_peft_model
+
+    targets: Any = args.lora_target_modules
+    if targets is None:
+        targets = r".*\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+        if not args.freeze_vision_tower:
+            targets = rf"({targets}|.*\.vision_tower\.encoder\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2))"
+    has_head = getattr(model, HEAD, None) is not None
+    lora = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets,
+        modules_to_save=["multi_modal_projector", *([HEAD] if has_head else [])],
+    )
+    return get_peft_model(model, lora)
+
+
+def check_adapter_base(args: ModelArguments, changed: dict[str, tuple[Any, Any]]) -> None:
+    """An adapter is loaded on the checkpoint as it is: it must not need another configuration.
+
+    Raises:
+        ValueError: naming the keys that the adapter would lose.
+    """
+    changed = {key: pair for key, pair in changed.items() if key != "loss_weight"}  # means nothing after training
+    if changed and not args.merge_lora:
+        keys = ", ".join(f"{key} ({old!r} there, {new!r} here)" for key, (old, new) in sorted(changed.items()))
+        raise ValueError(
+            f"the adapter would be loaded on {args.model} with that checkpoint's own configuration, which differs in "
+            f"{keys}: set merge_lora: true to save the whole model, or save a base with this configuration first "
+            "(scripts/convert.py)"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- processor
+
+
+def load_processor(args: ModelArguments, data_args: DataArguments, config: Any) -> Any:
+    """The checkpoint's processor with the model's layout and the recipe's sampling; a new one if it has none.
+
+    Raises:
+        ValueError: on sampling options that contradict each other, or a tokenizer with other placeholders.
+    """
+    source = args.processor or args.model
+    options = {name: getattr(data_args, name) for name in VIDEO_OPTIONS if getattr(data_args, name) is not None}
+    head = config.autoregressive_config
+    if config.enable_autoregressive and head.use_fast_slow_frames and not options.keys() & {"sampling", "fps"}:
+        options.update({name: getattr(head, name) for name in FAST_SLOW_OPTIONS})
+    is_own = isinstance(config, LlavaNextARConfig)
+    try:
+        if is_own:
+            processor = LlavaNextARProcessor.from_pretrained(source, **options)
+        else:
+            processor = AutoProcessor.from_pretrained(source, trust_remote_code=True, **options)
+    except OSError:  # only a tokenizer is there
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        processor = LlavaNextARProcessor.for_config(config, tokenizer, **options)
+    # LLaVA-OneVision's own template marks no answers, and is this one in other words.
+    if "generation" not in (processor.chat_template or "") and "<|im_start|>" in processor.tokenizer.get_vocab():
+        processor.chat_template = DEFAULT_CHAT_TEMPLATE
+    # The recipe may have changed how the model lays out its tokens.
+    layout_class = type(processor.frame_token_layout)
+    processor.frame_token_layout = layout_class.from_dict(config.frame_token_layout.to_dict())
+    for name in ("vision_aspect_ratio", "mm_patch_merge_type", "unpad_rounding"):
+        setattr(processor, name, getattr(config, name))
+    if data_args.add_time_instruction is not None:
+        processor.add_time_instruction = data_args.add_time_instruction
+    processor.check_layout(config)
+    return processor
+
+
+def load_data(path: str, data_args: DataArguments, processor: Any, check: bool) -> LlavaVideoDataset:
+    dataset = LlavaVideoDataset(
+        path,
+        processor,
+        video_root=data_args.video_root,
+        image_root=data_args.image_root,
+        allow_outside_root=data_args.allow_outside_root,
+        max_length=data_args.max_length,
+        truncate=data_args.truncate,
+    )
+    if check:
+        dataset.check()
+    return dataset
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+def describe(model: Any, training_args: TrainingArguments, num_samples: int) -> str:
+    per_device, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
+    effective = per_device * accumulation * training_args.world_size
+    lines = [
+        f"effective batch size {effective} = {per_device} per device x {accumulation} accumulated x "
+        f"{training_args.world_size} processes, from {num_samples} samples"
+    ]
+    trainable: dict[str, int] = {}
+    total = 0
+    for name, parameter in model.named_parameters():
+        size = getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed's ZeRO-3 leaves empty ones behind
+        total += size
+        part = next((p for p in ("vision_tower", *BRIDGE, HEAD) if p in name.split(".")), "language_model")
+        if parameter.requires_grad:
+            trainable[part] = trainable.get(part, 0) + size
+    parts = ", ".join(f"{part} {size:,}" for part, size in trainable.items())
+    share = 100 * sum(trainable.values()) / total
+    lines.append(f"trainable parameters {sum(trainable.values()):,} of {total:,} ({share:.2f}%): {parts}")
+    return "\n".join(lines)
+
+
+def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
+    """`resume_from_checkpoint: true` means the last one in `output_dir`, if there is any."""
+    wanted = training_args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() in ("false", "none"):
+        return None
+    if str(wanted).lower() != "true":
+        return wanted
+    return get_last_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
+
+
+def main(argv: list[str]) -> None:
+    if "--help" in argv or "-h" in argv:
+        make_parser(__doc__).print_help()
+        return
+    try:
+        args, data_args, training_args, sections, values = parse_arguments(argv)
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}")
+    is_main = training_args.process_index == 0
+    if training_args.ddp_find_unused_parameters is None:
+        training_args.ddp_find_unused_parameters = False  # the model touches every parameter in every batch
+    if args.merge_lora and (training_args.fsdp or training_args.deepspeed):
+        sys.exit("train.py: merge_lora needs the whole model in each process, which FSDP and DeepSpeed split")
+    if args.merge_lora and training_args.push_to_hub:
+        sys.exit("train.py: push_to_hub would upload the adapter; push the merged model with scripts/push_to_hub.py")
+    set_seed(training_args.seed)  # the head of a LLaVA-OneVision checkpoint is new
+
+    config, changed = load_config(args, sections)
+    if args.trainable == "lora":
+        check_adapter_base(args, changed)
+    processor = load_processor(args, data_args, config)
+    check = data_args.check_data and training_args.local_process_index == 0
+    train_data = load_data(data_args.train_data, data_args, processor, check)
+    eval_data = load_data(data_args.eval_data, data_args, processor, check) if data_args.eval_data else None
+    model = choose_trainable(load_model(args, config, training_args), args, training_args)
+
+    trainer = AutoregressiveTrainer(
+        model,
+        training_args,
+        train_data,
+        eval_dataset=eval_data,
+        processing_class=processor,
+        enable_autoregressive=sections["model_config"].get("enable_autoregressive", True),
+        head_learning_rate=args.head_learning_rate,
+    )
+    if is_main:
+        print(describe(model, training_args, len(train_data)), flush=True)
+        Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
+        with open(Path(training_args.output_dir) / "train_config.yaml", "w", encoding="utf-8") as file:
+            yaml.safe_dump(values, file)
+    checkpoint = checkpoint_to_resume(training_args)
+    if is_main and training_args.resume_from_checkpoint:
+        print(f"resuming from {checkpoint}" if checkpoint else "there is no checkpoint to resume from", flush=True)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    if eval_data is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if args.trainable == "lora" and args.merge_lora:
+        if is_main:
+            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(
+                training_args.output_dir
+            )
+            processor.save_pretrained(training_args.output_dir)
+    else:
+        trainer.save_model()
+    trainer.accelerator.wait_for_everyone()
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    if is_main:
+        print(f"saved to {training_args.output_dir}", flush=True)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
