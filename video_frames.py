@@ -243,8 +243,8 @@ def resize_frames(
         size: `(h, w)`, or one number for a square. Frames of that size are returned as they are.
         resample: `"bicubic"` or `"bilinear"`.
         backend: `"pil"` is Pillow, bit for bit. `"torch"` is several times as fast, most of all for frames in memory
-            format channels last, and differs from Pillow by at most 2 of 255: with bicubic in less than 1% of all
-            values, with bilinear in less than 5% (measured on films, noise and sharp edges, shrinking and growing).
+            format channels last, and differs from Pillow by at most 2 of 255 (measured on films, noise and sharp edges,
+            shrinking and growing), in how many values depends on the sizes.
 
     Returns:
         `[T, 3, h, w]` uint8.

@@ -24,6 +24,7 @@ A part is a function that takes its options and prints; PARTS at the end lists t
 
 import argparse
 import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
@@ -32,13 +33,16 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import av
-import numpy as np
-import torch
-from PIL import Image
-from tqdm import tqdm
+# decord reads it once; with its default it gives up on the last frames of good files when the machine is busy
+os.environ.setdefault("DECORD_EOF_RETRY_MAX", "1000000")
 
-from llava_next_ar.video_frames import FrameSampling, load_video
+import av  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from llava_next_ar.video_frames import FrameSampling, load_video  # noqa: E402
 
 SIZE = 384
 SCALES = (384, 288, 192)

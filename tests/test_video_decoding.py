@@ -248,6 +248,18 @@ def test_decord_refuses_damaged_files(damaged):
             load_video(damaged[name][0], backend="decord")
 
 
+def test_decord_running_out_of_patience_is_not_called_damage(clips, monkeypatch):
+    """On a busy machine decord gives up on the last frames of good files."""
+    decord = pytest.importorskip("decord")
+
+    def impatient(self):
+        raise decord.DECORDError("Unable to handle EOF because it takes too long ... `DECORD_EOF_RETRY_MAX=10240`")
+
+    monkeypatch.setattr(decord.VideoReader, "next", impatient)
+    with pytest.raises(VideoReadError, match="gave up waiting .* set the environment variable"):
+        load_video(clips("b_frames.mp4"), EIGHT, backend="decord", allow_partial=True)
+
+
 def test_the_error_crosses_process_borders():
     error = pickle.loads(pickle.dumps(VideoReadError("clip.mp4", "it is empty")))
     assert isinstance(error, ValueError)
