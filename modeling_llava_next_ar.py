@@ -22,7 +22,8 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
     LlavaOnevisionCausalLMOutputWithPast,
     LlavaOnevisionModelOutputWithPast,
 )
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.processing_utils import Unpack
+from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
 from .autoregressive_reconstruction import AutoregressiveReconstructionModule, select_vision_features
@@ -233,7 +234,7 @@ class LlavaNextARModel(LlavaOnevisionModel):
         video_layout: torch.Tensor | None = None,
         use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaOnevisionModelOutputWithPast:
         """As `LlavaOnevisionModel.forward`, with the video inputs of `get_video_features`."""
         encoded = dict(mm_encoder_outputs or {})
@@ -382,7 +383,7 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
         return_reconstruction: bool = False,
         num_items_in_batch: int | torch.Tensor | None = None,
         num_videos_in_batch: int | torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaNextAROutput:
         r"""Runs the model; with `labels`, computes both losses.
 
