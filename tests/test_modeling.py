@@ -1062,9 +1062,7 @@ def test_a_promised_teacher_that_the_checkpoint_lacks_is_refused(tmp_path):
     """It would be a random one, told only in the load report: a config of one run beside the base weights of another."""
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds no teacher.*separate_teacher.: False"):
-        LlavaNextARForConditionalGeneration.from_pretrained(
-            tmp_path, autoregressive_config={"separate_teacher": True}
-        )
+        LlavaNextARForConditionalGeneration.from_pretrained(tmp_path, autoregressive_config={"separate_teacher": True})
 
 
 def test_layers_behind_the_features_stay_frozen(tmp_path):
