@@ -54,8 +54,8 @@ _ONEVISION_KEYS = (
     (r"^(?:model\.)?multi_modal_projector\.", "model.multi_modal_projector."),
     (r"^(?:model\.)?image_newline$", NEWLINE),
 )
-# Names in memory -> on disk, as transformers writes them.
-_KEYS_ON_DISK = (
+# Names in memory -> on disk, as transformers writes them for LLaVA-OneVision. This package writes the names in memory.
+_ONEVISION_KEYS_ON_DISK = (
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.language_model\.", "language_model.model."),
     (r"^model\.(?=vision_tower\.|multi_modal_projector\.|image_newline$)", ""),
@@ -334,12 +334,12 @@ def plan_tensors(
         elif any(name.startswith("model.vision_tower.") for name in missing):
             hint = "; the vision tower must be in the checkpoint, and be the one that its configuration describes"
         raise CheckpointError("the checkpoint does not fit the model: " + "; ".join(problems) + hint)
+    on_disk = _ONEVISION_KEYS_ON_DISK if model_class is LlavaOnevisionForConditionalGeneration else ()
     plan = [
-        PlannedTensor(_rename(name, _KEYS_ON_DISK), tensor.shape, tensor.dtype, tensor)
-        for name, tensor in sources.items()
+        PlannedTensor(_rename(name, on_disk), tensor.shape, tensor.dtype, tensor) for name, tensor in sources.items()
     ]
     if NEWLINE not in sources:
-        plan.append(PlannedTensor(_rename(NEWLINE, _KEYS_ON_DISK), expected[NEWLINE], plan[0].dtype, None))
+        plan.append(PlannedTensor(_rename(NEWLINE, on_disk), expected[NEWLINE], plan[0].dtype, None))
     return plan
 
 

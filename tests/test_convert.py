@@ -197,7 +197,7 @@ def test_original_checkpoints(tmp_path, tied, shards):
             run(tmp_path / "original", tmp_path / "other")
 
 
-def test_names_on_disk_are_those_that_transformers_writes(tmp_path):
+def test_names_on_disk_are_those_that_saving_writes(tmp_path):
     original(tmp_path / "original")
     run(tmp_path / "original", tmp_path / "ours")
     model = LlavaNextARForConditionalGeneration.from_pretrained(tmp_path / "ours")

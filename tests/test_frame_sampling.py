@@ -1,11 +1,8 @@
 """Frame sampling: LLaVA-NeXT's own numbers, the promises for short clips, and the refusals."""
 
-import json
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
+from golden_data import parametrize_golden
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn
@@ -19,9 +16,6 @@ from llava_next_ar.frame_sampling import (
     time_instruction,
 )
 
-GOLDEN = Path(os.environ.get("LLAVA_NEXT_AR_GOLDEN", Path(__file__).parent / "golden"))
-REFERENCE = json.loads((GOLDEN / "frame_sampling.json").read_text())
-
 counts = st.integers(1, 80)
 totals = st.integers(1, 2000)
 rates = st.sampled_from([0.5, 1.0, 7.5, 10.0, 23.976, 24.0, 25.0, 29.97, 30.0, 60.0])
@@ -34,7 +28,7 @@ def select(policy: str, total: int, native_fps: float | None = None, **settings)
 # -- LLaVA-NeXT
 
 
-@pytest.mark.parametrize("case", REFERENCE["cases"], ids=lambda case: case["id"])
+@parametrize_golden("frame_sampling", "")
 def test_llava_video_reproduces_process_video_with_decord(case):
     expected = case["process_video_with_decord"]
     settings = {
@@ -54,7 +48,7 @@ def test_llava_video_reproduces_process_video_with_decord(case):
         assert time_instruction(case["n_frames"] / case["avg_fps"], times) == case["time_instruction"]
 
 
-@pytest.mark.parametrize("case", REFERENCE["pyav_cases"], ids=lambda case: case["id"])
+@parametrize_golden("frame_sampling", "pyav")
 def test_llava_video_pyav_reproduces_process_video_with_pyav(case):
     sampling = FrameSampling(policy="llava_video_pyav", fps=case["video_fps"], max_frames=case["max_frames"] or None)
     if "error" in case:
@@ -64,7 +58,7 @@ def test_llava_video_pyav_reproduces_process_video_with_pyav(case):
     assert sampling.select(case["n_frames"], case["fps"]).indices.tolist() == case["frame_idx"]
 
 
-@pytest.mark.parametrize("case", REFERENCE["frame_folder_cases"], ids=lambda case: case["id"])
+@parametrize_golden("frame_sampling", "frame_folder")
 def test_llava_frame_folder_reproduces_training_on_folders(case):
     total = case["n_frame_files"]
     indices = FrameSampling(

@@ -122,7 +122,7 @@ def test_a_trained_tower_keeps_its_teacher(work):
     train.main(options(work, "tower", "--freeze_vision_tower", "false", "--learning_rate", "0.01"))
     before = safetensors.torch.load_file(work / "base" / "model.safetensors")
     after = safetensors.torch.load_file(work / "tower" / "model.safetensors")
-    tower = [name for name in before if name.startswith("vision_tower.encoder.")]
+    tower = [name for name in before if name.startswith("model.vision_tower.encoder.")]
     assert any(not torch.equal(before[name], after[name]) for name in tower)
     for name in tower:
         teacher = "autoregressive_module.teacher." + name.split("vision_tower.", 1)[1]
