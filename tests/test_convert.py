@@ -108,13 +108,14 @@ ORIGINAL_CONFIG = {
 
 
 def original(folder: Path, *, tied: bool = False, shards: int = 1, tokenizer: bool = False, **keys) -> dict:
-    """A folder as the original project's checkpoints are; returns the weights under our names on disk."""
-    model = onevision(folder, tied=tied)
-    del model
-    ours = weights(folder)
+    """A folder as the original project's checkpoints are; returns the weights under our names."""
+    ours = onevision(folder, tied=tied).state_dict()
+    if tied:
+        del ours["lm_head.weight"]
+    on_disk = weights(folder)
     for path in folder.glob("*"):
         path.unlink()
-    store(folder, renamed(ours, TO_ORIGINAL), shards)
+    store(folder, renamed(on_disk, TO_ORIGINAL), shards)
     (folder / "config.json").write_text(json.dumps({**ORIGINAL_CONFIG, "tie_word_embeddings": tied, **keys}))
     if tokenizer:
         character_tokenizer().save_pretrained(folder)
