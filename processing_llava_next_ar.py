@@ -11,7 +11,6 @@ import bisect
 import math
 import os
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from .frame_sampling import llava_video_times, time_instruction
 from .frame_token_layout import FrameTokenLayout
 from .hub_code import AUTO_MAP
 from .image_token_layout import ImageTokenLayout
+from .llava_conversation import DEFAULT_CHAT_TEMPLATE, IMAGE_TOKEN, VIDEO_TOKEN
 from .video_processing_llava_next_ar import (
     LlavaNextARVideoProcessor,
     LlavaNextARVideoProcessorKwargs,
@@ -37,49 +37,6 @@ from .video_processing_llava_next_ar import (
 )
 
 logger = logging.get_logger(__name__)
-
-IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
-_LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-
-# LLaVA-NeXT's `qwen_1_5` conversation. Media keep their place among the parts of a message and are followed by a
-# newline, the last part excepted. What the assistant says, its closing token included, is what is trained on.
-DEFAULT_CHAT_TEMPLATE = (
-    "{%- if not messages or messages[0]['role'] != 'system' -%}"
-    "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}"
-    "{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{%- generation -%}"
-    "{%- if message['content'] is string -%}{{- message['content'] -}}"
-    "{%- else -%}"
-    "{%- for part in message['content'] -%}"
-    "{%- if part['type'] != 'text' -%}"
-    "{{- raise_exception('an assistant message holds text only, got a part of type ' + part['type']) -}}"
-    "{%- endif -%}"
-    "{{- part['text'] -}}"
-    "{%- endfor -%}"
-    "{%- endif -%}"
-    "{{- '<|im_end|>' -}}"
-    "{%- endgeneration -%}"
-    "{%- else -%}"
-    "{%- if message['content'] is string -%}{{- message['content'] -}}"
-    "{%- else -%}"
-    "{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'text' -%}{{- part['text'] -}}"
-    "{%- elif part['type'] in ['image', 'video'] -%}"
-    "{{- {'image': '<image>', 'video': '<video>'}[part['type']] -}}{%- if not loop.last -%}{{- '\\n' -}}{%- endif -%}"
-    "{%- else -%}"
-    "{{- raise_exception('a content part is text, image or video, got ' + part['type']) -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- endif -%}"
-    "{{- '<|im_end|>' -}}"
-    "{%- endif -%}"
-    "{{- '\\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-)
 
 
 class LlavaNextARProcessorKwargs(ProcessingKwargs, total=False):
@@ -522,64 +479,6 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
 # -- LLaVA's JSON
 
 
-def llava_conversation_to_messages(
-    conversations: Sequence[dict[str, str]],
-    *,
-    videos: Sequence[Any] = (),
-    images: Sequence[Any] = (),
-) -> list[dict[str, Any]]:
-    """Converts a LLaVA conversation to chat messages, media in the place of their placeholders.
-
-    Args:
-        conversations: turns such as `{"from": "human", "value": "<video>\\nWhat happens?"}`; roles
-            `human | gpt | system`.
-        videos, images: media in the order of their placeholders, anything that a content part may hold. As
-            LLaVA-Video's own data write `<image>` for a video too, `<image>` stands for a video where there are videos
-            only and no `<video>`.
-
-    Returns:
-        Messages for `apply_chat_template`.
-
-    Raises:
-        ValueError: on an unknown role, a placeholder outside a human turn, or if placeholders and media differ in
-        number.
-    """
-    if not conversations:
-        raise ValueError("the conversation has no turns")
-    for number, turn in enumerate(conversations):
-        if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
-            raise ValueError(f"turn {number} must be a dict with 'from' and 'value', got {turn!r}")
-        if turn["from"] not in _LLAVA_ROLES:
-            raise ValueError(f"turn {number} is from {turn['from']!r}, expected one of {', '.join(_LLAVA_ROLES)}")
-    text = "".join(turn["value"] for turn in conversations)
-    counts = {VIDEO_TOKEN: text.count(VIDEO_TOKEN), IMAGE_TOKEN: text.count(IMAGE_TOKEN)}
-    media = {VIDEO_TOKEN: ("video", iter(videos)), IMAGE_TOKEN: ("image", iter(images))}
-    given = {VIDEO_TOKEN: len(videos), IMAGE_TOKEN: len(images)}
-    if videos and not images and counts[IMAGE_TOKEN] and not counts[VIDEO_TOKEN]:
-        media[IMAGE_TOKEN] = media[VIDEO_TOKEN]
-        given = {VIDEO_TOKEN: 0, IMAGE_TOKEN: len(videos)}
-    for token, count in counts.items():
-        if count != given[token]:
-            raise ValueError(
-                f"the conversation has {count} {token} placeholders for {given[token]} {media[token][0]}s: "
-                f"{text[:200]!r}"
-            )
-    messages = []
-    for number, turn in enumerate(conversations):
-        role, content = _LLAVA_ROLES[turn["from"]], []
-        # The template writes the newline behind a media part, so the one that is there goes with the placeholder.
-        for piece in re.split(f"({VIDEO_TOKEN}\n?|{IMAGE_TOKEN}\n?)", turn["value"]):
-            if piece.rstrip("\n") in media:
-                if role != "user":
-                    raise ValueError(f"turn {number} is from {turn['from']!r} but holds a {piece.strip()} placeholder")
-                kind, items = media[piece.rstrip("\n")]
-                content.append({"type": kind, kind: next(items)})
-            elif piece:
-                content.append({"type": "text", "text": piece})
-        messages.append({"role": role, "content": content or [{"type": "text", "text": ""}]})
-    return messages
-
-
 # -- Helpers
 
 
@@ -650,4 +549,4 @@ def _check_placeholders(kind: str, token: str, in_text: list[int], counts: "list
         raise ValueError(f"prompt {index} holds {in_text[index]} {token} placeholders for {counts[index]} {kind}s")
 
 
-__all__ = ["DEFAULT_CHAT_TEMPLATE", "LlavaNextARProcessor", "llava_conversation_to_messages"]
+__all__ = ["LlavaNextARProcessor"]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from .processing_llava_next_ar import llava_conversation_to_messages
+from .llava_conversation import llava_conversation_to_messages
 
 # ------------------------------------------------------------------------------------------------------------- dataset
 

@@ -38,8 +38,9 @@ from transformers import (
 )
 
 from llava_next_ar.configuration_llava_next_ar import LlavaNextARConfig
+from llava_next_ar.llava_conversation import IMAGE_TOKEN, VIDEO_TOKEN
 from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
-from llava_next_ar.processing_llava_next_ar import IMAGE_TOKEN, VIDEO_TOKEN, LlavaNextARProcessor
+from llava_next_ar.processing_llava_next_ar import LlavaNextARProcessor
 
 Format = Literal["llava_next_ar", "llava_onevision"]
 HEAD = "autoregressive_module."

@@ -40,8 +40,9 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from llava_next_ar.configuration_llava_next_ar import LlavaNextARConfig
+from llava_next_ar.llava_conversation import DEFAULT_CHAT_TEMPLATE
 from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
-from llava_next_ar.processing_llava_next_ar import DEFAULT_CHAT_TEMPLATE, LlavaNextARProcessor
+from llava_next_ar.processing_llava_next_ar import LlavaNextARProcessor
 from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer, LlavaVideoDataset
 
 VIDEO_OPTIONS = (

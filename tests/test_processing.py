@@ -16,7 +16,8 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from video_clips import write_clip
 
 from llava_next_ar.frame_token_layout import FrameTokenLayout
-from llava_next_ar.processing_llava_next_ar import LlavaNextARProcessor, llava_conversation_to_messages
+from llava_next_ar.llava_conversation import llava_conversation_to_messages
+from llava_next_ar.processing_llava_next_ar import LlavaNextARProcessor
 from llava_next_ar.video_processing_llava_next_ar import LlavaNextARVideoProcessor
 
 TENSORS = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
