@@ -23,10 +23,13 @@ if version.parse(transformers.__version__) < version.parse(MINIMUM_TRANSFORMERS)
 
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers import GenerationConfig, LlavaOnevisionConfig, PreTrainedConfig  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
 from .frame_token_layout import FrameTokenLayout, NewlinePosition, PoolMode  # noqa: E402
 from .hub_code import AUTO_MAP  # noqa: E402
 from .image_token_layout import ImageTokenLayout, UnpadRounding  # noqa: E402
+
+logger = logging.get_logger(__name__)
 
 # Keys that transformers itself reads from or writes to a config.json without declaring them as fields.
 _TRANSFORMERS_KEYS = {
@@ -47,12 +50,15 @@ _TRANSFORMERS_KEYS = {
 _ONEVISION_LEGACY_KEYS = {"ignore_index", "use_image_newline_parameter"}
 
 
-def _refuse_unknown(kwargs: dict[str, Any], known: set[str], where: str, allowed: set[str] = frozenset()) -> None:
-    for key in kwargs:
-        if key in known or key in allowed or key.startswith("_"):
-            continue
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-        raise ValueError(f"unknown key {key!r} in {where}; did you mean {nearest[0]!r}?")
+def _unknown_keys(kwargs: dict[str, Any], known: set[str]) -> list[str]:
+    return [key for key in kwargs if key not in known and not key.startswith("_")]
+
+
+def _refuse_unknown(kwargs: dict[str, Any], own: set[str], where: str, allowed: set[str] = frozenset()) -> None:
+    for key in _unknown_keys(kwargs, own | allowed):
+        nearest = difflib.get_close_matches(key, own, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(sorted(own))}"
+        raise ValueError(f"unknown key {key!r} in {where}; {hint}")
 
 
 def _check_range(where: str, name: str, value: float, low: float) -> None:
@@ -250,7 +256,13 @@ class LlavaNextARConfig(LlavaOnevisionConfig):
         # The head's keys one level too high are the likeliest mistake: say where they belong.
         for key in set(kwargs) & (LlavaNextARAutoregressiveConfig._own_keys() - known):
             raise ValueError(f"unknown key {key!r} in the model configuration; it belongs in autoregressive_config")
-        _refuse_unknown(kwargs, known, "the model configuration", _TRANSFORMERS_KEYS | _ONEVISION_LEGACY_KEYS)
+        allowed = _TRANSFORMERS_KEYS | _ONEVISION_LEGACY_KEYS
+        if kwargs.get("model_type") == LlavaOnevisionConfig.model_type:
+            # OneVision's own class keeps whatever tools have written into a config, and so do files made with it.
+            for key in _unknown_keys(kwargs, known | allowed):
+                logger.warning(f"{key!r} of the LLaVA-OneVision configuration means nothing here and is left out")
+                del kwargs[key]
+        _refuse_unknown(kwargs, known, "the model configuration", allowed)
         kwargs.pop("model_type", None)  # a LLaVA-OneVision config names its own type
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)

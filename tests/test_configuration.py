@@ -14,6 +14,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from packaging import version
 from transformers import LlavaOnevisionConfig
+from transformers.utils import logging
 
 from llava_next_ar import configuration_llava_next_ar as configuration_module
 from llava_next_ar.configuration_llava_next_ar import (
@@ -566,3 +567,22 @@ def test_a_newer_transformers_is_accepted(found, monkeypatch):
 def test_the_guard_asks_for_what_the_package_asks_for():
     dependency = re.search(r'"transformers>=([\d.]+)', (ROOT / "pyproject.toml").read_text())
     assert version.parse(dependency.group(1)) == version.parse(MINIMUM_TRANSFORMERS)
+
+
+def test_what_a_tool_wrote_into_a_onevision_config_is_left_out_and_said(tmp_path, caplog):
+    written = {**LlavaOnevisionConfig().to_dict(), "unsloth_version": "2026.1", "mm_spatial_pool_stride": 3}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    logging.enable_propagation()
+    try:
+        config = LlavaNextARConfig.from_pretrained(tmp_path)
+    finally:
+        logging.disable_propagation()
+    assert config.mm_spatial_pool_stride == 3 and not hasattr(config, "unsloth_version")
+    assert "'unsloth_version' of the LLaVA-OneVision configuration" in caplog.text
+    with pytest.raises(ValueError, match="unknown key 'unsloth_version'"):
+        LlavaNextARConfig(unsloth_version="2026.1")
+
+
+def test_far_from_every_key_all_keys_are_named():
+    with pytest.raises(ValueError, match="unknown key 'xyzzy'.*known keys: .*mm_newline_position"):
+        LlavaNextARConfig(xyzzy=1)

@@ -486,3 +486,22 @@ def test_a_plain_trainer_trains_too(tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_a_plain_trainer_resumes_where_it_stopped(tmp_path):
+    """Under legacy names in the file it went on from fresh weights, with one warning."""
+
+    def run(folder: Path, resume: Path | None = None) -> dict[str, torch.Tensor]:
+        model = tiny_model()
+        trainer = Trainer(
+            model,
+            arguments(folder, max_steps=4, save_steps=2, save_strategy="steps", learning_rate=1e-2),
+            data_collator=LlavaVideoCollator(0),
+            train_dataset=make_samples(model.config, frames=([4], [3])),
+        )
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        return model.state_dict()
+
+    whole = run(tmp_path / "whole")
+    resumed = run(tmp_path / "resumed", resume=tmp_path / "whole" / "checkpoint-2")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
