@@ -20,7 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from .training_data import BadSampleError, LlavaVideoCollator, LlavaVideoDataset
+from .training_collator import LlavaVideoCollator
+from .training_data import BadSampleError, LlavaVideoDataset
 
 HEAD = "autoregressive_module"  # the attribute under which a model keeps its reconstruction head
 

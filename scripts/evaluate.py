@@ -41,7 +41,8 @@ from transformers.cache_utils import DynamicCache
 from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from llava_next_ar.processing_llava_next_ar import LlavaNextARProcessor
 from llava_next_ar.reconstruction_metrics import summarize_frame_metrics
-from llava_next_ar.training_data import LlavaVideoCollator, LlavaVideoDataset
+from llava_next_ar.training_collator import LlavaVideoCollator
+from llava_next_ar.training_data import LlavaVideoDataset
 
 
 @dataclass(frozen=True, kw_only=True)
