@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, LlavaOnevisionForConditionalGeneration, LlavaOnevisionModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -31,6 +33,9 @@ from .configuration_llava_next_ar import LlavaNextARConfig
 from .frame_predictor import ZeroInitializedLinear
 from .frame_token_layout import FrameTokenLayout, VideoTokens, split_video_positions
 from .reconstruction_metrics import NextFramePrediction, Reconstruction
+
+# Logits that the loss over supervised positions makes at a time: 256 MB in float32, 441 positions of Qwen2's vocabulary.
+LOGITS_AT_A_TIME = 2**26
 
 # Released OneVision checkpoints carry legacy key names. transformers renames them by class name only, so without this a
 # OneVision checkpoint would load with a random lm_head.
@@ -392,7 +397,10 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
                 `LlavaNextARVideoProcessor` and `LlavaNextARProcessor` give them (see `get_video_features`);
                 `video_timestamps` `[N, T]` in seconds, one second apart if None.
             labels: `[B, S]`, -100 where there is no target.
-            skip_logits: with labels, project to the vocabulary only where there is a label; `logits` is then None.
+            position_ids: `[B, S]`; in a packed batch (`LlavaVideoCollator(packing=True)`) they restart at every sample, and
+                there is no `attention_mask`.
+            skip_logits: with labels, project to the vocabulary only where there is a label, a chunk of positions at a time;
+                `logits` is then None.
             skip_reconstruction: do not run the head; `loss` is then `main_loss` alone.
             return_reconstruction: run the head without labels too and return what it predicts.
             num_items_in_batch: labels in the whole optimizer step (all micro-batches, all ranks), as `Trainer` passes it;
@@ -427,6 +435,11 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
             if input_ids is not None:  # an early, speaking error for the likeliest mistake
                 num_tokens = [len(tokens) for tokens in encoded["video"].video_tokens]
                 split_video_positions(input_ids == self.config.video_token_id, num_tokens)
+        is_packed = position_ids is not None and attention_mask is None and past_key_values is None
+        is_packed = is_packed and bool((position_ids.diff() != 1).any())
+        if is_packed:
+            # With a cache, transformers takes the samples of a row for one sequence and lets them see each other.
+            use_cache = False
         zero = None
         if self.training and labels is not None:
             zero = self._touch_vision(run_tower=not encoded and pixel_values is None)
@@ -461,12 +474,15 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
             _, video_token_mask = self.model.get_placeholder_mask(
                 input_ids, hidden_states if input_ids is not None else inputs_embeds
             )
-            reconstruction, sample_of_video = self._reconstruct(
-                hidden_states, video_token_mask[..., 0], encoded["video"]
-            )
+            reconstruction, first_token = self._reconstruct(hidden_states, video_token_mask[..., 0], encoded["video"])
         if reconstruction is not None:
             autoregressive_loss = _reduce_video_losses(
-                reconstruction, sample_of_video, labels, num_items_in_batch, num_videos_in_batch
+                reconstruction,
+                first_token,
+                labels,
+                position_ids if is_packed else None,
+                num_items_in_batch,
+                num_videos_in_batch,
             )
 
         loss = main_loss
@@ -527,18 +543,34 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
                 num_items_in_batch=num_items_in_batch,
                 shift_labels=shift_labels,
             )
-        supervised_logits = self.lm_head(hidden_states[supervised])
-        targets = targets[supervised].to(supervised_logits.device)
-        loss = nn.functional.cross_entropy(supervised_logits.float(), targets, reduction="sum")
+        targets = targets[supervised]
+        loss = self._summed_cross_entropy(hidden_states[supervised], targets)
         if not len(targets):
             return loss  # zero, also where the whole step has no target
         count = num_items_in_batch if num_items_in_batch is not None else len(targets)
         return loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
 
+    def _summed_cross_entropy(self, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """`[n, hidden_size]` and `[n]` to a scalar, never with more logits in memory than `LOGITS_AT_A_TIME`.
+
+        Long answers, of 150 thousand logits for each token, would otherwise be the largest tensor of the step. Chunks are
+        projected again in the backward pass.
+        """
+
+        def of_chunk(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            logits = self.lm_head(hidden_states).float()
+            return nn.functional.cross_entropy(logits, targets.to(logits.device), reduction="sum")
+
+        num_positions = max(1, LOGITS_AT_A_TIME // self.config.text_config.vocab_size)
+        if len(targets) <= num_positions or _is_gathered_at_each_call(self.lm_head):
+            return of_chunk(hidden_states, targets)
+        chunks = zip(hidden_states.split(num_positions), targets.split(num_positions), strict=True)
+        return torch.stack([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
     def _reconstruct(
         self, hidden_states: torch.Tensor, video_token_mask: torch.Tensor, video: VideoFeatures
     ) -> tuple[Reconstruction | None, torch.Tensor]:
-        """The head on the videos of the batch, and `[N]` the sample that each video belongs to."""
+        """The head on the videos of the batch, and `[N]` where in the flattened batch each video begins."""
         device = hidden_states.device
         positions = split_video_positions(video_token_mask, [len(tokens) for tokens in video.video_tokens])
         patches = torch.cat(
@@ -556,8 +588,7 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
             None if video.timestamps is None else [times.to(device) for times in video.timestamps],
             video.frame_types,
         )
-        sample_of_video = torch.stack([where[0] for where in positions]) // hidden_states.shape[1]
-        return reconstruction, sample_of_video
+        return reconstruction, torch.stack([where[0] for where in positions])
 
     @torch.no_grad()
     def predict_next_frames(self, **inputs) -> list[NextFramePrediction]:
@@ -594,23 +625,43 @@ def _init_own_weights(module: nn.Module) -> None:
         init.normal_(module.faster_token, mean=0.0, std=_embedding_std(module.config))
 
 
+def _is_gathered_at_each_call(module: nn.Module) -> bool:
+    """Whether the ranks exchange this module's weights whenever it runs, and so must run it equally often.
+
+    ZeRO-3 does so for every module, FSDP2 for those that are sharded by themselves.
+    """
+    return isinstance(module, FSDPModule) or any(hasattr(weight, "ds_id") for weight in module.parameters())
+
+
 def _reduce_video_losses(
     reconstruction: Reconstruction,
-    sample_of_video: torch.Tensor,
+    first_token: torch.Tensor,
     labels: torch.Tensor | None,
+    packed_position_ids: torch.Tensor | None,
     num_items_in_batch: int | torch.Tensor | None,
     num_videos_in_batch: int | torch.Tensor | None,
 ) -> torch.Tensor:
-    """The unweighted loss of a micro-batch; see `forward` for the three ways of counting."""
+    """The unweighted loss of a micro-batch; see `forward` for the three ways of counting.
+
+    `first_token` `[N]` is the place of each video in the flattened batch.
+    """
     losses = reconstruction.loss_per_video
     if num_videos_in_batch is not None:
         count = num_videos_in_batch
         return losses.sum() / (count.to(losses.device) if isinstance(count, torch.Tensor) else count)
     if num_items_in_batch is None or labels is None:
         return losses.mean()
-    samples = sample_of_video[reconstruction.video_index]
-    videos_in_sample = torch.bincount(samples, minlength=len(labels))
-    items_in_sample = (labels[:, 1:] != -100).sum(1).to(samples.device)
-    shares = items_in_sample[samples] / videos_in_sample[samples]
+    # [B * S]: which sample a token belongs to. A row is one, unless several are packed in it.
+    starts = torch.zeros_like(labels, dtype=torch.bool)
+    starts[:, 0] = True
+    if packed_position_ids is not None:
+        starts[:, 1:] |= packed_position_ids.diff(dim=1) != 1
+    sample_of_token = starts.flatten().cumsum(0) - 1
+    num_samples = int(sample_of_token[-1]) + 1
+    is_target = nn.functional.pad(labels[:, 1:] != -100, (1, 0)).flatten()
+    items_in_sample = torch.bincount(sample_of_token[is_target], minlength=num_samples)
+    samples = sample_of_token[first_token.to(labels.device)[reconstruction.video_index.to(labels.device)]]
+    videos_in_sample = torch.bincount(samples, minlength=num_samples)
+    shares = (items_in_sample[samples] / videos_in_sample[samples]).to(losses.device)
     # In a step without any label no sample has a share: zero, not 0 / 0.
     return (losses * shares).sum() / max(int(num_items_in_batch), 1)

@@ -15,7 +15,7 @@ from torch import nn
 class LlavaVideoCollator:
     """Samples of `LlavaVideoDataset` -> a batch, with or without videos and images in each.
 
-    Text is padded to `[B, S]`. Videos of all samples are stacked, shorter ones padded with zeros at the end:
+    Text is padded to `[B, S]`, or packed. Videos of all samples are stacked, shorter ones padded with zeros at the end:
     `pixel_values_videos` `[N, T, 3, H, W]`, `video_frame_mask`, `video_timestamps` and `video_frame_types` `[N, T]`,
     `video_layout` `[N, 7]`. Images are stacked over their patches: `pixel_values` `[M, P, 3, H, W]`, `image_sizes`
     `[M, 2]`, `batch_num_images` with the number of images of each sample that has any.
@@ -25,10 +25,14 @@ class LlavaVideoCollator:
         padding_side: of the text, `right | left`.
         label_pad: label of padding.
         pad_to_multiple_of: round S up.
+        packing: put the samples of a batch one behind the other in a single row `[1, S]`, without padding. `position_ids`
+            restart at each of them and take the place of `attention_mask`; transformers' attention back ends read from them
+            that no sample may see another (flash and flex attention without a mask in memory, `sdpa` and `eager` with one
+            of S x S). Losses and gradients are those of the padded batch.
 
     Raises:
-        ValueError: if there is no padding token, or samples cannot share a batch (frames of different size, slow and
-            fast frames in some only).
+        ValueError: if there is no padding token, packing is to pad on the left, or samples cannot share a batch (frames of
+            different size, slow and fast frames in some only).
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class LlavaVideoCollator:
         padding_side: str = "right",
         label_pad: int = -100,
         pad_to_multiple_of: int | None = None,
+        packing: bool = False,
     ) -> None:
         tokenizer = getattr(processor, "tokenizer", processor)
         self.pad_token_id = tokenizer if isinstance(tokenizer, int) else tokenizer.pad_token_id
@@ -45,20 +50,15 @@ class LlavaVideoCollator:
             raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token")
         if padding_side not in ("right", "left"):
             raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
+        if packing and padding_side == "left":
+            raise ValueError("packing=True leaves nothing to pad on the left, got padding_side='left'")
+        self.packing = packing
         self.padding_side = padding_side
         self.label_pad = label_pad
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        length = max(len(sample["input_ids"]) for sample in samples)
-        if self.pad_to_multiple_of is not None:
-            length = math.ceil(length / self.pad_to_multiple_of) * self.pad_to_multiple_of
-        # input_ids first: accelerate reads the batch size off the first tensor.
-        batch = {
-            "input_ids": self._pad_text([sample["input_ids"] for sample in samples], length, self.pad_token_id),
-            "attention_mask": self._pad_text([torch.ones_like(s["input_ids"]) for s in samples], length, 0),
-            "labels": self._pad_text([sample["labels"] for sample in samples], length, self.label_pad),
-        }
+        batch = self._packed_text(samples) if self.packing else self._padded_text(samples)
         with_video = [sample for sample in samples if "pixel_values_videos" in sample]
         for name in (
             "pixel_values_videos",
@@ -76,6 +76,31 @@ class LlavaVideoCollator:
             if values:
                 batch[name] = _cat_padded(name, values) if name == "pixel_values" else torch.cat(values)
         return batch
+
+    def _padded_text(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        length = self._rounded_up(max(len(sample["input_ids"]) for sample in samples))
+        # input_ids first: accelerate reads the batch size off the first tensor.
+        return {
+            "input_ids": self._pad_text([sample["input_ids"] for sample in samples], length, self.pad_token_id),
+            "attention_mask": self._pad_text([torch.ones_like(s["input_ids"]) for s in samples], length, 0),
+            "labels": self._pad_text([sample["labels"] for sample in samples], length, self.label_pad),
+        }
+
+    def _packed_text(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        input_ids = torch.cat([sample["input_ids"] for sample in samples])
+        positions = [torch.arange(len(sample["input_ids"])) for sample in samples]
+        missing = self._rounded_up(len(input_ids)) - len(input_ids)
+        # The end of a sample predicts nothing: what follows it belongs to another one.
+        labels = [nn.functional.pad(sample["labels"][1:], (1, 0), value=self.label_pad) for sample in samples]
+        return {
+            "input_ids": nn.functional.pad(input_ids, (0, missing), value=self.pad_token_id)[None],
+            "labels": nn.functional.pad(torch.cat(labels), (0, missing), value=self.label_pad)[None],
+            "position_ids": torch.cat([*positions, torch.arange(missing)])[None],  # padding is a sample of its own
+        }
+
+    def _rounded_up(self, length: int) -> int:
+        multiple = self.pad_to_multiple_of or 1
+        return math.ceil(length / multiple) * multiple
 
     def _pad_text(self, rows: list[torch.Tensor], length: int, value: int) -> torch.Tensor:
         padded = []

@@ -64,6 +64,10 @@ class DataArguments:
     check_data: bool = field(default=True, metadata={"help": "Look through all entries before training starts."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens that a sample may have."})
     truncate: bool = field(default=False, metadata={"help": "Cut longer samples (never visual tokens)."})
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Put the samples of a batch into one row, without padding; they do not see each other."},
+    )
     sampling: str | None = field(
         default=None, metadata={"help": "uniform | num_frames | fps | every_nth | fast_slow."}
     )

@@ -43,6 +43,7 @@ from llava_next_ar.configuration_llava_next_ar import LlavaNextARConfig
 from llava_next_ar.llava_conversation import DEFAULT_CHAT_TEMPLATE
 from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from llava_next_ar.processing_llava_next_ar import LlavaNextARProcessor
+from llava_next_ar.training_collator import LlavaVideoCollator
 from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer, LlavaVideoDataset
 
 VIDEO_OPTIONS = (
@@ -283,6 +284,7 @@ def main(argv: list[str]) -> None:
         train_data,
         eval_dataset=eval_data,
         processing_class=processor,
+        data_collator=LlavaVideoCollator(processor, packing=data_args.packing),
         enable_autoregressive=sections["model_config"].get("enable_autoregressive", True),
         head_learning_rate=args.head_learning_rate,
     )

@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlavaOnevisionForConditionalGeneration
 
+from llava_next_ar import modeling_llava_next_ar
 from llava_next_ar.frame_token_layout import FrameTokenLayout
 from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration, NextFramePrediction
 
@@ -466,6 +467,21 @@ def test_skipping_logits_changes_neither_loss_nor_gradient(num_items):
     torch.testing.assert_close(skipped.main_loss, full.main_loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(skipped.loss, full.loss, rtol=1e-5, atol=1e-6)
     assert_same_gradients(gradients(model, skipped.loss), expected)
+
+
+def test_chunks_of_supervised_positions_change_neither_loss_nor_gradient(monkeypatch):
+    model = trained_model()
+    inputs = video_batch(model.config, [[3], [2]])
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] > 119, -100)  # 20 odd words, no pixels
+    whole = model(**inputs, skip_logits=True)
+    expected = gradients(model, whole.loss)
+    most_logits = []
+    model.lm_head.register_forward_hook(lambda module, args, logits: most_logits.append(logits.numel()))
+    monkeypatch.setattr(modeling_llava_next_ar, "LOGITS_AT_A_TIME", 5 * model.config.text_config.vocab_size)
+    chunked = model(**inputs, skip_logits=True)
+    torch.testing.assert_close(chunked.main_loss, whole.main_loss)
+    assert_same_gradients(gradients(model, chunked.loss), expected)
+    assert len(most_logits) > 4 and max(most_logits) == 5 * model.config.text_config.vocab_size
 
 
 @pytest.mark.parametrize("skip_logits", [False, True])

@@ -99,6 +99,15 @@ def test_a_recipe_trains_and_the_folder_loads_anywhere(work):
     assert run("-c", code, str(work / "out")).split()[-2:] == ["LlavaNextARForConditionalGeneration", "5"]
 
 
+def test_packing_trains_the_same(work):
+    for name in ("false", "true"):
+        train.main(options(work, f"packing_{name}", "--packing", name))
+    padded, packed = (history(work / f"packing_{name}") for name in ("false", "true"))
+    for one, other in zip(padded, packed, strict=True):
+        for key in ("loss", "main_loss", "autoregressive_loss", "grad_norm"):
+            assert one[key] == pytest.approx(other[key], rel=1e-4), key
+
+
 def test_only_what_is_chosen_changes(work):
     expected = {
         "full": {"language_model", "lm_head", "multi_modal_projector", "autoregressive_module", "image_newline"},

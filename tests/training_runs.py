@@ -49,7 +49,12 @@ class KeepGradients(TrainerCallback):
 
 
 def one_step(
-    objective: str, batch_size: int, accumulation: int, trainer: str = "AutoregressiveTrainer", frames=FRAMES
+    objective: str,
+    batch_size: int,
+    accumulation: int,
+    trainer: str = "AutoregressiveTrainer",
+    frames=FRAMES,
+    packing: bool = False,
 ) -> dict[str, Any]:
     """Gradients by parameter and the log of one step over all samples."""
     loss_weight, with_labels = OBJECTIVES[objective]
@@ -77,7 +82,7 @@ def one_step(
             model=model,
             args=args,
             train_dataset=make_samples(model.config, frames, with_labels),
-            data_collator=LlavaVideoCollator(0),
+            data_collator=LlavaVideoCollator(0, packing=packing),
             callbacks=[keep],
         )
         run.train()
