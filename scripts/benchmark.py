@@ -4,6 +4,9 @@
     python scripts/benchmark.py video-loading                      # writes a 10-minute video first, once
     python scripts/benchmark.py video-loading --minutes 0.1 --frames 8 --repeats 1 --no-real-clips
     python scripts/benchmark.py memory --loads 2000
+    python scripts/benchmark.py training-step                      # two CPU cores
+    python scripts/benchmark.py training-step --device cuda --bf16 --shape 7b --frames 32 --lora --activation-checkpointing
+    python scripts/benchmark.py head
 
 video-loading: four ways from a file to `num_frames` uniformly sampled frames,
 
@@ -18,6 +21,8 @@ its threads. Each number is the fastest of several repeats, in which the ways ta
 the float32 result, which alone takes most of the time for small pictures (113 MB for 64 frames).
 
 memory: resident memory while many clips are loaded, one process for each back end.
+
+training-step and head: see scripts/benchmark_training.py.
 
 A part is a function that takes its options and prints; PARTS at the end lists them.
 """
@@ -39,6 +44,7 @@ os.environ.setdefault("DECORD_EOF_RETRY_MAX", "1000000")
 import av  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from benchmark_training import head, head_options, training_step, training_step_options  # noqa: E402
 from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -258,7 +264,12 @@ def _memory_options(parser: argparse.ArgumentParser) -> None:
 
 
 # name: (what it does, its options)
-PARTS = {"video-loading": (video_loading, _video_loading_options), "memory": (memory, _memory_options)}
+PARTS = {
+    "video-loading": (video_loading, _video_loading_options),
+    "memory": (memory, _memory_options),
+    "training-step": (training_step, training_step_options),
+    "head": (head, head_options),
+}
 
 
 def main() -> None:
