@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, LlavaOnevisionForConditionalGeneration, LlavaOnevisionModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -32,10 +30,8 @@ from .autoregressive_reconstruction import AutoregressiveReconstructionModule, s
 from .configuration_llava_next_ar import LlavaNextARConfig
 from .frame_predictor import ZeroInitializedLinear
 from .frame_token_layout import FrameTokenLayout, VideoTokens, split_video_positions
+from .loss_functions import reduce_video_losses, summed_cross_entropy
 from .reconstruction_metrics import NextFramePrediction, Reconstruction
-
-# Logits that the loss over supervised positions makes at a time: 256 MB in float32, 441 positions of Qwen2's vocabulary.
-LOGITS_AT_A_TIME = 2**26
 
 # Released OneVision checkpoints carry legacy key names. transformers renames them by class name only, so without this a
 # OneVision checkpoint would load with a random lm_head.
@@ -476,7 +472,7 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
             )
             reconstruction, first_token = self._reconstruct(hidden_states, video_token_mask[..., 0], encoded["video"])
         if reconstruction is not None:
-            autoregressive_loss = _reduce_video_losses(
+            autoregressive_loss = reduce_video_losses(
                 reconstruction,
                 first_token,
                 labels,
@@ -544,28 +540,11 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
                 shift_labels=shift_labels,
             )
         targets = targets[supervised]
-        loss = self._summed_cross_entropy(hidden_states[supervised], targets)
+        loss = summed_cross_entropy(self.lm_head, hidden_states[supervised], targets)
         if not len(targets):
             return loss  # zero, also where the whole step has no target
         count = num_items_in_batch if num_items_in_batch is not None else len(targets)
         return loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
-
-    def _summed_cross_entropy(self, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """`[n, hidden_size]` and `[n]` to a scalar, never with more logits in memory than `LOGITS_AT_A_TIME`.
-
-        Long answers, of 150 thousand logits for each token, would otherwise be the largest tensor of the step. Chunks are
-        projected again in the backward pass.
-        """
-
-        def of_chunk(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            logits = self.lm_head(hidden_states).float()
-            return nn.functional.cross_entropy(logits, targets.to(logits.device), reduction="sum")
-
-        num_positions = max(1, LOGITS_AT_A_TIME // self.config.text_config.vocab_size)
-        if len(targets) <= num_positions or _is_gathered_at_each_call(self.lm_head):
-            return of_chunk(hidden_states, targets)
-        chunks = zip(hidden_states.split(num_positions), targets.split(num_positions), strict=True)
-        return torch.stack([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
     def _reconstruct(
         self, hidden_states: torch.Tensor, video_token_mask: torch.Tensor, video: VideoFeatures
@@ -623,45 +602,3 @@ def _init_own_weights(module: nn.Module) -> None:
         module.reset_parameters()
     elif isinstance(module, LlavaNextARModel) and getattr(module, "faster_token", None) is not None:
         init.normal_(module.faster_token, mean=0.0, std=_embedding_std(module.config))
-
-
-def _is_gathered_at_each_call(module: nn.Module) -> bool:
-    """Whether the ranks exchange this module's weights whenever it runs, and so must run it equally often.
-
-    ZeRO-3 does so for every module, FSDP2 for those that are sharded by themselves.
-    """
-    return isinstance(module, FSDPModule) or any(hasattr(weight, "ds_id") for weight in module.parameters())
-
-
-def _reduce_video_losses(
-    reconstruction: Reconstruction,
-    first_token: torch.Tensor,
-    labels: torch.Tensor | None,
-    packed_position_ids: torch.Tensor | None,
-    num_items_in_batch: int | torch.Tensor | None,
-    num_videos_in_batch: int | torch.Tensor | None,
-) -> torch.Tensor:
-    """The unweighted loss of a micro-batch; see `forward` for the three ways of counting.
-
-    `first_token` `[N]` is the place of each video in the flattened batch.
-    """
-    losses = reconstruction.loss_per_video
-    if num_videos_in_batch is not None:
-        count = num_videos_in_batch
-        return losses.sum() / (count.to(losses.device) if isinstance(count, torch.Tensor) else count)
-    if num_items_in_batch is None or labels is None:
-        return losses.mean()
-    # [B * S]: which sample a token belongs to. A row is one, unless several are packed in it.
-    starts = torch.zeros_like(labels, dtype=torch.bool)
-    starts[:, 0] = True
-    if packed_position_ids is not None:
-        starts[:, 1:] |= packed_position_ids.diff(dim=1) != 1
-    sample_of_token = starts.flatten().cumsum(0) - 1
-    num_samples = int(sample_of_token[-1]) + 1
-    is_target = nn.functional.pad(labels[:, 1:] != -100, (1, 0)).flatten()
-    items_in_sample = torch.bincount(sample_of_token[is_target], minlength=num_samples)
-    samples = sample_of_token[first_token.to(labels.device)[reconstruction.video_index.to(labels.device)]]
-    videos_in_sample = torch.bincount(samples, minlength=num_samples)
-    shares = (items_in_sample[samples] / videos_in_sample[samples]).to(losses.device)
-    # In a step without any label no sample has a share: zero, not 0 / 0.
-    return (losses * shares).sum() / max(int(num_items_in_batch), 1)

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from llava_next_ar import modeling_llava_next_ar
+from llava_next_ar import loss_functions
 from llava_next_ar.frame_token_layout import FrameTokenLayout
 from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration, NextFramePrediction
 
@@ -477,7 +477,7 @@ def test_chunks_of_supervised_positions_change_neither_loss_nor_gradient(monkeyp
     expected = gradients(model, whole.loss)
     most_logits = []
     model.lm_head.register_forward_hook(lambda module, args, logits: most_logits.append(logits.numel()))
-    monkeypatch.setattr(modeling_llava_next_ar, "LOGITS_AT_A_TIME", 5 * model.config.text_config.vocab_size)
+    monkeypatch.setattr(loss_functions, "LOGITS_AT_A_TIME", 5 * model.config.text_config.vocab_size)
     chunked = model(**inputs, skip_logits=True)
     torch.testing.assert_close(chunked.main_loss, whole.main_loss)
     assert_same_gradients(gradients(model, chunked.loss), expected)
