@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from .configuration_llava_next_ar import LlavaNextARAutoregressiveConfig
 from .frame_masks import FrameLevelMaskGenerator
-from .frame_predictor import FramePredictorBlock, ZeroInitializedLinear, resample_states, sinusoids
+from .frame_predictor import FramePredictorBlock, ZeroInitializedLinear, resample_states, sinusoids, stack_padded
 from .frame_token_layout import FrameTokenLayout, FrameType, VideoTokens
 from .reconstruction_metrics import Reconstruction
 
@@ -272,7 +272,7 @@ class AutoregressiveReconstructionModule(nn.Module):
         if len(set(counts)) == 1:
             x = x.view(len(counts), counts[0], -1)
         else:
-            x = nn.utils.rnn.pad_sequence(x.split(counts), batch_first=True)  # [F, P, E]
+            x = stack_padded(x.split(counts))  # [F, P, E]
             exists = torch.arange(max(counts), device=device) < torch.tensor(counts, device=device)[:, None]
             key_mask = key_mask & exists[visible]
         key_mask = None if visible.shape[1] == 1 and len(set(counts)) == 1 else key_mask.flatten(1)[:, None, None]
@@ -339,11 +339,9 @@ class AutoregressiveReconstructionModule(nn.Module):
                 grids.append(grid)
                 places.append((video, frame))
 
-        pad = nn.utils.rnn.pad_sequence
-        copies = pad(copies, batch_first=True)
+        copies, targets = stack_padded(copies), stack_padded(targets)
         # This frame's features plus a learned change.
-        predictions = copies + self.change(pad(predictions, batch_first=True)).float()
-        targets = pad(targets, batch_first=True)
+        predictions = copies + self.change(stack_padded(predictions)).float()
         counts = torch.tensor([height * width for height, width in grids], device=targets.device)
         patch_mask = torch.arange(targets.shape[1], device=targets.device) < counts[:, None]
         frame_loss = self._frame_loss(predictions, targets, patch_mask, grids)

@@ -5,6 +5,7 @@ Shape letters: F frames of all clips together, P patches of a frame, E predictor
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -24,6 +25,16 @@ def resample_states(states: torch.Tensor, grid: tuple[int, int], target: tuple[i
         return states
     states = states.T.unflatten(1, grid)[None]
     return nn.functional.interpolate(states, size=list(target), mode="bilinear")[0].flatten(1).T
+
+
+def stack_padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`[P_i, E]` tensors -> `[F, P, E]`, shorter ones padded with zeros at the end.
+
+    `pad_sequence` would do, but writes row by row into one tensor: its backward pass copies the gradient of the whole as
+    often as there are rows, at a cost quadratic in the number of frames.
+    """
+    longest = max(map(len, rows))
+    return torch.stack([nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
 
 
 class ZeroInitializedLinear(nn.Linear):

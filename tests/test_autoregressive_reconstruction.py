@@ -7,6 +7,8 @@ import pytest
 import torch
 from tiny import GRID, IMAGE_SIZE, LAYOUTS, tiny_config, tiny_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from llava_next_ar.autoregressive_reconstruction import (
     AutoregressiveReconstructionModule,
@@ -135,6 +137,35 @@ def test_cost_is_linear_in_the_number_of_frames(monkeypatch, layout):
     patches = 9  # of a slow frame
     assert long[0] == 8 * short[0] == 64 * patches * 3 * patches
     assert long[1] <= 64 * 3 * patches, "a dense mask was made"
+
+
+class _CountNumbers(TorchDispatchMode):
+    """Adds up the sizes of all tensors that operations write."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.total += sum(value.numel() for value in tree_leaves(result) if isinstance(value, torch.Tensor))
+        return result
+
+
+@pytest.mark.parametrize("layout", ["one_token", "slow_fast"])
+def test_memory_traffic_of_a_training_step_is_linear_in_the_number_of_frames(layout):
+    """Padding row by row into one tensor made the backward pass copy the gradient of the whole clip for each frame."""
+    module = make_head({"num_hist": 3}, noise=0.1, **LAYOUTS[layout]).train()
+    traffic = []
+    for length in (16, 64, 112):
+        hidden_states, clips, features, timestamps = make_clips(module, [length])
+        hidden_states.requires_grad_()
+        with _CountNumbers() as counted:
+            module(hidden_states, clips, features, timestamps).loss_per_video.sum().backward()
+        traffic.append(counted.total)
+    # Which frame sees which is a small table of T x T; it was 80% more with the copies.
+    assert traffic[2] - traffic[1] == pytest.approx(traffic[1] - traffic[0], rel=0.05)
 
 
 def test_use_fast_slow_frames_keeps_the_window_where_nothing_tells_frames_apart(monkeypatch):
