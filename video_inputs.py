@@ -21,7 +21,7 @@ from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
 from .video_decoding import choose_backend
-from .video_frames import IMAGE_FPS, IMAGE_SUFFIXES, FrameSampling, VideoFrames, load_video
+from .video_frames import IMAGE_FPS, IMAGE_SUFFIXES, FrameSampling, VideoFrames, load_video, open_image
 
 logger = logging.get_logger(__name__)
 
@@ -277,7 +277,7 @@ def _opened(frame: Any) -> np.ndarray:
     if _is_array(frame):
         return frame
     if _is_path(frame):
-        frame = load_image(frame) if _is_url(frame) else Image.open(frame)
+        frame = load_image(frame) if _is_url(frame) else open_image(frame)
     return np.array(frame)
 
 
