@@ -61,7 +61,22 @@ _COVER_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: the "video" of an audio f
 _AV_MAJOR = int(av.__version__.split(".")[0]) if av is not None else 0
 # What FFmpeg may take a file for: no playlists (concat, hls, dash, sdp), no numbered series (image2), no devices.
 FORMATS = (
-    *("mov", "matroska", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "live_flv", "asf", "ogg", "mxf", "gxf", "nut", "ivf"),
+    *(
+        "mov",
+        "matroska",
+        "avi",
+        "mpegts",
+        "mpeg",
+        "mpegvideo",
+        "flv",
+        "live_flv",
+        "asf",
+        "ogg",
+        "mxf",
+        "gxf",
+        "nut",
+        "ivf",
+    ),
     *("rm", "dv", "wtv", "nsv", "amv", "swf", "h264", "hevc", "vvc", "m4v", "av1", "obu", "vc1", "dirac", "cavsvideo"),
     *("avs2", "avs3", "h261", "h263", "mjpeg", "mpjpeg", "yuv4mpegpipe", "gif", "apng", "bmp_pipe", "jpeg_pipe"),
     *("pam_pipe", "pgm_pipe", "png_pipe", "ppm_pipe", "tiff_pipe", "webp_pipe"),

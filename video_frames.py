@@ -60,7 +60,15 @@ ResizeBackend = Literal["torch", "pil"]
 Resample = Literal["bicubic", "bilinear"]
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow runs other programs for some of the rest
+_IMAGE_FORMATS = (
+    "BMP",
+    "GIF",
+    "JPEG",
+    "PNG",
+    "PPM",
+    "TIFF",
+    "WEBP",
+)  # Pillow runs other programs for some of the rest
 IMAGE_FPS = 2.0  # of frames that carry no time, as LLaVA-NeXT takes it for folders of frames
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
 
