@@ -7,6 +7,7 @@ silently train something else.
 
 import copy
 import difflib
+import os
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -364,6 +365,20 @@ class LlavaNextARConfig(LlavaOnevisionConfig):
             head.target_layout(token_layout)
         except ValueError as error:
             raise ValueError(f"impossible targets in autoregressive_config: {error}") from error
+
+    def check(self) -> None:
+        """Refuses values that were assigned after construction and that construction would refuse.
+
+        Raises:
+            ValueError, huggingface_hub.errors.StrictDataclassClassValidationError: see the class.
+        """
+        self.validate()
+        self._check_consistency()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """As in transformers, but what could not be loaded again is refused before anything is written; see `check`."""
+        self.check()
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .frame_token_layout import FrameTokenLayout  # noqa: F401
     from .image_token_layout import ImageTokenLayout  # noqa: F401
     from .llava_conversation import llava_conversation_to_messages  # noqa: F401
+    from .media_paths import path_below  # noqa: F401
     from .modeling_llava_next_ar import LlavaNextARForConditionalGeneration  # noqa: F401
     from .option_checks import check_pixel_options  # noqa: F401
     from .processing_llava_next_ar import LlavaNextARProcessor  # noqa: F401

@@ -7,6 +7,7 @@ head and its loss, and a loss over the supervised positions alone.
 """
 
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -338,8 +339,15 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
         """As in transformers, but under the names that the model's own `state_dict` has.
 
         transformers would write the legacy names of LLaVA-OneVision, which `Trainer` does not translate when it resumes:
-        it would go on with nearly all weights of the checkpoint left out, and one warning.
+        it would go on with nearly all weights of the checkpoint left out, and one warning. What could not be loaded again
+        is refused before anything is written.
+
+        Raises:
+            ValueError: if the configuration or the generation configuration has become invalid.
         """
+        self.config.check()
+        with tempfile.TemporaryDirectory() as scratch:
+            self.generation_config.save_pretrained(scratch)
         return super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
     def train(self, mode: bool = True) -> "LlavaNextARForConditionalGeneration":

@@ -33,6 +33,9 @@ class _Settings(TypedDict, total=False):
     unpad_rounding: UnpadRounding
 
 
+SETTINGS = tuple(_Settings.__annotations__)
+
+
 def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:
     """Raises ValueError for a name that is not known, with the nearest one that is."""
     known = list(known)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from tokenizers import AddedToken
 from transformers import AutoImageProcessor, LlavaOnevisionProcessor, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
@@ -28,12 +29,18 @@ from .frame_sampling import llava_video_times, time_instruction
 from .frame_token_layout import FrameTokenLayout
 from .hub_code import AUTO_MAP
 from .image_token_layout import ImageTokenLayout
-from .llava_conversation import DEFAULT_CHAT_TEMPLATE, IMAGE_TOKEN, VIDEO_TOKEN
-from .option_checks import check_image_processor, check_processor_file, check_processor_settings, refuse_unknown
+from .llava_conversation import DEFAULT_CHAT_TEMPLATE, IMAGE_TOKEN, VIDEO_TOKEN, check_messages
+from .option_checks import (
+    SETTINGS,
+    check_image_processor,
+    check_processor_file,
+    check_processor_settings,
+    refuse_unknown,
+)
+from .video_inputs import flatten_videos, load_images
 from .video_processing_llava_next_ar import (
     LlavaNextARVideoProcessor,
     LlavaNextARVideoProcessorKwargs,
-    flatten_videos,
 )
 
 logger = logging.get_logger(__name__)
@@ -251,7 +258,16 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         return VideoProcessorMixin
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any):
-        """Saves everything that a checkpoint needs beside the model: all parts, the chat template and the code."""
+        """Saves everything that a checkpoint needs beside the model: all parts, the chat template and the code.
+
+        Raises:
+            ValueError: if a setting that was assigned after construction is invalid; nothing is written then.
+            TypeError: if a setting is nothing that JSON knows; nothing is written then either.
+        """
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        check_processor_settings(**settings)
+        check_image_processor(self.image_processor)
+        self.to_json_string()
         # Neither how the last call padded and cut, nor where the tokenizer came from, is a setting of the tokenizer;
         # both would be saved as such, and the former come back as options of every call.
         if getattr(self.tokenizer, "backend_tokenizer", None) is not None:
@@ -295,22 +311,26 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         and `{"type": "video", "path" | "url" | "video": ...}`.
 
         Raises:
-            ValueError: if assistant masks are asked of a template that marks no `{% generation %}`, or an option is
-            unknown.
+            ValueError: if the conversation is malformed (naming the place), the template refuses it, assistant masks are
+                asked of a template that marks no `{% generation %}`, or an option is unknown; and what a call raises.
         """
+        check_messages(conversation, with_media=bool(kwargs.get("tokenize")))
         template = self._resolve_chat_template(chat_template)
         if return_assistant_tokens_mask and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             raise ValueError(
                 "return_assistant_tokens_mask=True needs a chat template with {% generation %} around the assistant's "
                 "turns, which this one lacks; DEFAULT_CHAT_TEMPLATE has it"
             )
-        return super().apply_chat_template(
-            conversation,
-            template,
-            processor_kwargs=dict(processor_kwargs or {}),  # transformers writes into it
-            return_assistant_tokens_mask=return_assistant_tokens_mask,
-            **kwargs,
-        )
+        try:
+            return super().apply_chat_template(
+                conversation,
+                template,
+                processor_kwargs=dict(processor_kwargs or {}),  # transformers writes into it
+                return_assistant_tokens_mask=return_assistant_tokens_mask,
+                **kwargs,
+            )
+        except (TemplateError, OverflowError) as error:  # the latter from the sandbox, of huge ranges
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
     def __call__(
         self,
@@ -336,8 +356,12 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         return super().__call__(images=images, text=text, videos=videos, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """As in transformers, with image paths as `Path` too."""
-        images = _paths_to_str(images)
+        """As in transformers, with image paths as `Path` too, and files opened as the usual formats only.
+
+        Raises:
+            ValueError: if an image cannot be loaded, naming it and the cause.
+        """
+        images = load_images(images)
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
@@ -535,12 +559,6 @@ def _num_patches(num_image_tokens: int | None, select_strategy: str | None) -> i
     if select_strategy == "default" and math.isqrt(without_class_token) ** 2 == without_class_token:
         return without_class_token
     return num_image_tokens
-
-
-def _paths_to_str(images: Any) -> Any:
-    if isinstance(images, (list, tuple)):
-        return [_paths_to_str(image) for image in images]
-    return os.fspath(images) if isinstance(images, os.PathLike) else images
 
 
 def _count_images(images: Any) -> list[int] | int:

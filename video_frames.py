@@ -421,7 +421,7 @@ def _open_reader(
             name = os.fspath(source)
             url = urllib.parse.urlsplit(name)
             if url.scheme in ("http", "https"):
-                reader = _file_reader(stack.enter_context(_downloaded(name)), name, backend, num_threads)
+                reader = _file_reader(stack.enter_context(downloaded(name)), name, backend, num_threads)
             else:
                 path = urllib.request.url2pathname(url.path) if url.scheme == "file" else name
                 reader = _path_reader(path, name, backend, fps, num_threads)
@@ -449,7 +449,7 @@ def _file_reader(file: str | bytes, name: str, backend: VideoBackend, num_thread
 
 
 @contextlib.contextmanager
-def _downloaded(url: str) -> Iterator[str]:
+def downloaded(url: str) -> Iterator[str]:
     """Path of a temporary copy, since reading out of order over the network would fetch most bytes several times."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, os.path.basename(urllib.parse.urlsplit(url).path) or "video")
