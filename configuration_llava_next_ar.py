@@ -314,7 +314,11 @@ class LlavaNextARConfig(LlavaOnevisionConfig):
                 logger.warning(f"{key!r} of the LLaVA-OneVision configuration means nothing here and is left out")
                 del kwargs[key]
         _refuse_unknown(kwargs, known, "the model configuration", allowed)
-        kwargs.pop("model_type", None)  # a LLaVA-OneVision config names its own type
+        auto_map = {}
+        if kwargs.pop("model_type", None) == self.model_type:  # a LLaVA-OneVision config names its own type
+            auto_map = kwargs.get("auto_map") or {}  # may name a model class of the user's own
+        if not isinstance(auto_map, dict) or not all(isinstance(value, str) for value in auto_map.values()):
+            raise ValueError(f"auto_map must be a dict of strings, got {auto_map!r}")
         for name in ("vision_config", "text_config", "autoregressive_config"):
             part = getattr(self, name)
             if isinstance(part, dict) and not isinstance(part.get("model_type", ""), str):
@@ -322,7 +326,7 @@ class LlavaNextARConfig(LlavaOnevisionConfig):
         if isinstance(self.text_config, dict):
             _check_rope(self.text_config)
         super().__post_init__(**kwargs)
-        self.auto_map = dict(AUTO_MAP)
+        self.auto_map = {**AUTO_MAP, **auto_map}
         self._check_consistency()
 
     def _check_consistency(self) -> None:
