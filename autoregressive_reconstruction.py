@@ -97,6 +97,10 @@ class AutoregressiveReconstructionModule(nn.Module):
     (`teacher`), follows `.to()`, is saved with the checkpoint under `autoregressive_module.teacher.*`, and
     `autoregressive_config.separate_teacher` is set so that it is found again on reload.
 
+    **Extending.** A subclass may replace the loss (`patch_loss`) and the predictor (`block_class`), and is put to use by
+    a subclass of the model that names it (`LlavaNextARForConditionalGeneration.head_class`). What makes the objective
+    mean something stays as it is: targets, copy baseline, zero start, and which frames a patch may see.
+
     Args:
         config: the head's configuration, `embedding_dim` resolved.
         hidden_size: width of the language model's hidden states.
@@ -105,6 +109,10 @@ class AutoregressiveReconstructionModule(nn.Module):
         vision_feature_layer, vision_feature_select_strategy: the features that the projector reads.
         vision_tower: the tower for `compute_autoregressive_loss`, which is given frames; not a submodule of this one.
     """
+
+    # Built `config.num_layers` times as `block_class(embedding_dim, num_heads)`, with the `forward` of
+    # `FramePredictorBlock`. What it makes of a frame may depend on the frames in `visible`, and on no other.
+    block_class: type[nn.Module] = FramePredictorBlock
 
     # Wavelengths in seconds, from faster than any frame rate to longer than most clips.
     TIME_WAVELENGTHS = torch.logspace(math.log10(0.1), math.log10(1000.0), 16)
@@ -132,7 +140,7 @@ class AutoregressiveReconstructionModule(nn.Module):
         self.input_projection = nn.Linear(hidden_size, dim)
         num_place_features = 4 * len(self.POSITION_WAVELENGTHS) + 4 * len(self.TIME_WAVELENGTHS)
         self.place_projection = nn.Linear(num_place_features, dim)
-        self.blocks = nn.ModuleList(FramePredictorBlock(dim, config.num_heads) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(self.block_class(dim, config.num_heads) for _ in range(config.num_layers))
         self.output_norm = nn.LayerNorm(dim)
         self.change = ZeroInitializedLinear(dim, vision_dim)
         self.teacher: nn.Module | None = None
@@ -369,7 +377,7 @@ class AutoregressiveReconstructionModule(nn.Module):
         grids: Sequence[tuple[int, int]],
     ) -> torch.Tensor:
         """`[M]`: mean over patches, and over the pyramid of coarser grids with `enable_multiscale_pooling`."""
-        loss = (self._patch_loss(predictions, targets) * patch_mask).sum(1) / patch_mask.sum(1)
+        loss = (self.patch_loss(predictions, targets) * patch_mask).sum(1) / patch_mask.sum(1)
         if not self.config.enable_multiscale_pooling:
             return loss
         per_frame: list[torch.Tensor] = [loss[0]] * len(grids)
@@ -381,13 +389,17 @@ class AutoregressiveReconstructionModule(nn.Module):
             while min(pair.shape[2:]) >= 2:
                 pair = nn.functional.avg_pool2d(pair, 2)
                 coarse = pair.flatten(2).transpose(1, 2)
-                levels.append(self._patch_loss(*coarse.chunk(2)).mean(1))
+                levels.append(self.patch_loss(*coarse.chunk(2)).mean(1))
             for m, value in zip(members, torch.stack(levels).mean(0), strict=True):
                 per_frame[m] = value
         return torch.stack(per_frame)
 
-    def _patch_loss(self, predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """`[M, P, Dv]` twice -> `[M, P]`."""
+    def patch_loss(self, predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss of each patch, `[M, P, Dv]` float32 twice -> `[M, P]`; by default `config.loss_type`.
+
+        Means over patches, frames and videos are taken elsewhere, and so are the coarser grids of
+        `enable_multiscale_pooling`, which come through here as well.
+        """
         if self.config.loss_type == "mse":
             return (predictions - targets).square().mean(-1)
         if self.config.loss_type == "smooth_l1":

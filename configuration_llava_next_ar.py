@@ -7,6 +7,7 @@ silently train something else.
 
 import copy
 import difflib
+import os
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ if version.parse(transformers.__version__) < version.parse(MINIMUM_TRANSFORMERS)
 
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers import GenerationConfig, LlavaOnevisionConfig, PreTrainedConfig  # noqa: E402
+from transformers.activations import ACT2FN  # noqa: E402
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from .frame_token_layout import FrameTokenLayout, NewlinePosition, PoolMode  # noqa: E402
@@ -49,6 +52,13 @@ _TRANSFORMERS_KEYS = {
 # Keys of released LLaVA-OneVision checkpoints that transformers no longer reads.
 _ONEVISION_LEGACY_KEYS = {"ignore_index", "use_image_newline_parameter"}
 
+# What transformers builds the parts from. It takes any value here, and fails on it much later, or never ends.
+_PART_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("vocab_size", "num_channels", "image_size", "patch_size"),
+)
+_MAX_SIZE, _MAX_LAYERS = 2**31 - 1, 1000
+
 
 def _unknown_keys(kwargs: dict[str, Any], known: set[str]) -> list[str]:
     return [key for key in kwargs if key not in known and not key.startswith("_")]
@@ -61,9 +71,49 @@ def _refuse_unknown(kwargs: dict[str, Any], own: set[str], where: str, allowed: 
         raise ValueError(f"unknown key {key!r} in {where}; {hint}")
 
 
-def _check_range(where: str, name: str, value: float, low: float) -> None:
-    if not low <= value < float("inf"):  # false for NaN too
-        raise ValueError(f"{where}.{name} must be finite and at least {low}, got {value!r}")
+def _check_range(where: str, name: str, value: float, low: float, high: float = _MAX_SIZE) -> None:
+    if not low <= value <= high:  # false for NaN too
+        limit = f"at most {high}" if high < value < float("inf") else f"finite and at least {low}"
+        raise ValueError(f"{where}.{name} must be {limit}, got {value!r}")
+
+
+def _check_rope(text_config: dict[str, Any]) -> None:
+    """Before transformers reads it: it takes the type for a key of its table without a look."""
+    rope = text_config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return
+    per_layer_type = [value for value in rope.values() if isinstance(value, dict) and "rope_type" in value]
+    for parameters in per_layer_type or [rope]:
+        kind, theta = parameters.get("rope_type", "default"), parameters.get("rope_theta", 1.0)
+        if not isinstance(kind, str) or kind not in {"default", *ROPE_INIT_FUNCTIONS}:
+            known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
+            raise ValueError(f"text_config.rope_parameters: rope_type must be one of {known}, got {kind!r}")
+        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < float("inf"):
+            raise ValueError(f"text_config.rope_parameters: rope_theta must be a finite number above 0, got {theta!r}")
+
+
+def _check_part(where: str, part: PreTrainedConfig) -> None:
+    """Refuses a vision tower or language model that cannot be built."""
+    values = part.to_dict()
+    for name in _PART_SIZES:
+        size = values.get(name)
+        if size is None:
+            continue
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise ValueError(f"{where}.{name} must be an integer, got {size!r}")
+        _check_range(where, name, size, 1, _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE)
+    heads, groups, hidden_size = (values.get(n) for n in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
+    if heads and hidden_size and hidden_size % heads and not values.get("head_dim"):
+        raise ValueError(f"{where}.hidden_size={hidden_size} is not divisible by num_attention_heads={heads}")
+    if heads and groups and heads % groups:
+        raise ValueError(f"{where}.num_attention_heads={heads} is not divisible by num_key_value_heads={groups}")
+    if values.get("hidden_act") is not None:
+        _check_activation(f"{where}.hidden_act", values["hidden_act"])
+
+
+def _check_activation(name: str, value: Any) -> None:
+    if not isinstance(value, str) or value not in ACT2FN:
+        raise ValueError(f"{name} must be one of {', '.join(sorted(ACT2FN))}, got {value!r}")
 
 
 @strict
@@ -136,8 +186,9 @@ class LlavaNextARAutoregressiveConfig(PreTrainedConfig):
         Raises:
             ValueError: naming key, value and range.
         """
-        for name in ("num_hist", "num_heads", "num_layers", "fast_stride", "slow_stride", "num_fast", "num_slow"):
+        for name in ("num_hist", "num_heads", "fast_stride", "slow_stride", "num_fast", "num_slow"):
             _check_range("autoregressive_config", name, getattr(self, name), 1)
+        _check_range("autoregressive_config", "num_layers", self.num_layers, 1, _MAX_LAYERS)
         for name in ("embedding_dim", "mm_spatial_pool_stride", "faster_token_stride"):
             if getattr(self, name) is not None:
                 _check_range("autoregressive_config", name, getattr(self, name), 1)
@@ -263,14 +314,38 @@ class LlavaNextARConfig(LlavaOnevisionConfig):
                 logger.warning(f"{key!r} of the LLaVA-OneVision configuration means nothing here and is left out")
                 del kwargs[key]
         _refuse_unknown(kwargs, known, "the model configuration", allowed)
-        kwargs.pop("model_type", None)  # a LLaVA-OneVision config names its own type
+        auto_map = {}
+        if kwargs.pop("model_type", None) == self.model_type:  # a LLaVA-OneVision config names its own type
+            auto_map = kwargs.get("auto_map") or {}  # may name a model class of the user's own
+        if not isinstance(auto_map, dict) or not all(isinstance(value, str) for value in auto_map.values()):
+            raise ValueError(f"auto_map must be a dict of strings, got {auto_map!r}")
+        for name in ("vision_config", "text_config", "autoregressive_config"):
+            part = getattr(self, name)
+            if isinstance(part, dict) and not isinstance(part.get("model_type", ""), str):
+                raise ValueError(f"{name}.model_type must be a string, got {part['model_type']!r}")
+        if isinstance(self.text_config, dict):
+            _check_rope(self.text_config)
         super().__post_init__(**kwargs)
-        self.auto_map = dict(AUTO_MAP)
+        self.auto_map = {**AUTO_MAP, **auto_map}
         self._check_consistency()
 
     def _check_consistency(self) -> None:
         _check_range("config", "mm_spatial_pool_stride", self.mm_spatial_pool_stride, 1)
         _check_range("config", "faster_token_stride", self.faster_token_stride, 1)
+        _check_part("vision_config", self.vision_config)
+        _check_part("text_config", self.text_config)
+        _check_activation("projector_hidden_act", self.projector_hidden_act)
+        vision = self.vision_config
+        if vision.image_size < vision.patch_size:
+            raise ValueError(
+                f"vision_config.image_size={vision.image_size} is less than patch_size={vision.patch_size}"
+            )
+        last = vision.num_hidden_layers
+        for layer in (
+            [self.vision_feature_layer] if isinstance(self.vision_feature_layer, int) else self.vision_feature_layer
+        ):
+            if not -last - 1 <= layer <= last:
+                raise ValueError(f"vision_feature_layer must be from {-last - 1} to {last}, got {layer}")
         if self.add_faster_video and self.mm_newline_position != "grid":
             raise ValueError(
                 f"add_faster_video=True needs mm_newline_position='grid', got {self.mm_newline_position!r} "
@@ -279,7 +354,8 @@ class LlavaNextARConfig(LlavaOnevisionConfig):
         head = self.autoregressive_config
         if head.model_type != LlavaNextARAutoregressiveConfig.model_type:
             raise ValueError(
-                f"autoregressive_config must be a dict or a LlavaNextARAutoregressiveConfig, got {type(head).__name__}"
+                "autoregressive_config must be a dict or a LlavaNextARAutoregressiveConfig, got "
+                f"{type(head).__name__} with model_type={head.model_type!r}"
             )
         if head.embedding_dim is None:
             head = copy.copy(head)  # the caller's object may serve a model with another tower too
@@ -293,6 +369,20 @@ class LlavaNextARConfig(LlavaOnevisionConfig):
             head.target_layout(token_layout)
         except ValueError as error:
             raise ValueError(f"impossible targets in autoregressive_config: {error}") from error
+
+    def check(self) -> None:
+        """Refuses values that were assigned after construction and that construction would refuse.
+
+        Raises:
+            ValueError, huggingface_hub.errors.StrictDataclassClassValidationError: see the class.
+        """
+        self.validate()
+        self._check_consistency()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """As in transformers, but what could not be loaded again is refused before anything is written; see `check`."""
+        self.check()
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

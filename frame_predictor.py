@@ -67,7 +67,12 @@ class FrameAttention(nn.Module):
 
 
 class FramePredictorBlock(GradientCheckpointingLayer):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block.
+
+    `forward` takes the states of all frames `x` `[F, P, E]`, for each frame the frames that it may see `visible` `[F, K]`
+    (its own among them; shorter lists are filled up) and `key_mask` `[F, 1, 1, K * P]`, True where such a patch counts, or
+    None where all do. It returns the new states `[F, P, E]`.
+    """
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()

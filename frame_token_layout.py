@@ -161,8 +161,8 @@ class FrameTokenLayout:
     def __post_init__(self):
         for name in ("patches_height", "patches_width", "pool_stride", "faster_token_stride"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+                raise ValueError(f"{name} must be an integer of at least 1 (and below 2^31), got {value!r}")
         if not isinstance(self.add_faster_video, bool):
             raise ValueError(f"add_faster_video must be True or False, got {self.add_faster_video!r}")
         for name, allowed in (("pool_mode", get_args(PoolMode)), ("newline_position", get_args(NewlinePosition))):

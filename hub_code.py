@@ -4,7 +4,8 @@
 With `_auto_class` set, transformers copies the file of a saved class and, recursively, whatever its text imports
 relatively. A model saved alone would so lose its processor, and a processor its model. This module names every sibling in
 one block that is never executed, and every class that can be saved imports it: the copy is always the whole package, also
-when the class itself came from the Hub.
+when the class itself came from the Hub. A file of the user's own beside these, with a subclass of the model, travels in the
+same way, since it imports them.
 """
 
 from typing import TYPE_CHECKING
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from .image_token_layout import ImageTokenLayout  # noqa: F401
     from .llava_conversation import llava_conversation_to_messages  # noqa: F401
     from .loss_functions import summed_cross_entropy  # noqa: F401
+    from .media_paths import path_below  # noqa: F401
     from .modeling_llava_next_ar import LlavaNextARForConditionalGeneration  # noqa: F401
+    from .option_checks import check_pixel_options  # noqa: F401
     from .processing_llava_next_ar import LlavaNextARProcessor  # noqa: F401
     from .reconstruction_metrics import Reconstruction  # noqa: F401
     from .training_collator import LlavaVideoCollator  # noqa: F401
@@ -30,12 +33,10 @@ if TYPE_CHECKING:
     from .video_inputs import flatten_videos  # noqa: F401
     from .video_processing_llava_next_ar import LlavaNextARVideoProcessor  # noqa: F401
 
-_MODEL = "modeling_llava_next_ar.LlavaNextARForConditionalGeneration"
+MODEL_AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 AUTO_MAP = {
     "AutoConfig": "configuration_llava_next_ar.LlavaNextARConfig",
-    "AutoModel": _MODEL,
-    "AutoModelForImageTextToText": _MODEL,
-    "AutoModelForMultimodalLM": _MODEL,
+    **dict.fromkeys(MODEL_AUTO_CLASSES, "modeling_llava_next_ar.LlavaNextARForConditionalGeneration"),
     "AutoProcessor": "processing_llava_next_ar.LlavaNextARProcessor",
     "AutoVideoProcessor": "video_processing_llava_next_ar.LlavaNextARVideoProcessor",
 }

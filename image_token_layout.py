@@ -20,6 +20,7 @@ from torch import nn
 from transformers.image_processing_utils import select_best_resolution
 
 UnpadRounding = Literal["round", "truncate"]
+MAX_SIDE = 2**16  # pixels of an image that is made of tiles
 _MERGE_FLAGS = ("unpad", "nobase", "maxpool2x2")
 
 
@@ -38,7 +39,7 @@ class ImageTokenLayout:
         unpad_rounding: see `unpadded_grid`.
 
     Raises:
-        ValueError: naming the value and what is allowed.
+        ValueError: naming the value, under its name in a configuration, and what is allowed.
     """
 
     patches_height: int
@@ -50,13 +51,23 @@ class ImageTokenLayout:
     unpad_rounding: UnpadRounding = "round"
 
     def __post_init__(self):
-        if not re.fullmatch(r"anyres(_max_[1-9]\d*)?|pad|square", self.aspect_ratio):
-            raise ValueError(f"aspect_ratio must be anyres, anyres_max_N, pad or square, got {self.aspect_ratio!r}")
-        kind, *flags = self.merge_type.split("_")
+        if not re.fullmatch(r"anyres(_max_[1-9]\d{0,5})?|pad|square", str(self.aspect_ratio)):
+            raise ValueError(
+                f"vision_aspect_ratio must be anyres, anyres_max_N, pad or square, got {self.aspect_ratio!r}"
+            )
+        kind, *flags = str(self.merge_type).split("_")
         if self.merge_type != "flat" and (kind != "spatial" or set(flags) - set(_MERGE_FLAGS)):
             raise ValueError(
-                f"merge_type must be flat or spatial, with _{', _'.join(_MERGE_FLAGS)}, got {self.merge_type!r}"
+                f"mm_patch_merge_type must be flat or spatial, with _{', _'.join(_MERGE_FLAGS)}, got "
+                f"{self.merge_type!r}"
             )
+        if not isinstance(self.grid_pinpoints, (list, tuple)):
+            raise ValueError(f"image_grid_pinpoints must be a list of sizes, got {self.grid_pinpoints!r}")
+        for size in self.grid_pinpoints:
+            if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(_is_side(side) for side in size)):
+                raise ValueError(
+                    f"image_grid_pinpoints must hold pairs (height, width) of 1 to {MAX_SIDE} pixels, got {size!r}"
+                )
         if self.unpad_rounding not in get_args(UnpadRounding):
             raise ValueError(
                 f"unpad_rounding must be one of {', '.join(get_args(UnpadRounding))}, got {self.unpad_rounding!r}"
@@ -73,10 +84,19 @@ class ImageTokenLayout:
         return self.patches_height * self.patches_width + ("unpad" in self.merge_type)
 
     def tiles(self, image_size: Sequence[int]) -> tuple[int, int]:
-        """Rows and columns of tiles that an image of this size is cut into."""
+        """Rows and columns of tiles that an image of this size is cut into.
+
+        Raises:
+            ValueError: if the image would be fitted into less than one tile.
+        """
         if not self.is_anyres:
             return 2, 2
         height, width = select_best_resolution(list(image_size), self.grid_pinpoints)
+        if min(height, width) < self.tile_size:
+            raise ValueError(
+                f"image_grid_pinpoints holds {[height, width]}, which is less than one tile of {self.tile_size} pixels "
+                "(image_size in the model; size, height and width, in the image processor)"
+            )
         return height // self.tile_size, width // self.tile_size
 
     def num_tokens(self, image_size: Sequence[int]) -> int:
@@ -192,3 +212,7 @@ def unpadded_grid(grid: Sequence[int], image_size: Sequence[int], rounding: Unpa
         return height - 2 * padding, width
     padding = (width - whole(image_width * (height / image_height))) // 2
     return height, width - 2 * padding
+
+
+def _is_side(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIDE

@@ -2,7 +2,7 @@
 """LLaVA's conversations: how they are written for the language model, and how its data become chat messages."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
@@ -37,7 +37,7 @@ DEFAULT_CHAT_TEMPLATE = (
     "{%- elif part['type'] in ['image', 'video'] -%}"
     "{{- {'image': '<image>', 'video': '<video>'}[part['type']] -}}{%- if not loop.last -%}{{- '\\n' -}}{%- endif -%}"
     "{%- else -%}"
-    "{{- raise_exception('a content part is text, image or video, got ' + part['type']) -}}"
+    "{{- raise_exception('a content part is text, image or video, got ' + part['type'] + ' as its type') -}}"
     "{%- endif -%}"
     "{%- endfor -%}"
     "{%- endif -%}"
@@ -47,6 +47,70 @@ DEFAULT_CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
+
+
+# Where a content part of each kind may have its medium, in the order in which transformers looks.
+_MEDIA_KEYS = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
+
+
+def check_messages(conversation: Any, *, with_media: bool) -> None:
+    """Refuses what is no conversation, or batch of conversations, before a chat template stumbles over it.
+
+    Roles and kinds of parts other than the usual ones are left to the template.
+
+    Args:
+        conversation: as for `apply_chat_template`.
+        with_media: whether the media are going to be read, so that a video part needs one.
+
+    Raises:
+        ValueError: naming the place, what was found there and what was expected.
+    """
+    if not isinstance(conversation, (list, tuple)) or not conversation:
+        raise ValueError(f"conversation must be a list of messages that is not empty, got {_shown(conversation)}")
+    if all(isinstance(item, (list, tuple)) for item in conversation):
+        for number, one in enumerate(conversation):
+            if not one:
+                raise ValueError(f"conversation[{number}] is empty")
+        batch = [(f"conversation[{number}]", one) for number, one in enumerate(conversation)]
+    else:
+        batch = [("conversation", conversation)]
+    for where, messages in batch:
+        for number, message in enumerate(messages):
+            _check_message(f"{where}[{number}]", message, with_media)
+
+
+def _check_message(where: str, message: Any, with_media: bool) -> None:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ValueError(f"{where} must be a dict with a string as 'role' and with 'content', got {_shown(message)}")
+    content = message.get("content")
+    if content is None and "tool_calls" in message:
+        return
+    if isinstance(content, str):
+        return
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f"{where}['content'] must be a string or a list of parts, got {_shown(content)}")
+    for number, part in enumerate(content):
+        place = f"{where}['content'][{number}]"
+        if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+            raise ValueError(f"{place} must be a dict with a string as 'type', got {_shown(part)}")
+        kind = part["type"]
+        if kind == "text" and not isinstance(part.get("text"), str):
+            raise ValueError(f"{place} is of type 'text' and must have a string as 'text', got {_shown(part)}")
+        for key in _MEDIA_KEYS.get(kind, ()):
+            # Media themselves are seen to by who reads them. A video may be a list of frames, an image may not.
+            if isinstance(part.get(key), (bool, int, float, Mapping, *((list, tuple) if kind == "image" else ()))):
+                raise ValueError(
+                    f"{place}['{key}'] must be a path, a URL or the {kind} itself, got {_shown(part[key])}"
+                )
+        if kind == "video" and with_media and all(part.get(key) is None for key in _MEDIA_KEYS[kind]):
+            raise ValueError(
+                f"{place} is of type 'video' and must have one of 'video', 'url' and 'path', got {_shown(part)}"
+            )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def llava_conversation_to_messages(

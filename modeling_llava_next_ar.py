@@ -7,6 +7,7 @@ head and its loss, and a loss over the supervised positions alone.
 """
 
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
     LlavaOnevisionModelOutputWithPast,
 )
 from transformers.processing_utils import Unpack
+from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
@@ -31,7 +33,10 @@ from .configuration_llava_next_ar import LlavaNextARConfig
 from .frame_predictor import ZeroInitializedLinear
 from .frame_token_layout import FrameTokenLayout, VideoTokens, split_video_positions
 from .loss_functions import reduce_video_losses, summed_cross_entropy
+from .hub_code import AUTO_MAP, MODEL_AUTO_CLASSES
 from .reconstruction_metrics import NextFramePrediction, Reconstruction
+
+logger = logging.get_logger(__name__)
 
 # Released OneVision checkpoints carry legacy key names. transformers renames them by class name only, so without this a
 # OneVision checkpoint would load with a random lm_head.
@@ -285,21 +290,28 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
 
     Loads LLaVA-OneVision checkpoints: only the head is new. With the default configuration, logits equal those of
     `LlavaOnevisionForConditionalGeneration` on the same weights, head on or off.
+
+    A subclass may name another head as `head_class`. If its file lies beside this one, a save carries it along, and every
+    auto class loads the subclass.
     """
 
     config: LlavaNextARConfig
     config_class = LlavaNextARConfig
+    head_class: type[AutoregressiveReconstructionModule] = AutoregressiveReconstructionModule
     _auto_class = "AutoModelForImageTextToText"
     _can_compile_fullgraph = False  # as in `LlavaNextARModel`
     _supports_context_parallel = False
 
     def __init__(self, config: LlavaNextARConfig):
         super(LlavaOnevisionForConditionalGeneration, self).__init__(config)
+        saved_as, own = config.auto_map["AutoModelForImageTextToText"], _class_reference(type(self))
+        if saved_as not in (AUTO_MAP["AutoModelForImageTextToText"], own):
+            logger.warning(f"the checkpoint is one of {saved_as}, but is loaded as {own}: its head may be another")
         self.model = LlavaNextARModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.autoregressive_module = None
         if config.enable_autoregressive:
-            self.autoregressive_module = AutoregressiveReconstructionModule(
+            self.autoregressive_module = self.head_class(
                 config.autoregressive_config,
                 hidden_size=config.text_config.hidden_size,
                 vision_dim=config.vision_feature_dim,
@@ -339,8 +351,16 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
         """As in transformers, but under the names that the model's own `state_dict` has.
 
         transformers would write the legacy names of LLaVA-OneVision, which `Trainer` does not translate when it resumes:
-        it would go on with nearly all weights of the checkpoint left out, and one warning.
+        it would go on with nearly all weights of the checkpoint left out, and one warning. What could not be loaded again
+        is refused before anything is written.
+
+        Raises:
+            ValueError: if the configuration or the generation configuration has become invalid.
         """
+        self.config.check()
+        with tempfile.TemporaryDirectory() as scratch:
+            self.generation_config.save_pretrained(scratch)
+        self.config.auto_map.update(dict.fromkeys(MODEL_AUTO_CLASSES, _class_reference(type(self))))
         return super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
     def train(self, mode: bool = True) -> "LlavaNextARForConditionalGeneration":
@@ -591,6 +611,11 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
         if reconstruction is None:
             raise ValueError("predict_next_frames needs at least one video with two frames or more")
         return reconstruction.per_video()
+
+
+def _class_reference(model_class: type) -> str:
+    """How an `auto_map` names a class."""
+    return f"{model_class.__module__.rsplit('.', 1)[-1]}.{model_class.__name__}"
 
 
 def _embedding_std(config: LlavaNextARConfig) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from tokenizers import AddedToken
 from transformers import AutoImageProcessor, LlavaOnevisionProcessor, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
@@ -28,12 +29,18 @@ from .frame_sampling import llava_video_times, time_instruction
 from .frame_token_layout import FrameTokenLayout
 from .hub_code import AUTO_MAP
 from .image_token_layout import ImageTokenLayout
-from .llava_conversation import DEFAULT_CHAT_TEMPLATE, IMAGE_TOKEN, VIDEO_TOKEN
+from .llava_conversation import DEFAULT_CHAT_TEMPLATE, IMAGE_TOKEN, VIDEO_TOKEN, check_messages
+from .option_checks import (
+    SETTINGS,
+    check_image_processor,
+    check_processor_file,
+    check_processor_settings,
+    refuse_unknown,
+)
+from .video_inputs import flatten_videos, load_images
 from .video_processing_llava_next_ar import (
     LlavaNextARVideoProcessor,
     LlavaNextARVideoProcessorKwargs,
-    flatten_videos,
-    refuse_unknown,
 )
 
 logger = logging.get_logger(__name__)
@@ -64,8 +71,10 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         mm_patch_merge_type, unpad_rounding (`str`): how an image becomes tokens, as in the model's configuration.
 
     Raises:
-        ValueError: if there is no layout and `num_image_tokens` is not a square number, both contradict each other, or
-            the tokenizer lacks a placeholder token.
+        ValueError: if a setting, or one of the image processor, has a wrong type or value (naming it), both
+            `num_image_tokens` is no square number and there is no layout, they contradict each other, or the tokenizer
+            lacks a placeholder token.
+        TypeError: if a part is no processor or tokenizer.
     """
 
     _auto_class = "AutoProcessor"
@@ -88,6 +97,17 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         mm_patch_merge_type="spatial_unpad",
         unpad_rounding="round",
     ):
+        check_processor_settings(
+            num_image_tokens=num_image_tokens,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            video_token=video_token,
+            vision_aspect_ratio=vision_aspect_ratio,
+            add_time_instruction=add_time_instruction,
+            mm_patch_merge_type=mm_patch_merge_type,
+            unpad_rounding=unpad_rounding,
+        )
         self.frame_token_layout = _resolve_layout(frame_token_layout, num_image_tokens, vision_feature_select_strategy)
         self.add_time_instruction = add_time_instruction
         self.mm_patch_merge_type = mm_patch_merge_type
@@ -109,10 +129,14 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         if chat_template is None:
             template = DEFAULT_CHAT_TEMPLATE.replace(IMAGE_TOKEN, self.image_token)
             self.chat_template = template.replace(VIDEO_TOKEN, self.video_token)
-        for token, token_id in ((self.image_token, self.image_token_id), (self.video_token, self.video_token_id)):
+        check_image_processor(self.image_processor)
+        if self.frame_token_layout is not None:
+            self._image_layout(tile_size=1)  # validates itself, whatever the size
+        for name, token_id in (("image_token", self.image_token_id), ("video_token", self.video_token_id)):
+            token = getattr(self, name)
             if token_id is None or (token_id == tokenizer.unk_token_id and token != tokenizer.unk_token):
                 raise ValueError(
-                    f"the tokenizer has no token {token!r}: add it as a special token, or build the processor with "
+                    f"the tokenizer has no token {token!r}, the {name}: add it as a special token, or build the processor with "
                     f"{type(self).__name__}.for_config"
                 )
 
@@ -203,6 +227,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         # transformers would ask for the video processor's class in a registry that is empty without torchvision, and
         # ask the user to trust the code that is already running.
         own = cls.__init__.__code__.co_varnames[: cls.__init__.__code__.co_argcount]
+        check_processor_file(processor_dict or {}, own)
         kwargs = {name: value for name, value in kwargs.items() if name not in own}
         video_options = LlavaNextARVideoProcessorKwargs.__annotations__.keys()
         image_options = LlavaOnevisionImageProcessorPil.valid_kwargs.__annotations__.keys()
@@ -233,7 +258,16 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         return VideoProcessorMixin
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any):
-        """Saves everything that a checkpoint needs beside the model: all parts, the chat template and the code."""
+        """Saves everything that a checkpoint needs beside the model: all parts, the chat template and the code.
+
+        Raises:
+            ValueError: if a setting that was assigned after construction is invalid; nothing is written then.
+            TypeError: if a setting is nothing that JSON knows; nothing is written then either.
+        """
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        check_processor_settings(**settings)
+        check_image_processor(self.image_processor)
+        self.to_json_string()
         # Neither how the last call padded and cut, nor where the tokenizer came from, is a setting of the tokenizer;
         # both would be saved as such, and the former come back as options of every call.
         if getattr(self.tokenizer, "backend_tokenizer", None) is not None:
@@ -277,22 +311,26 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         and `{"type": "video", "path" | "url" | "video": ...}`.
 
         Raises:
-            ValueError: if assistant masks are asked of a template that marks no `{% generation %}`, or an option is
-            unknown.
+            ValueError: if the conversation is malformed (naming the place), the template refuses it, assistant masks are
+                asked of a template that marks no `{% generation %}`, or an option is unknown; and what a call raises.
         """
+        check_messages(conversation, with_media=bool(kwargs.get("tokenize")))
         template = self._resolve_chat_template(chat_template)
         if return_assistant_tokens_mask and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             raise ValueError(
                 "return_assistant_tokens_mask=True needs a chat template with {% generation %} around the assistant's "
                 "turns, which this one lacks; DEFAULT_CHAT_TEMPLATE has it"
             )
-        return super().apply_chat_template(
-            conversation,
-            template,
-            processor_kwargs=dict(processor_kwargs or {}),  # transformers writes into it
-            return_assistant_tokens_mask=return_assistant_tokens_mask,
-            **kwargs,
-        )
+        try:
+            return super().apply_chat_template(
+                conversation,
+                template,
+                processor_kwargs=dict(processor_kwargs or {}),  # transformers writes into it
+                return_assistant_tokens_mask=return_assistant_tokens_mask,
+                **kwargs,
+            )
+        except (TemplateError, OverflowError) as error:  # the latter from the sandbox, of huge ranges
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
     def __call__(
         self,
@@ -318,8 +356,12 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         return super().__call__(images=images, text=text, videos=videos, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """As in transformers, with image paths as `Path` too."""
-        images = _paths_to_str(images)
+        """As in transformers, with image paths as `Path` too, and files opened as the usual formats only.
+
+        Raises:
+            ValueError: if an image cannot be loaded, naming it and the cause.
+        """
+        images = load_images(images)
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
@@ -476,9 +518,6 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         return processed_dict
 
 
-# -- LLaVA's JSON
-
-
 # -- Helpers
 
 
@@ -487,7 +526,12 @@ def _resolve_layout(
 ) -> FrameTokenLayout | None:
     if layout is not None:
         # A layout of a model that was loaded from the Hub is of another class of the same name: it travels as values.
-        layout = FrameTokenLayout.from_dict(layout if isinstance(layout, dict) else layout.to_dict())
+        if not (isinstance(layout, dict) or hasattr(layout, "to_dict")):
+            raise ValueError(f"frame_token_layout must be a FrameTokenLayout or a dict, got {layout!r}")
+        try:
+            layout = FrameTokenLayout.from_dict(layout if isinstance(layout, dict) else layout.to_dict())
+        except (ValueError, TypeError) as error:  # the latter if a key is missing
+            raise ValueError(f"frame_token_layout: {error}") from error
     num_patches = _num_patches(num_image_tokens, select_strategy)
     if layout is None:
         if num_patches is None:
@@ -502,7 +546,7 @@ def _resolve_layout(
     if num_patches is not None and num_patches != layout.patches_height * layout.patches_width:
         raise ValueError(
             f"num_image_tokens={num_image_tokens} contradicts the layout's {layout.patches_height}x"
-            f"{layout.patches_width} patches"
+            f"{layout.patches_width} patches (patches_height x patches_width)"
         )
     return layout
 
@@ -515,12 +559,6 @@ def _num_patches(num_image_tokens: int | None, select_strategy: str | None) -> i
     if select_strategy == "default" and math.isqrt(without_class_token) ** 2 == without_class_token:
         return without_class_token
     return num_image_tokens
-
-
-def _paths_to_str(images: Any) -> Any:
-    if isinstance(images, (list, tuple)):
-        return [_paths_to_str(image) for image in images]
-    return os.fspath(images) if isinstance(images, os.PathLike) else images
 
 
 def _count_images(images: Any) -> list[int] | int:
@@ -539,6 +577,8 @@ def _check_placeholders(kind: str, token: str, in_text: list[int], counts: "list
                 f". A literal {token} in a user's text counts as a placeholder too: give the {kind} as a content part "
                 f"{{'type': '{kind}', 'path': ...}}, or pass sanitize_control_tokens=True to encode the word as text"
             )
+        elif not sum(in_text):
+            hint = f"; {kind}_token is {token!r}"
         given = f"{total or 'no'} {kind}{' was' if total == 1 else 's were'}"
         raise ValueError(
             f"the number of {token} tokens in the prompts should be the same as the number of {kind}s, but the "

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .llava_conversation import llava_conversation_to_messages
+from .media_paths import path_below
 
 
 class BadSampleError(ValueError):
@@ -210,19 +211,18 @@ class LlavaVideoDataset(Dataset):
         if not isinstance(name, str) or not name:
             raise ValueError(f"{kind} must be a path, got {name!r}")
         root = self.video_root if kind == "video" else self.image_root
-        hint = "; allow_outside_root=True accepts it"
         if "://" in name or name.startswith("data:"):
             if self.allow_outside_root:
                 return name
-            raise ValueError(f"{kind} {name[:200]!r} is a URL, expected a path below {root}{hint}")
-        path = Path(os.path.abspath(root / name))
+            raise ValueError(
+                f"{kind} {name[:200]!r} is a URL, expected a path below {root}; allow_outside_root=True accepts it"
+            )
         if not self.allow_outside_root:
-            real = path.resolve()  # follows links; the path itself keeps its suffix
-            if not real.is_relative_to(root.resolve()):
-                raise ValueError(f"{kind} {name!r} leads to {real}, outside of {root}{hint}")
-        if not path.exists():
+            return path_below(root, name, kind)
+        path = os.path.abspath(root / name)
+        if not os.path.exists(path):
             raise FileNotFoundError(f"no such file: {path}")
-        return str(path)
+        return path
 
     # ---- messages -> sample -----------------------------------------------------------------------------------------
 

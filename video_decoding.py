@@ -15,6 +15,11 @@ a key frame is followed by frames that are shown before it (open groups of pictu
 B-frames), after intra refresh, and in AVI and MPEG-TS. So it is exact, but slow in long videos, and takes MP4, MOV,
 Matroska and WebM only. decord 0.6 knows no AV1 and refuses a damaged file as a whole. The pixels of 8-bit video are
 those of PyAV; those of 10-bit video differ slightly, as the FFmpeg inside decord is years older.
+
+Videos come from strangers. FFmpeg goes by content, not by suffix, and some of its formats are lists of other files, or
+of addresses to connect to: `PyAVReader` opens nothing but the one file, and only as one of `FORMATS`. Frames larger than
+`MAX_FRAME_PIXELS` are refused before memory is taken for them, whatever a header claims; decord tells no size before
+it decodes, so it has no such limit. Prefer PyAV for files that you did not make.
 """
 
 import contextlib
@@ -54,7 +59,35 @@ _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
 _MATROSKA_MAGIC = b"\x1a\x45\xdf\xa3"
 _COVER_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: the "video" of an audio file
 _AV_MAJOR = int(av.__version__.split(".")[0]) if av is not None else 0
-_AV_OPEN_OPTIONS = {"metadata_errors": "replace"} if _AV_MAJOR < 19 else {}  # later ones never fail on metadata
+# What FFmpeg may take a file for: no playlists (concat, hls, dash, sdp), no numbered series (image2), no devices.
+FORMATS = (
+    *(
+        "mov",
+        "matroska",
+        "avi",
+        "mpegts",
+        "mpeg",
+        "mpegvideo",
+        "flv",
+        "live_flv",
+        "asf",
+        "ogg",
+        "mxf",
+        "gxf",
+        "nut",
+        "ivf",
+    ),
+    *("rm", "dv", "wtv", "nsv", "amv", "swf", "h264", "hevc", "vvc", "m4v", "av1", "obu", "vc1", "dirac", "cavsvideo"),
+    *("avs2", "avs3", "h261", "h263", "mjpeg", "mpjpeg", "yuv4mpegpipe", "gif", "apng", "bmp_pipe", "jpeg_pipe"),
+    *("pam_pipe", "pgm_pipe", "png_pipe", "ppm_pipe", "tiff_pipe", "webp_pipe"),
+)
+MAX_FRAME_PIXELS = 2**26  # 8192 x 8192, above 8K films
+_DECODER_OPTIONS = {"max_pixels": str(MAX_FRAME_PIXELS)}
+_AV_OPEN_OPTIONS = {
+    "container_options": {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"},
+    "options": _DECODER_OPTIONS,  # of the decoders that find out what the streams are
+    **({"metadata_errors": "replace"} if _AV_MAJOR < 19 else {}),  # later ones never fail on metadata
+}
 _AV_REFORMAT_OPTIONS = {"threads": 1} if _AV_MAJOR >= 17 else {}  # else one thread for each core and conversion
 
 
@@ -150,14 +183,25 @@ class PyAVReader:
     @contextlib.contextmanager
     def _open(self) -> Iterator[tuple[Any, Any]]:
         """(container, video stream); one for each thread."""
-        file = io.BytesIO(self._file) if isinstance(self._file, bytes) else self._file
-        with av.open(file, **_AV_OPEN_OPTIONS) as container:
+        # Without the prefix, the name of a file could be an address: of another protocol, or a pattern.
+        file = io.BytesIO(self._file) if isinstance(self._file, bytes) else f"file:{self._file}"
+        try:
+            container = av.open(file, **_AV_OPEN_OPTIONS)
+        except av.ArgumentError as error:
+            cause = f"it is in none of the formats that are read here, or a playlist of other files ({error.strerror})"
+            raise VideoReadError(self.name, cause) from error
+        with container:
             streams = [stream for stream in container.streams.video if not stream.disposition.value & _COVER_PICTURE]
             if not streams:
                 kinds = sorted({stream.type for stream in container.streams})
                 raise VideoReadError(self.name, f"it holds no video stream (only {', '.join(kinds) or 'nothing'})")
             if streams[0].codec_context is None:
                 raise VideoReadError(self.name, "FFmpeg has no decoder for its codec")
+            codec = streams[0].codec_context
+            if codec.width * codec.height > MAX_FRAME_PIXELS:
+                size = f"{codec.width}x{codec.height}"
+                raise VideoReadError(self.name, f"its frames are {size}, more than {MAX_FRAME_PIXELS} pixels")
+            codec.options = _DECODER_OPTIONS
             yield container, streams[0]
 
     def _packets(self, container: Any, stream: Any, errors: list[str]) -> Iterator[Any]:
@@ -304,6 +348,9 @@ class PyAVReader:
                     emit(group.wanted[frame.pts], to_rgb(frame))
                     done.add(group.wanted[frame.pts])
         except av.FFmpegError as error:
+            if not stream.codec_context.width:  # nor did the decoder that looked at the stream find out
+                cause = f"its frames have no size, or more than {MAX_FRAME_PIXELS} pixels ({error.strerror})"
+                raise VideoReadError(self.name, cause) from error
             logger.debug("%s: decoding fails: %s", self.name, error)
             return done, set(group.wanted.values()) - done
         if any(group.first <= position <= group.last for position in self._corrupt):

@@ -44,6 +44,7 @@ from .frame_sampling import (  # noqa: F401
 from .frame_token_layout import pool_patches
 from .video_decoding import (  # noqa: F401
     FILE_READERS,
+    MAX_FRAME_PIXELS,
     MAX_THREADS,
     Emit,
     FrameReader,
@@ -59,6 +60,15 @@ ResizeBackend = Literal["torch", "pil"]
 Resample = Literal["bicubic", "bilinear"]
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_IMAGE_FORMATS = (
+    "BMP",
+    "GIF",
+    "JPEG",
+    "PNG",
+    "PPM",
+    "TIFF",
+    "WEBP",
+)  # Pillow runs other programs for some of the rest
 IMAGE_FPS = 2.0  # of frames that carry no time, as LLaVA-NeXT takes it for folders of frames
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
 
@@ -411,7 +421,7 @@ def _open_reader(
             name = os.fspath(source)
             url = urllib.parse.urlsplit(name)
             if url.scheme in ("http", "https"):
-                reader = _file_reader(stack.enter_context(_downloaded(name)), name, backend, num_threads)
+                reader = _file_reader(stack.enter_context(downloaded(name)), name, backend, num_threads)
             else:
                 path = urllib.request.url2pathname(url.path) if url.scheme == "file" else name
                 reader = _path_reader(path, name, backend, fps, num_threads)
@@ -439,7 +449,7 @@ def _file_reader(file: str | bytes, name: str, backend: VideoBackend, num_thread
 
 
 @contextlib.contextmanager
-def _downloaded(url: str) -> Iterator[str]:
+def downloaded(url: str) -> Iterator[str]:
     """Path of a temporary copy, since reading out of order over the network would fetch most bytes several times."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, os.path.basename(urllib.parse.urlsplit(url).path) or "video")
@@ -475,9 +485,9 @@ class ImageReader:
     def _rgb(self, image: Any, index: int) -> np.ndarray:
         if isinstance(image, (str, os.PathLike)):
             try:
-                with Image.open(image) as opened:
+                with open_image(image) as opened:
                     return _rgb_of_image(opened)
-            except OSError as error:
+            except (OSError, ValueError, SyntaxError) as error:  # the last two are Pillow's for some damaged files
                 raise VideoReadError(self.name, f"frame {index} ({os.fspath(image)}): {error}") from error
         if isinstance(image, Image.Image):
             return _rgb_of_image(image)
@@ -485,6 +495,23 @@ class ImageReader:
             image = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else image
             return _rgb_of_array(image[..., None] if image.ndim == 2 else image)
         raise TypeError(f"frame {index} is a {type(image).__name__}, expected an image, an array or a path")
+
+
+def open_image(path: str | os.PathLike) -> Image.Image:
+    """As `Image.open`, but by its content one of the usual formats, and no larger than `MAX_FRAME_PIXELS`.
+
+    Raises:
+        OSError: if the file is missing or holds no such image.
+        ValueError: if the image is too large.
+    """
+    try:
+        image = Image.open(path, formats=_IMAGE_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"the image is too large: {error}") from error
+    if image.width * image.height > MAX_FRAME_PIXELS:
+        image.close()
+        raise ValueError(f"the image is {image.width}x{image.height}, more than {MAX_FRAME_PIXELS} pixels")
+    return image
 
 
 def _images_in(folder: str) -> list[Path]:

@@ -20,8 +20,8 @@ from transformers.image_utils import ChannelDimension, infer_channel_dimension_f
 from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
-from .video_decoding import choose_backend
-from .video_frames import IMAGE_FPS, IMAGE_SUFFIXES, FrameSampling, VideoFrames, load_video
+from .video_decoding import VideoReadError, choose_backend
+from .video_frames import IMAGE_FPS, IMAGE_SUFFIXES, FrameSampling, VideoFrames, downloaded, load_video, open_image
 
 logger = logging.get_logger(__name__)
 
@@ -125,9 +125,30 @@ def read_clip(
 
     frames, times = _sample_frames(source, metadata, sampling)
     if do_convert_rgb and isinstance(frames, list) and not all(_is_array(frame) for frame in frames):
-        video = _load([load_image(frame) if _is_url(frame) else frame for frame in frames], None, sizes, loading)
+        video = _load([load_images(frame) if _is_url(frame) else frame for frame in frames], None, sizes, loading)
         return Clip([video.frames, *video.other_scales], *times, is_resized=sizes is not None)
     return Clip([_to_channels_first(_stacked(frames), do_convert_rgb, do_rescale, input_data_format)], *times)
+
+
+def load_images(images: Any) -> Any:
+    """Image files and URLs become RGB images, in any nesting; everything else stays as it is.
+
+    Raises:
+        ValueError: if one cannot be loaded, naming it and the cause.
+    """
+    if isinstance(images, (list, tuple)):
+        return [load_images(image) for image in images]
+    if not isinstance(images, (str, os.PathLike)):
+        return images
+    source = os.fspath(images)
+    try:
+        if _is_url(source):
+            with downloaded(source) as path, open_image(path) as opened:
+                return load_image(opened)
+        return load_image(open_image(source) if os.path.isfile(source) else source)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        cause = error.cause if isinstance(error, VideoReadError) else error
+        raise ValueError(f"cannot load image {source[:200]!r}: {cause}") from error
 
 
 # -- Nesting
@@ -277,7 +298,7 @@ def _opened(frame: Any) -> np.ndarray:
     if _is_array(frame):
         return frame
     if _is_path(frame):
-        frame = load_image(frame) if _is_url(frame) else Image.open(frame)
+        frame = load_images(frame) if _is_url(frame) else open_image(frame)
     return np.array(frame)
 
 

@@ -11,8 +11,7 @@ bit; the default `"torch"` is several times as fast and differs by at most 2 of 
 Shape letters: N videos, T frames of the longest, C channels (3 once converted to RGB), H x W pixels.
 """
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from transformers.video_processing_utils import VideoProcessorMixin
 from transformers.video_utils import VideoMetadata
 
 from .hub_code import AUTO_MAP
+from .option_checks import check_pixel_options, refuse_unknown
 from .video_decoding import VideoBackend
 from .video_frames import SAMPLING_POLICIES, FrameSampling, ResizeBackend, resize_frames
 from .video_inputs import Clip, flatten_metadata, flatten_videos, read_clip
@@ -89,7 +89,7 @@ def choose_policy(stored: str, given: Mapping[str, Any]) -> str:
         policy = stored if stored == "num_frames" else "uniform"
     else:
         policy = "uniform" if fast_slow is False and stored == "fast_slow" else stored
-    if policy not in SAMPLING_POLICIES:
+    if not isinstance(policy, str) or policy not in SAMPLING_POLICIES:
         raise ValueError(f"sampling={policy!r} is not one of {', '.join(SAMPLING_POLICIES)}")
     return policy
 
@@ -354,41 +354,18 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
             raise ValueError(
                 f"scale_factors must be different numbers above 0 and up to 1, 1 itself among them, got {factors}"
             )
-        if options["do_resize"] or options["enable_multiscale"]:
-            if options["resample"] not in _RESAMPLE:
-                raise ValueError(f"resample must be 3 (bicubic) or 2 (bilinear), got {options['resample']!r}")
-        if options["do_resize"]:
-            size = dict(options["size"] or {})
-            allowed = ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"})
-            if set(size) not in allowed or min(size.values()) < 1:
-                raise ValueError(
-                    "size must be an int, {height, width} or {shortest_edge}, with longest_edge or without, all of at "
-                    f"least 1, got {size}"
-                )
-        if options["do_center_crop"]:
-            crop = dict(options["crop_size"] or {})
-            if set(crop) != {"height", "width"}:
-                raise ValueError(f"do_center_crop=True needs a crop_size with height and width, got {crop}")
+        # Other scales are resized ones, also where the main one is not.
+        scaled = options["enable_multiscale"] and not options["do_resize"]
+        if scaled and options["resample"] not in _RESAMPLE:
+            raise ValueError(f"resample must be 3 (bicubic) or 2 (bilinear), got {options['resample']!r}")
+        check_pixel_options(options, resamples=_RESAMPLE, num_channels=(1, 3, 4))
         if options["data_format"] not in (None, *(form.value for form in ChannelDimension), *ChannelDimension):
             raise ValueError(f"data_format must be channels_first or channels_last, got {options['data_format']!r}")
-        if options["do_rescale"] and not options["rescale_factor"]:
-            raise ValueError(f"do_rescale=True needs a rescale_factor other than 0, got {options['rescale_factor']!r}")
-        if options["do_normalize"] and 0 in np.atleast_1d(options["image_std"]):
-            raise ValueError(f"image_std must not hold 0, got {options['image_std']!r}")
 
     def _standardize_kwargs(self, default_to_square: bool | None = None, **kwargs: Any) -> dict[str, Any]:
         # transformers drops default_to_square here, and with it what a saved file says
         square = self.default_to_square if default_to_square is None else default_to_square
         return {**super()._standardize_kwargs(default_to_square=square, **kwargs), "default_to_square": square}
-
-
-def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raises ValueError for a name that is not known, with the nearest one that is."""
-    known = list(known)
-    for name in names:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise ValueError(f"unknown option {name!r} for {where}; did you mean {nearest[0]!r}?")
 
 
 def _refuse_shorter(total_frames: int, given: Mapping[str, Any]) -> None:

@@ -127,11 +127,14 @@ def test_docstring_example():
 # --- what follows from other keys ---------------------------------------------------------------------------
 
 
+TOWER = {"hidden_size": 64, "num_attention_heads": 4}
+
+
 def test_embedding_dim_is_the_towers_width():
-    assert LlavaNextARConfig(vision_config={"hidden_size": 64}).autoregressive_config.embedding_dim == 64
-    two_layers = LlavaNextARConfig(vision_config={"hidden_size": 64}, vision_feature_layer=[-2, -1])
+    assert LlavaNextARConfig(vision_config=TOWER).autoregressive_config.embedding_dim == 64
+    two_layers = LlavaNextARConfig(vision_config=TOWER, vision_feature_layer=[-2, -1])
     assert two_layers.autoregressive_config.embedding_dim == two_layers.vision_feature_dim == 128
-    given = LlavaNextARConfig(vision_config={"hidden_size": 64}, autoregressive_config={"embedding_dim": 32})
+    given = LlavaNextARConfig(vision_config=TOWER, autoregressive_config={"embedding_dim": 32})
     assert given.autoregressive_config.embedding_dim == 32
 
 
@@ -139,7 +142,9 @@ def test_one_head_configuration_serves_models_with_different_towers():
     # The width found for the first model was once written into the caller's object, and the second model got it.
     head = LlavaNextARAutoregressiveConfig(num_hist=5)
     widths = [
-        LlavaNextARConfig(vision_config={"hidden_size": width}, autoregressive_config=head).autoregressive_config
+        LlavaNextARConfig(
+            vision_config={**TOWER, "hidden_size": width}, autoregressive_config=head
+        ).autoregressive_config
         for width in (64, 32)
     ]
     assert [config.embedding_dim for config in widths] == [64, 32]

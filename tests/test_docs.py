@@ -1,4 +1,7 @@
-"""The code in README.md and model_card.md runs as it stands; only checkpoints and clips are tiny stand-ins."""
+"""The code in README.md and model_card.md runs as it stands; only checkpoints and clips are tiny stand-ins.
+
+A Python block whose first line is the comment `# some/path.py` is that file.
+"""
 
 import re
 import shlex
@@ -41,9 +44,14 @@ def test_python_blocks_run_in_order(document, workplace, monkeypatch, capsys):
     blocks = code_blocks(document, "python")
     assert blocks
     for number, block in enumerate(blocks):
+        if named := re.match(r"# (\S+\.py)\n", block):
+            Path(named[1]).write_text(block)
+            continue
         exec(compile(block, f"{document}, block {number}", "exec"), namespace)
     printed = capsys.readouterr().out
     assert "skill" in printed or re.search(r"-?\d\.\d+", printed)
+    if document == "README.md":
+        assert "MyModel MyHead" in printed
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

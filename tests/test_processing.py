@@ -337,7 +337,7 @@ def test_masks_need_a_template_that_marks_them(processor):
             [frames()],
             "<video> tokens in the prompts should be the same.* hold 2 and 1 video was passed",
         ),
-        ("Hi.", [frames()], "hold 0 and 1 video was passed$"),
+        ("Hi.", [frames()], "hold 0 and 1 video was passed; video_token is '<video>'$"),
         (["<video>", "<video>"], [[frames(), frames()], []], "prompt 0 holds 1 <video> placeholders for 2 videos"),
         ([1], None, "text must be a string or a list of strings"),
     ],

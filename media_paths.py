@@ -1,0 +1,41 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""Paths that a stranger's data set names, kept within a folder."""
+
+import os
+from pathlib import Path
+
+
+def path_below(root: str | os.PathLike, name: str, kind: str = "file") -> str:
+    """The real path of what `name` means below `root`.
+
+    Neither `..`, absolute paths nor symbolic links lead out of `root`, nor does a link among the frames of a folder. The
+    path returned holds no link: what is read is what was checked, also if a link is bent afterwards. (Against someone who
+    exchanges folders while they are being read, only the rights of the process help.)
+
+    Args:
+        root: a folder.
+        name: a path, relative to `root` or absolute.
+        kind: what the file is, for messages.
+
+    Raises:
+        ValueError: if it leads out of `root`, naming where it leads.
+        FileNotFoundError: if there is no such file.
+    """
+    root = Path(root).resolve()
+    path = Path(os.path.abspath(root / name))
+    real = _checked(path, root, f"{kind} {name!r}")
+    if not real.exists():
+        raise FileNotFoundError(f"no such file: {path}")
+    if real.is_dir():
+        with os.scandir(real) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    _checked(Path(entry.path), root, f"{entry.name!r} in the {kind} folder {name!r}")
+    return str(real)
+
+
+def _checked(path: Path, root: Path, what: str) -> Path:
+    real = path.resolve()
+    if not real.is_relative_to(root):
+        raise ValueError(f"{what} leads to {real}, outside of {root}; allow_outside_root=True accepts it")
+    return real

@@ -1,0 +1,129 @@
+"""Mutations of good inputs, and what it means that a malformed one is dealt with: see `check`."""
+
+import copy
+import json
+import math
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from random import Random
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+# What the docstrings of the configuration, the processors and `load_video` promise (VideoReadError is a ValueError);
+# OSError is how transformers says that a file is no JSON.
+DOCUMENTED = (ValueError, TypeError, StrictDataclassError, OSError)
+SECONDS = 10  # that one input may take
+
+_VALUES = [
+    *(None, True, False, -1, 0, 1, 2, 3, 5, 1000, 2**31, 2**70, -(2**70), 0.5, 1e308, math.nan, math.inf, -math.inf),
+    *("", "x", "1", "../../etc/passwd", "average", "\x00", "é" * 50, [], {}, [None], [0], [-1, "x"], [[]], {"": None}),
+    *({"height": 0, "width": 0}, [0.5, 0.5], "http://127.0.0.1:1/x.mp4"),
+]
+
+
+def _places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """The path of everything below `value`."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in items:
+        yield (*path, key)
+        yield from _places(child, (*path, key))
+
+
+def mutate(good: Any, random: Random) -> tuple[Any, set[str]]:
+    """A copy of JSON-like `good` with one thing wrong, and the name of the field that it is wrong in (two if renamed)."""
+    value = copy.deepcopy(good)
+    path = random.choice(list(_places(value)))
+    parent = value
+    for key in path[:-1]:
+        parent = parent[key]
+    key = path[-1]
+    fields = {next(part for part in reversed(path) if isinstance(part, str))}
+    kind = random.choice(["replace"] * 5 + ["scale", "delete", "rename", "add", "wrap"])
+    if kind == "delete":
+        del parent[key]
+    elif kind == "rename" and isinstance(parent, dict):
+        renamed = key[:-1] + random.choice("xyz_")
+        parent[renamed] = parent.pop(key)
+        fields.add(renamed)
+    elif kind == "add" and isinstance(parent, dict):
+        added = random.choice(["unknown_key", "num_frame", "class", "0"])
+        parent[added] = random.choice(_VALUES)
+        fields = {added}
+    elif kind == "wrap":
+        parent[key] = random.choice(([parent[key]], {"value": parent[key]}, str(parent[key])))
+    elif kind == "scale" and isinstance(parent[key], (int, float)):
+        parent[key] = random.choice((-1, 0.5, 1.5, 1000)) * parent[key]
+    else:
+        parent[key] = copy.deepcopy(random.choice(_VALUES))
+    return value, fields
+
+
+def damage(content: bytes, random: Random) -> bytes:
+    """A copy of `content` with bytes changed, cut out, repeated or moved."""
+    data = bytearray(content)
+    for _ in range(random.choice([1, 1, 2, 8, 64])):
+        start = random.randrange(len(data) + 1)
+        # what comes first and last tells most about a file
+        start = random.choice([start, min(start, len(data), random.randrange(256)), max(0, len(data) - start % 512)])
+        length = random.choice([1, 1, 2, 4, 16, 512])
+        kind = random.choice(["flip", "flip", "set", "set", "random", "cut", "truncate", "repeat"])
+        if kind == "flip" and start < len(data):
+            data[start] ^= 1 << random.randrange(8)
+        elif kind == "set":
+            data[start : start + length] = random.choice([b"\x00", b"\xff", b"\x7f"]) * len(
+                data[start : start + length]
+            )
+        elif kind == "random":
+            data[start : start + length] = random.randbytes(len(data[start : start + length]))
+        elif kind == "cut":
+            del data[start : start + length]
+        elif kind == "truncate" and random.random() < 0.3:
+            del data[max(1, start) :]
+        elif kind == "repeat":
+            data[start:start] = data[start : start + length]
+    return bytes(data)
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the main thread once the time is up. `DOCUMENTED` must not swallow it: it is an OSError."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"took more than {seconds} seconds")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def check(run: Callable[[], Any], fields: set[str], counts: Counter) -> str | None:
+    """Runs one malformed input: it works, or is refused as documented. Returns what is wrong, if anything is.
+
+    Refused as documented: by an error of one of the `DOCUMENTED` classes whose text names the field (as the key, or as
+    words: "video processor").
+    """
+    try:
+        with time_limit(SECONDS):
+            run()
+    except TimeoutError as error:
+        return f"hang: {error}"
+    except DOCUMENTED as error:
+        counts[type(error).__name__] += 1
+        if any(name in str(error) or name.replace("_", " ") in str(error) for name in fields):
+            return None
+        return f"does not name {sorted(fields)}: {type(error).__name__}: {error}"
+    except Exception as error:  # what the tests are looking for
+        return f"undocumented {type(error).__name__}: {error}"
+    counts["worked"] += 1
+    return None
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)[:600]
