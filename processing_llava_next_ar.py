@@ -20,7 +20,7 @@ from transformers import AutoImageProcessor, LlavaOnevisionProcessor, PreTrained
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
-from transformers.processing_utils import _MARKED_RE, MultiModalData, ProcessingKwargs, Unpack
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.utils import logging
 from transformers.video_processing_utils import VideoProcessorMixin
 
@@ -29,6 +29,7 @@ from .frame_token_layout import FrameTokenLayout
 from .hub_code import AUTO_MAP
 from .image_token_layout import ImageTokenLayout
 from .llava_conversation import DEFAULT_CHAT_TEMPLATE, IMAGE_TOKEN, VIDEO_TOKEN
+from .transformers_compat import MARKED_CONTROL_TOKEN
 from .video_processing_llava_next_ar import (
     LlavaNextARVideoProcessor,
     LlavaNextARVideoProcessorKwargs,
@@ -41,6 +42,8 @@ logger = logging.get_logger(__name__)
 
 class LlavaNextARProcessorKwargs(ProcessingKwargs, total=False):
     """Options of `LlavaNextARProcessor.__call__`."""
+
+    _defaults = {}  # a TypedDict inherits none, and transformers reads them
 
     videos_kwargs: LlavaNextARVideoProcessorKwargs
 
@@ -280,8 +283,9 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
             ValueError: if assistant masks are asked of a template that marks no `{% generation %}`, or an option is
             unknown.
         """
-        template = self._resolve_chat_template(chat_template)
-        if return_assistant_tokens_mask and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        template = templates.get(chat_template or "default", chat_template)
+        if return_assistant_tokens_mask and template and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             raise ValueError(
                 "return_assistant_tokens_mask=True needs a chat template with {% generation %} around the assistant's "
                 "turns, which this one lacks; DEFAULT_CHAT_TEMPLATE has it"
@@ -443,11 +447,11 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
             )
         placeholders = ((self.image_token, self.image_token_id), (self.video_token, self.video_token_id))
         for index, (prompt, ids) in enumerate(zip(text, input_ids, strict=True)):
-            wanted = sum(_MARKED_RE.sub("", prompt).count(token) for token, _ in placeholders)
+            wanted = sum(MARKED_CONTROL_TOKEN.sub("", prompt).count(token) for token, _ in placeholders)
             kept = sum(ids.count(token_id) for _, token_id in placeholders)
             if kept >= wanted:
                 continue
-            options = {"sanitize_control_tokens": True} if _MARKED_RE.search(prompt) else {}
+            options = {"sanitize_control_tokens": True} if MARKED_CONTROL_TOKEN.search(prompt) else {}
             length = len(self.tokenizer(prompt, truncation=False, **options)["input_ids"])
             raise ValueError(
                 f"prompt {index} has {length} tokens, {wanted} of them visual: {length - len(ids)} more than the "
