@@ -30,6 +30,7 @@ from .frame_masks import FrameLevelMaskGenerator
 from .frame_predictor import FramePredictorBlock, ZeroInitializedLinear, resample_states, sinusoids, stack_padded
 from .frame_token_layout import FrameTokenLayout, FrameType, VideoTokens
 from .reconstruction_metrics import Reconstruction
+from .transformers_compat import hidden_states_to_keep
 
 logger = logging.get_logger(__name__)
 
@@ -169,7 +170,8 @@ class AutoregressiveReconstructionModule(nn.Module):
     def _run_tower(self, tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
         dtype = next(tower.parameters()).dtype
         # Naming the layer keeps the tower from storing the hidden states of all the others.
-        outputs = tower(pixel_values.to(dtype), output_hidden_states=self.vision_feature_layer, return_dict=True)
+        kept = hidden_states_to_keep(self.vision_feature_layer)
+        outputs = tower(pixel_values.to(dtype), output_hidden_states=kept, return_dict=True)
         return select_vision_features(
             outputs.hidden_states, self.vision_feature_layer, self.vision_feature_select_strategy
         )

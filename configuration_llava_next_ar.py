@@ -15,7 +15,7 @@ import transformers
 from packaging import version
 
 # Before the other imports: an older transformers lacks some of the names, and its own error would not say why.
-MINIMUM_TRANSFORMERS = "5.23.0"
+MINIMUM_TRANSFORMERS = "5.20.0"
 if version.parse(transformers.__version__) < version.parse(MINIMUM_TRANSFORMERS):
     raise ImportError(
         f"LLaVA-NeXT-AR needs transformers>={MINIMUM_TRANSFORMERS}, found {transformers.__version__}: "
@@ -25,6 +25,7 @@ if version.parse(transformers.__version__) < version.parse(MINIMUM_TRANSFORMERS)
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers import GenerationConfig, LlavaOnevisionConfig, PreTrainedConfig  # noqa: E402
 from transformers.activations import ACT2FN  # noqa: E402
+from transformers.configuration_utils import SubConfigSpec  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
@@ -280,16 +281,19 @@ class LlavaNextARConfig(LlavaOnevisionConfig):
     model_type = "llava_next_ar"
     _auto_class = "AutoConfig"
     keys_to_ignore_at_inference = [
+        "cache",  # since transformers 5.24, which renamed past_key_values and the two *_hidden_states
         "past_key_values",
         "main_loss",
         "autoregressive_loss",
         "video_hidden_states",
         "image_hidden_states",
+        "video_outputs",
+        "image_outputs",
         "reconstruction",
     ]
     sub_configs_defaults = {
         **LlavaOnevisionConfig.sub_configs_defaults,
-        "autoregressive_config": LlavaNextARAutoregressiveConfig,
+        "autoregressive_config": SubConfigSpec(config_class=LlavaNextARAutoregressiveConfig),
     }
 
     enable_autoregressive: bool = True

@@ -15,10 +15,8 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, LlavaOnevisionForConditionalGeneration, LlavaOnevisionModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava_onevision.modeling_llava_onevision import (
     LlavaOnevisionCausalLMOutputWithPast,
     LlavaOnevisionModelOutputWithPast,
@@ -26,15 +24,15 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
 from transformers.processing_utils import Unpack
 from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import select_hidden_states
 
 from .autoregressive_reconstruction import AutoregressiveReconstructionModule, select_vision_features
 from .configuration_llava_next_ar import LlavaNextARConfig
 from .frame_predictor import ZeroInitializedLinear
 from .frame_token_layout import FrameTokenLayout, VideoTokens, split_video_positions
-from .loss_functions import reduce_video_losses, summed_cross_entropy
 from .hub_code import AUTO_MAP, MODEL_AUTO_CLASSES
+from .loss_functions import reduce_video_losses, summed_cross_entropy
 from .reconstruction_metrics import NextFramePrediction, Reconstruction
+from .transformers_compat import hidden_states_to_keep, slice_logits_to_keep
 
 logger = logging.get_logger(__name__)
 
@@ -146,7 +144,6 @@ class LlavaNextARModel(LlavaOnevisionModel):
 
     @merge_with_config_defaults
     @can_return_tuple
-    @select_hidden_states("vision_feature_layer")
     def get_video_features(
         self,
         pixel_values_videos: torch.Tensor,
@@ -196,7 +193,8 @@ class LlavaNextARModel(LlavaOnevisionModel):
         timestamps, frame_types = of_each_video(video_timestamps), of_each_video(video_frame_types)
         frame_types = None if frame_types is None else tuple(types.tolist() for types in frame_types)
 
-        outputs = self.vision_tower(frames, return_dict=True, **kwargs)
+        kept = kwargs.pop("output_hidden_states", None) or hidden_states_to_keep(vision_feature_layer)
+        outputs = self.vision_tower(frames, output_hidden_states=kept, return_dict=True, **kwargs)
         vision_features = select_vision_features(
             outputs.hidden_states, vision_feature_layer, vision_feature_select_strategy
         )
@@ -228,7 +226,6 @@ class LlavaNextARModel(LlavaOnevisionModel):
         image_sizes_videos: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -242,7 +239,10 @@ class LlavaNextARModel(LlavaOnevisionModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaOnevisionModelOutputWithPast:
-        """As `LlavaOnevisionModel.forward`, with the video inputs of `get_video_features`."""
+        """As `LlavaOnevisionModel.forward`, with the video inputs of `get_video_features`.
+
+        The cache is among `kwargs`: `past_key_values`, since transformers 5.24 `cache`.
+        """
         encoded = dict(mm_encoder_outputs or {})
         for name, pixels in (("image", pixel_values), ("video", pixel_values_videos)):
             if pixels is not None and encoded.get(name) is not None:
@@ -277,7 +277,6 @@ class LlavaNextARModel(LlavaOnevisionModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             mm_encoder_outputs=encoded,
@@ -385,7 +384,6 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
         image_sizes_videos: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -426,7 +424,8 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
                 plain `Trainer`), each sample's reconstruction counts by its share of the labels, the one weighting that
                 is invariant to how the step is split.
             kwargs: `shift_labels` `[B, S]`, labels that are aligned with the logits already, takes the place of `labels` in
-                the loss.
+                the loss. The cache goes to OneVision's forward under its name there: `past_key_values`, since
+                transformers 5.24 `cache`.
 
         Raises:
             ValueError: if placeholders and video tokens differ in number, processor and model in layout, or both pixels and
@@ -451,7 +450,8 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
             if input_ids is not None:  # an early, speaking error for the likeliest mistake
                 num_tokens = [len(tokens) for tokens in encoded["video"].video_tokens]
                 split_video_positions(input_ids == self.config.video_token_id, num_tokens)
-        is_packed = position_ids is not None and attention_mask is None and past_key_values is None
+        has_cache = any(kwargs.get(name) is not None for name in ("past_key_values", "cache"))
+        is_packed = position_ids is not None and attention_mask is None and not has_cache
         is_packed = is_packed and bool((position_ids.diff() != 1).any())
         if is_packed:
             # With a cache, transformers takes the samples of a row for one sequence and lets them see each other.
@@ -469,7 +469,6 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
             batch_num_images=batch_num_images,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             mm_encoder_outputs=encoded,
@@ -515,12 +514,8 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
             main_loss=main_loss,
             autoregressive_loss=autoregressive_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-            video_hidden_states=outputs.video_hidden_states,
             reconstruction=reconstruction if return_reconstruction else None,
+            **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
         )
 
     def _touch_vision(self, run_tower: bool) -> torch.Tensor:

@@ -21,7 +21,7 @@ from transformers import AutoImageProcessor, LlavaOnevisionProcessor, PreTrained
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
-from transformers.processing_utils import _MARKED_RE, MultiModalData, ProcessingKwargs, Unpack
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.utils import logging
 from transformers.video_processing_utils import VideoProcessorMixin
 
@@ -37,6 +37,7 @@ from .option_checks import (
     check_processor_settings,
     refuse_unknown,
 )
+from .transformers_compat import MARKED_CONTROL_TOKEN
 from .video_inputs import flatten_videos, load_images
 from .video_processing_llava_next_ar import (
     LlavaNextARVideoProcessor,
@@ -48,6 +49,8 @@ logger = logging.get_logger(__name__)
 
 class LlavaNextARProcessorKwargs(ProcessingKwargs, total=False):
     """Options of `LlavaNextARProcessor.__call__`."""
+
+    _defaults = {}  # a TypedDict inherits none, and transformers reads them
 
     videos_kwargs: LlavaNextARVideoProcessorKwargs
 
@@ -315,8 +318,9 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
                 asked of a template that marks no `{% generation %}`, or an option is unknown; and what a call raises.
         """
         check_messages(conversation, with_media=bool(kwargs.get("tokenize")))
-        template = self._resolve_chat_template(chat_template)
-        if return_assistant_tokens_mask and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        template = templates.get(chat_template or "default", chat_template)
+        if return_assistant_tokens_mask and template and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             raise ValueError(
                 "return_assistant_tokens_mask=True needs a chat template with {% generation %} around the assistant's "
                 "turns, which this one lacks; DEFAULT_CHAT_TEMPLATE has it"
@@ -485,11 +489,11 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
             )
         placeholders = ((self.image_token, self.image_token_id), (self.video_token, self.video_token_id))
         for index, (prompt, ids) in enumerate(zip(text, input_ids, strict=True)):
-            wanted = sum(_MARKED_RE.sub("", prompt).count(token) for token, _ in placeholders)
+            wanted = sum(MARKED_CONTROL_TOKEN.sub("", prompt).count(token) for token, _ in placeholders)
             kept = sum(ids.count(token_id) for _, token_id in placeholders)
             if kept >= wanted:
                 continue
-            options = {"sanitize_control_tokens": True} if _MARKED_RE.search(prompt) else {}
+            options = {"sanitize_control_tokens": True} if MARKED_CONTROL_TOKEN.search(prompt) else {}
             length = len(self.tokenizer(prompt, truncation=False, **options)["input_ids"])
             raise ValueError(
                 f"prompt {index} has {length} tokens, {wanted} of them visual: {length - len(ids)} more than the "

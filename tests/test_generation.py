@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from release_marks import since_transformers
 from tiny import LAYOUTS, ONEVISION, PAD_TOKEN, tiny_model, tiny_onevision, train_briefly, video_batch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -254,6 +255,7 @@ def test_a_static_cache_changes_nothing(layout):
     assert_same(generate(model, inputs, cache_implementation="static"), generate(model, inputs))
 
 
+@since_transformers("5.23", "before, generate gave every chunk the features of the first, LLaVA-OneVision's too")
 @two_layouts
 @pytest.mark.parametrize("chunk", [1, 7, 16])
 def test_a_prefill_in_chunks_changes_nothing(chunk, layout):

@@ -928,7 +928,7 @@ def test_gradient_checkpointing_changes_nothing(monkeypatch, freeze_tower):
     model.train()
     plain = model(**inputs)
     expected = gradients(model, plain.loss)
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     parts = [block.attention for block in model.autoregressive_module.blocks]
     calls = count_calls(monkeypatch, *parts, model.model.language_model.layers[0].self_attn)
     output = model(**inputs)

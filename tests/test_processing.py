@@ -9,6 +9,7 @@ import pytest
 import torch
 from golden_data import golden_cases, parametrize_golden
 from PIL import Image
+from release_marks import since_transformers
 from tiny import LAYOUTS, ONEVISION, tiny_config, tiny_model
 from tiny_tokenizer import byte_tokenizer, character_tokenizer
 from transformers import AutoProcessor
@@ -361,11 +362,14 @@ def test_nothing_to_process_and_audio_are_refused(processor):
         processor(text="Hi.", audio=np.zeros(9))
 
 
-def test_a_placeholder_that_a_user_writes(processor):
-    """An error by default; with sanitize_control_tokens it is text, and the video beside it still arrives."""
-    conversation = [user(frames(2), "What does <video> mean?")]
+def test_a_placeholder_that_a_user_writes_is_an_error(processor):
     with pytest.raises(ValueError, match="A literal <video> in a user's text counts as a placeholder too"):
-        processor.apply_chat_template(conversation, **TENSORS)
+        processor.apply_chat_template([user(frames(2), "What does <video> mean?")], **TENSORS)
+
+
+@since_transformers("5.23", "it brought sanitize_control_tokens")
+def test_a_sanitized_placeholder_is_text_and_the_video_beside_it_arrives(processor):
+    conversation = [user(frames(2), "What does <video> mean?")]
     inputs = processor.apply_chat_template(conversation, sanitize_control_tokens=True, **TENSORS)
     num_tokens = processor.frame_token_layout.num_tokens(2)
     assert (inputs["input_ids"] == processor.video_token_id).sum() == num_tokens

@@ -1,0 +1,34 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""What the oldest supported transformers lacks. No other module asks what its release can do.
+
+Each entry names the release that brought it, and goes away when `MINIMUM_TRANSFORMERS` is raised to that.
+"""
+
+import re
+
+import torch
+from transformers.utils import output_capturing
+
+try:  # 5.21
+    from transformers.modeling_utils import slice_logits_to_keep
+except ImportError:
+
+    def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        """`[B, S, D]` to its last `logits_to_keep` positions (0 keeps all), or to those of a 1-D tensor."""
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return hidden_states[:, kept]
+
+
+try:  # 5.23
+    from transformers.processing_utils import _MARKED_RE as MARKED_CONTROL_TOKEN
+except ImportError:
+    MARKED_CONTROL_TOKEN = re.compile("(?!)")  # matches nothing: no control token of a user's text is marked
+
+_CAN_SELECT_HIDDEN_STATES = hasattr(output_capturing, "select_hidden_states")  # 5.23
+
+__all__ = ["MARKED_CONTROL_TOKEN", "hidden_states_to_keep", "slice_logits_to_keep"]
+
+
+def hidden_states_to_keep(layer: int | list[int]) -> bool | int | list[int]:
+    """The `output_hidden_states` of a vision tower of which `layer` is read: that layer, or all if it must be."""
+    return layer if _CAN_SELECT_HIDDEN_STATES else True
