@@ -52,14 +52,14 @@ class VideoFeatures(BaseModelOutputWithPooling):
             unpooled, all real frames of all videos.
         video_tokens (`tuple` of `VideoTokens`): the token map of each video.
         pixel_values (`torch.FloatTensor` of shape `(num_frames, 3, height, width)`): the real frames of all videos.
-        timestamps (`tuple` of `torch.FloatTensor`, *optional*): for each video the seconds of its frames.
+        timestamps (`tuple` of `torch.Tensor`, *optional*): for each video the times of its frames, as they were given.
         frame_types (`tuple` of `list[int]`, *optional*): for each video what the video processor chose its frames as.
     """
 
     vision_features: torch.FloatTensor | None = None
     video_tokens: tuple[VideoTokens, ...] | None = None
     pixel_values: torch.FloatTensor | None = None
-    timestamps: tuple[torch.FloatTensor, ...] | None = None
+    timestamps: tuple[torch.Tensor, ...] | None = None
     frame_types: tuple[list[int], ...] | None = None
 
 
@@ -158,7 +158,7 @@ class LlavaNextARModel(LlavaOnevisionModel):
             pixel_values_videos: `[N, T, 3, H, W]`, shorter videos padded at the end.
             video_frame_mask: `[N, T]` bool, True at real frames; all are real if None. Padding costs no tower time.
             video_frame_types: `[N, T]` slow (0) or fast (1), where the video processor chose them.
-            video_timestamps: `[N, T]` seconds; kept for the head.
+            video_timestamps: `[N, T]` seconds, or integers of nanoseconds; kept for the head.
             video_layout: `[N, 7]`, the layout that the processor wrote placeholders for.
 
         Raises:
@@ -291,6 +291,7 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
     _auto_class = "AutoModelForImageTextToText"
     _can_compile_fullgraph = False  # as in `LlavaNextARModel`
     _supports_context_parallel = False
+    _no_split_modules = ["FramePredictorBlock"]  # transformers adds the layers of the tower and the language model
 
     def __init__(self, config: LlavaNextARConfig):
         super(LlavaOnevisionForConditionalGeneration, self).__init__(config)
@@ -311,6 +312,8 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
                 teacher = type(self.model.vision_tower)._from_config(config.vision_config)
                 self.autoregressive_module.teacher = teacher.requires_grad_(False).eval()
         self.post_init()
+        # accelerate wraps these one by one under FSDP and fails on a name that the model has not (Siglip's text parts).
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -390,7 +393,7 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
         Args:
             pixel_values_videos, video_frame_mask, video_frame_types, video_timestamps, video_layout: the videos, as
                 `LlavaNextARVideoProcessor` and `LlavaNextARProcessor` give them (see `get_video_features`);
-                `video_timestamps` `[N, T]` in seconds, one second apart if None.
+                `video_timestamps` `[N, T]` in seconds or integers of nanoseconds, one second apart if None.
             labels: `[B, S]`, -100 where there is no target.
             skip_logits: with labels, project to the vocabulary only where there is a label; `logits` is then None.
             skip_reconstruction: do not run the head; `loss` is then `main_loss` alone.
@@ -428,8 +431,9 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
                 num_tokens = [len(tokens) for tokens in encoded["video"].video_tokens]
                 split_video_positions(input_ids == self.config.video_token_id, num_tokens)
         zero = None
-        if self.training and labels is not None:
-            zero = self._touch_vision(run_tower=not encoded and pixel_values is None)
+        if labels is not None and (self.training or _has_several_ranks()):
+            has_images = pixel_values is not None or encoded.get("image") is not None
+            zero = self._touch_vision(has_videos=encoded.get("video") is not None, has_images=has_images)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -474,8 +478,10 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
             loss = main_loss + self.config.autoregressive_config.loss_weight * autoregressive_loss
         if zero is not None:
             head = self.autoregressive_module
-            if autoregressive_loss is None and head is not None and any(p.requires_grad for p in head.parameters()):
-                zero = zero + head.zero_touch()
+            touches_head = wants_reconstruction or (head is not None and any(p.requires_grad for p in head.parameters()))
+            if autoregressive_loss is None and head is not None and touches_head:
+                tower = self.model.vision_tower if _has_several_ranks() else None
+                zero = zero + head.zero_touch(hidden_states.sum() * 0, tower)
             loss = loss + zero
 
         return LlavaNextAROutput(
@@ -491,16 +497,20 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
             reconstruction=reconstruction if return_reconstruction else None,
         )
 
-    def _touch_vision(self, run_tower: bool) -> torch.Tensor:
-        """A zero that came through the vision parts that a batch may leave out.
+    def _touch_vision(self, has_videos: bool, has_images: bool) -> torch.Tensor:
+        """A zero that came through the vision parts that a batch leaves out.
 
         The ranks of distributed training need not hold the same kinds of samples, but wait for each other's gradients
-        and, where modules are sharded, for each other's modules in the same order: so this runs before the language model.
+        and, where modules are sharded, run them together: equally often and in the same order. So with several ranks the
+        tower runs once for videos and once for images, on one blank frame where there is none, before the language model.
         """
         tokens = (self.model.image_newline, self.model.faster_token)  # no layout uses both of them always
         zero = sum((token * 0).sum() for token in tokens if token is not None)
-        if run_tower:
-            vision = self.config.vision_config
+        num_passes = (not has_videos) + (not has_images)
+        if not _has_several_ranks():
+            num_passes //= 2
+        vision = self.config.vision_config
+        for _ in range(num_passes):
             pixels = zero.new_zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size)
             (features,) = self.model.get_video_features(pixels, return_dict=True).pooler_output
             zero = zero + features.sum() * 0
@@ -541,6 +551,9 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
         """The head on the videos of the batch, and `[N]` the sample that each video belongs to."""
         device = hidden_states.device
         positions = split_video_positions(video_token_mask, [len(tokens) for tokens in video.video_tokens])
+        sample_of_video = torch.stack([where[0] for where in positions]) // hidden_states.shape[1]
+        if max(len(tokens.frame_types) for tokens in video.video_tokens) < 2:
+            return None, sample_of_video  # nothing to predict, and no need for the teacher
         patches = torch.cat(
             [
                 where[tokens.patch_offsets.to(where.device)]
@@ -556,7 +569,6 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
             None if video.timestamps is None else [times.to(device) for times in video.timestamps],
             video.frame_types,
         )
-        sample_of_video = torch.stack([where[0] for where in positions]) // hidden_states.shape[1]
         return reconstruction, sample_of_video
 
     @torch.no_grad()
@@ -581,6 +593,11 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
         if reconstruction is None:
             raise ValueError("predict_next_frames needs at least one video with two frames or more")
         return reconstruction.per_video()
+
+
+def _has_several_ranks() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _embedding_std(config: LlavaNextARConfig) -> float:

@@ -105,6 +105,13 @@ class AutoregressiveTrainer(Trainer):
         self._train_sums = _LossSums()
         self._eval_sums = _LossSums()
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer."""
+        # Trainer wraps the model for several ranks before it first calls train(), by which the model freezes what it does
+        # not use and copies a tower that trains: DDP would wait in vain for the former, FSDP cannot copy what it split.
+        self.model.train()
+        return super().train(*args, **kwargs)
+
     # ---- counting ---------------------------------------------------------------------------------------------------
 
     def get_batch_samples(
