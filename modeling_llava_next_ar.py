@@ -343,7 +343,13 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
         transformers would write the legacy names of LLaVA-OneVision, which `Trainer` does not translate when it resumes:
         it would go on with nearly all weights of the checkpoint left out, and one warning.
         """
-        return super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+        # FSDP2 gives a model a class made by torch, whose file would be saved as the model's code.
+        sharded_class = type(self)
+        self.__class__ = next(kind for kind in sharded_class.__mro__ if not kind.__module__.startswith("torch."))
+        try:
+            return super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+        finally:
+            self.__class__ = sharded_class
 
     def train(self, mode: bool = True) -> "LlavaNextARForConditionalGeneration":
         """As in torch; when the vision tower trains, the head's teacher is made from it first (see there)."""
@@ -478,7 +484,9 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
             loss = main_loss + self.config.autoregressive_config.loss_weight * autoregressive_loss
         if zero is not None:
             head = self.autoregressive_module
-            touches_head = wants_reconstruction or (head is not None and any(p.requires_grad for p in head.parameters()))
+            touches_head = wants_reconstruction or (
+                head is not None and any(p.requires_grad for p in head.parameters())
+            )
             if autoregressive_loss is None and head is not None and touches_head:
                 tower = self.model.vision_tower if _has_several_ranks() else None
                 zero = zero + head.zero_touch(hidden_states.sum() * 0, tower)

@@ -258,6 +258,22 @@ class AutoregressiveTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
+    # ---- saving -----------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer; beside sharded weights goes all else that scripts/consolidate.py makes a complete folder of."""
+        super().save_model(output_dir, _internal_call)
+        if not (self.is_fsdp_enabled and self.args.should_save):
+            return
+        if "SHARDED_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            folder = self.args.output_dir if output_dir is None else output_dir
+            model = self.accelerator.unwrap_model(self.model)
+            model.config.save_pretrained(folder)
+            for adapter in getattr(model, "peft_config", {}).values():
+                adapter.save_pretrained(folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
     # ---- resuming ---------------------------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -24,6 +24,7 @@ Hub folder: model (or adapter), processor and code.
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,17 @@ def describe(model: Any, training_args: TrainingArguments, num_samples: int) -> 
     return "\n".join(lines)
 
 
+def check_sharding(training_args: TrainingArguments, accelerator: Any, environment: Mapping[str, str]) -> None:
+    """Refuses FSDP where accelerate silently does something else, as it does without GPUs."""
+    wants_fsdp = training_args.fsdp or environment.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if wants_fsdp and kind != "FSDP":
+        sys.exit(
+            f"train.py: the launch file or recipe asks for FSDP, but accelerate runs {kind} here and would shard nothing: "
+            "FSDP needs GPUs and more than one process (scripts/accelerate/cpu.yaml tries out several processes)"
+        )
+
+
 def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     """`resume_from_checkpoint: true` means the last one in `output_dir`, if there is any."""
     wanted = training_args.resume_from_checkpoint
@@ -286,6 +298,7 @@ def main(argv: list[str]) -> None:
         enable_autoregressive=sections["model_config"].get("enable_autoregressive", True),
         head_learning_rate=args.head_learning_rate,
     )
+    check_sharding(training_args, trainer.accelerator, os.environ)
     if is_main:
         print(describe(model, training_args, len(train_data)), flush=True)
         Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -309,6 +322,8 @@ def main(argv: list[str]) -> None:
             )
             processor.save_pretrained(training_args.output_dir)
     else:
+        if trainer.is_fsdp_enabled:  # whatever checkpoints hold, the final folder loads as it is
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     if training_args.push_to_hub:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model, save_fsdp_model
 from peft import LoraConfig, get_peft_model
@@ -148,12 +148,15 @@ def main(folder: Path) -> None:
     for name, (kinds, options) in CASES.items():
         results[name] = compare(kinds, lambda options=options: build(**options))
     results["evaluation"] = compare(("text", "video and image"), build, evaluate=True)
-    # An untied and a separate teacher: every kind of tensor that a checkpoint can hold.
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    results["accelerate on a CPU"] = Accelerator(cpu=True, fsdp_plugin=plugin).distributed_type.value
+    # With a separate teacher.
     model = shard(build(train_tower=True))
     model.save_sharded(str(folder / "checkpoint"))
     state = {name: full(tensor).contiguous() for name, tensor in model.state_dict().items()}
     if distributed.get_rank() == 0:
         save_file(state, folder / "full.safetensors")
+        model.save_pretrained(folder / "saved", state_dict=state)  # as Trainer saves under FULL_STATE_DICT
         model.config.save_pretrained(folder / "checkpoint")
         (folder / "results.json").write_text(json.dumps(results))
     distributed.destroy_process_group()

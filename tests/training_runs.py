@@ -29,7 +29,11 @@ SPLITS = {1: ((8, 1), (4, 2), (2, 4)), 2: ((4, 1), (2, 2))}
 # What else can keep two ranks from meeting: (ways that the tower trains, recompute activations, a part that is frozen).
 TOWERS = {
     "frozen tower": {"checkpointing": True, "frozen": "language_model.layers.0"},
-    "trained tower and its frozen copy": {"checkpointing": True, "tower": "trained", "frozen": "multi_modal_projector"},
+    "trained tower and its frozen copy": {
+        "checkpointing": True,
+        "tower": "trained",
+        "frozen": "multi_modal_projector",
+    },
     "adapters on the tower": {"checkpointing": True, "tower": "adapters"},
 }
 
