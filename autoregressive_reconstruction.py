@@ -423,7 +423,7 @@ class AutoregressiveReconstructionModule(nn.Module):
             vision_tower: given, the teacher runs before the head, as it does for a video, if that is a pass of its own.
         """
         clip = self.token_layout.video(2)
-        device = self.input_norm.weight.device
+        device = next(self.parameters()).device
         num_patches = self.token_layout.patches_height * self.token_layout.patches_width
         features = torch.zeros(2, num_patches, self.change.out_features, device=device)
         if vision_tower is not None and (self.teacher is not None or _adapter_layers(vision_tower)):

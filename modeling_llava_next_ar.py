@@ -23,6 +23,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
     LlavaOnevisionModelOutputWithPast,
 )
 from transformers.processing_utils import Unpack
+from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
@@ -31,6 +32,8 @@ from .configuration_llava_next_ar import LlavaNextARConfig
 from .frame_predictor import ZeroInitializedLinear
 from .frame_token_layout import FrameTokenLayout, VideoTokens, split_video_positions
 from .reconstruction_metrics import NextFramePrediction, Reconstruction
+
+logger = logging.get_logger(__name__)
 
 # Released OneVision checkpoints carry legacy key names. transformers renames them by class name only, so without this a
 # OneVision checkpoint would load with a random lm_head.
@@ -252,6 +255,11 @@ class LlavaNextARModel(LlavaOnevisionModel):
                 return_dict=True,
             )
         if pixel_values_videos is not None:
+            if self.training and self.config.enable_autoregressive:  # the model with the head encodes videos itself
+                logger.warning_once(
+                    "this training step goes past the model's losses, so that its reconstruction head does not train: "
+                    "TRL's SFTTrainer does so, AutoregressiveSFTTrainer (training_sft.py) does not"
+                )
             encoded["video"] = self.get_video_features(
                 pixel_values_videos,
                 video_frame_mask=video_frame_mask,
@@ -509,20 +517,25 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
         """A zero that came through the vision parts that a batch leaves out.
 
         The ranks of distributed training need not hold the same kinds of samples, but wait for each other's gradients
-        and, where modules are sharded, run them together: equally often and in the same order. So with several ranks the
+        and, where modules are sharded, use them together: equally often and in the same order. So with several ranks the
         tower runs once for videos and once for images, on one blank frame where there is none, before the language model.
         """
+        several_ranks = _has_several_ranks()
+        zero = 0
+        if not has_videos and (several_ranks or not has_images):
+            zero = zero + self._run_vision_on_blank()
         tokens = (self.model.image_newline, self.model.faster_token)  # no layout uses both of them always
-        zero = sum((token * 0).sum() for token in tokens if token is not None)
-        num_passes = (not has_videos) + (not has_images)
-        if not _has_several_ranks():
-            num_passes //= 2
-        vision = self.config.vision_config
-        for _ in range(num_passes):
-            pixels = zero.new_zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size)
-            (features,) = self.model.get_video_features(pixels, return_dict=True).pooler_output
-            zero = zero + features.sum() * 0
+        zero = zero + sum((token * 0).sum() for token in tokens if token is not None)
+        if not has_images and several_ranks:
+            zero = zero + self._run_vision_on_blank()
         return zero
+
+    def _run_vision_on_blank(self) -> torch.Tensor:
+        vision = self.config.vision_config
+        shape = (1, 1, vision.num_channels, vision.image_size, vision.image_size)
+        pixels = torch.zeros(shape, device=self.device, dtype=self.dtype)
+        (features,) = self.model.get_video_features(pixels, return_dict=True).pooler_output
+        return features.sum() * 0
 
     def _main_loss(
         self,

@@ -67,16 +67,16 @@ def test_accelerate_shards_nothing_on_a_cpu(results):
     assert results["accelerate on a CPU"] == "MULTI_CPU"  # why sharded_runs.py calls its wrapping directly
 
 
-def test_train_refuses_what_accelerate_silently_does_not_shard():
-    args = SimpleNamespace(fsdp=None)
-    sharded = SimpleNamespace(distributed_type="FSDP")
-    plain = SimpleNamespace(distributed_type="MULTI_CPU")
-    train.check_sharding(args, plain, {})
-    train.check_sharding(args, sharded, {"ACCELERATE_USE_FSDP": "true"})
-    with pytest.raises(SystemExit, match="asks for FSDP, but accelerate runs MULTI_CPU here"):
-        train.check_sharding(args, plain, {"ACCELERATE_USE_FSDP": "true"})
-    with pytest.raises(SystemExit, match="asks for FSDP"):
-        train.check_sharding(SimpleNamespace(fsdp=True), plain, {})
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_train_refuses_what_accelerate_silently_does_not_split(name):
+    nothing, asked = SimpleNamespace(fsdp=None, deepspeed=None), {f"ACCELERATE_USE_{name}": "true"}
+    split, plain = SimpleNamespace(distributed_type=name), SimpleNamespace(distributed_type="MULTI_CPU")
+    train.check_sharding(nothing, plain, {})
+    train.check_sharding(nothing, split, asked)
+    with pytest.raises(SystemExit, match=f"asks for {name}, but accelerate runs MULTI_CPU here"):
+        train.check_sharding(nothing, plain, asked)
+    with pytest.raises(SystemExit, match=f"asks for {name}"):
+        train.check_sharding(SimpleNamespace(**{"fsdp": None, "deepspeed": None, name.lower(): "x"}), plain, {})
 
 
 def test_only_classes_that_the_model_has_are_named_for_wrapping():
