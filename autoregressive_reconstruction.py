@@ -63,6 +63,18 @@ def _trains(vision_tower: nn.Module, adapters: list[nn.Module]) -> bool:
     return any(p.requires_grad and id(p) not in of_adapters for p in vision_tower.parameters())
 
 
+def _seconds_since_first(times: torch.Tensor) -> torch.Tensor:
+    """`[T]` seconds, or integers of nanoseconds -> `[T]` float32 seconds since the first frame."""
+    if not times.is_floating_point():
+        return (times - times[0]).float() * 1e-9
+    if times.dtype in (torch.bfloat16, torch.float16):
+        logger.warning_once(
+            f"frame times came as {times.dtype}, which is too coarse for seconds: keep video_timestamps in float32, or "
+            "give them as int64 nanoseconds, which nothing casts"
+        )
+    return times.float() - times[0].float()
+
+
 class _Unregistered:
     """Holds a module that belongs to another one, out of sight of `parameters()` and `state_dict()`.
 
@@ -80,6 +92,7 @@ class _Unregistered:
 @contextmanager
 def _adapters_off(layers: list[nn.Module]) -> Iterator[None]:
     enabled = [layer for layer in layers if not layer.disable_adapters]
+    trainable = [(parameter, parameter.requires_grad) for layer in enabled for parameter in layer.parameters()]
     for layer in enabled:
         layer.enable_adapters(False)
     try:
@@ -87,6 +100,8 @@ def _adapters_off(layers: list[nn.Module]) -> Iterator[None]:
     finally:
         for layer in enabled:
             layer.enable_adapters(True)
+        for parameter, requires_grad in trainable:  # PEFT makes all adapters trainable that it switches on
+            parameter.requires_grad_(requires_grad)
 
 
 class AutoregressiveReconstructionModule(nn.Module):
@@ -220,7 +235,7 @@ class AutoregressiveReconstructionModule(nn.Module):
         position_wavelengths = self.POSITION_WAVELENGTHS.to(device)
         places = []
         for clip, times in zip(clips, timestamps, strict=True):
-            times = times.float() - times[0].float()
+            times = _seconds_since_first(times)
             gaps = times.diff()
             # The frame after the last has no time; its gap is taken to be the last one.
             gaps = torch.cat([gaps, gaps[-1:]]) if len(gaps) else torch.ones_like(times)
@@ -311,7 +326,8 @@ class AutoregressiveReconstructionModule(nn.Module):
                 all clips, by clip, frame, row and column (`VideoTokens.patch_offsets`).
             clips: the token map of each clip.
             vision_features: `[F, P, Dv]` unpooled teacher features of all frames of all clips.
-            timestamps: for each clip `[T]` seconds; frames are taken to be one second apart if None.
+            timestamps: for each clip `[T]` seconds, or integers of nanoseconds; frames are taken to be one second apart if
+                None.
             frame_types: for each clip slow (0) or fast (1) for each frame, where the video processor chose them. A layout
                 with slow and fast tokens knows its own; without either, no frame is told apart from the others.
 
@@ -408,18 +424,28 @@ class AutoregressiveReconstructionModule(nn.Module):
             return nn.functional.smooth_l1_loss(predictions, targets, reduction="none").mean(-1)
         return 1 - nn.functional.cosine_similarity(predictions, targets, dim=-1)
 
-    def zero_touch(self) -> torch.Tensor:
+    def zero_touch(self, zero: torch.Tensor | None = None, vision_tower: nn.Module | None = None) -> torch.Tensor:
         """A zero that came through the whole head, for batches without video.
 
         Distributed training waits for the gradient of every parameter, and sharded training for every rank to run the
-        same modules; so the head runs, on a clip of two empty frames.
+        same modules, forward and backward; so the head runs, on a clip of two empty frames.
+
+        Args:
+            zero: a zero that came through the language model; a frozen head too then passes a gradient on to it.
+            vision_tower: given, the teacher runs before the head, as it does for a video, if that is a pass of its own.
         """
         clip = self.token_layout.video(2)
-        weight = self.change.weight
+        device = next(self.parameters()).device
         num_patches = self.token_layout.patches_height * self.token_layout.patches_width
-        hidden_states = weight.new_zeros(len(clip.patch_offsets), self.input_projection.in_features)
-        reconstruction = self(hidden_states, [clip], weight.new_zeros(2, num_patches, weight.shape[0]))
-        return reconstruction.loss_per_video.sum() * 0
+        features = torch.zeros(2, num_patches, self.change.out_features, device=device)
+        if vision_tower is not None and (self.teacher is not None or _adapter_layers(vision_tower)):
+            vision = vision_tower.config
+            pixels = torch.zeros(2, vision.num_channels, vision.image_size, vision.image_size, device=device)
+            features = self.teacher_features(vision_tower, pixels)
+        hidden_states = torch.zeros(len(clip.patch_offsets), self.input_projection.in_features, device=device)
+        if zero is not None:
+            hidden_states = hidden_states + zero
+        return self(hidden_states, [clip], features).loss_per_video.sum() * 0
 
     def compute_autoregressive_loss(
         self,
@@ -436,7 +462,7 @@ class AutoregressiveReconstructionModule(nn.Module):
             video_frames: `[B, T, 3, H, W]`, as the vision tower takes them.
             position_map: `[B, num_tokens]` int64, where in the sequence each token of the video is. Needed unless the
                 sequence is exactly the video.
-            timestamps: `[B, T]` seconds; one second apart if None.
+            timestamps: `[B, T]` seconds, or integers of nanoseconds; one second apart if None.
             frame_types: `[B, T]` slow (0) or fast (1), where the video processor chose them.
 
         Returns:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .training_collator import LlavaVideoCollator  # noqa: F401
     from .training_data import LlavaVideoDataset  # noqa: F401
     from .training_llava_next_ar import AutoregressiveTrainer  # noqa: F401
+    from .training_sft import AutoregressiveSFTTrainer  # noqa: F401
     from .transformers_compat import hidden_states_to_keep  # noqa: F401
     from .video_decoding import VideoReadError  # noqa: F401
     from .video_frames import MultiScaleVideoFrameLoader  # noqa: F401

@@ -56,14 +56,14 @@ class VideoFeatures(BaseModelOutputWithPooling):
             unpooled, all real frames of all videos.
         video_tokens (`tuple` of `VideoTokens`): the token map of each video.
         pixel_values (`torch.FloatTensor` of shape `(num_frames, 3, height, width)`): the real frames of all videos.
-        timestamps (`tuple` of `torch.FloatTensor`, *optional*): for each video the seconds of its frames.
+        timestamps (`tuple` of `torch.Tensor`, *optional*): for each video the times of its frames, as they were given.
         frame_types (`tuple` of `list[int]`, *optional*): for each video what the video processor chose its frames as.
     """
 
     vision_features: torch.FloatTensor | None = None
     video_tokens: tuple[VideoTokens, ...] | None = None
     pixel_values: torch.FloatTensor | None = None
-    timestamps: tuple[torch.FloatTensor, ...] | None = None
+    timestamps: tuple[torch.Tensor, ...] | None = None
     frame_types: tuple[list[int], ...] | None = None
 
 
@@ -161,7 +161,7 @@ class LlavaNextARModel(LlavaOnevisionModel):
             pixel_values_videos: `[N, T, 3, H, W]`, shorter videos padded at the end.
             video_frame_mask: `[N, T]` bool, True at real frames; all are real if None. Padding costs no tower time.
             video_frame_types: `[N, T]` slow (0) or fast (1), where the video processor chose them.
-            video_timestamps: `[N, T]` seconds; kept for the head.
+            video_timestamps: `[N, T]` seconds, or integers of nanoseconds; kept for the head.
             video_layout: `[N, 7]`, the layout that the processor wrote placeholders for.
 
         Raises:
@@ -258,6 +258,11 @@ class LlavaNextARModel(LlavaOnevisionModel):
                 return_dict=True,
             )
         if pixel_values_videos is not None:
+            if self.training and self.config.enable_autoregressive:  # the model with the head encodes videos itself
+                logger.warning_once(
+                    "this training step goes past the model's losses, so that its reconstruction head does not train: "
+                    "TRL's SFTTrainer does so, AutoregressiveSFTTrainer (training_sft.py) does not"
+                )
             encoded["video"] = self.get_video_features(
                 pixel_values_videos,
                 video_frame_mask=video_frame_mask,
@@ -300,6 +305,7 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
     _auto_class = "AutoModelForImageTextToText"
     _can_compile_fullgraph = False  # as in `LlavaNextARModel`
     _supports_context_parallel = False
+    _no_split_modules = ["FramePredictorBlock"]  # transformers adds the layers of the tower and the language model
 
     def __init__(self, config: LlavaNextARConfig):
         super(LlavaOnevisionForConditionalGeneration, self).__init__(config)
@@ -323,6 +329,8 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
                 teacher = type(self.model.vision_tower)._from_config(config.vision_config)
                 self.autoregressive_module.teacher = teacher.requires_grad_(False).eval()
         self.post_init()
+        # accelerate wraps these one by one under FSDP and fails on a name that the model has not (Siglip's text parts).
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -356,11 +364,18 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
         Raises:
             ValueError: if the configuration or the generation configuration has become invalid.
         """
+        # FSDP2 gives a model a class made by torch, whose file would be saved as the model's code.
+        sharded_class = type(self)
+        model_class = next(kind for kind in sharded_class.__mro__ if not kind.__module__.startswith("torch."))
         self.config.check()
         with tempfile.TemporaryDirectory() as scratch:
             self.generation_config.save_pretrained(scratch)
-        self.config.auto_map.update(dict.fromkeys(MODEL_AUTO_CLASSES, _class_reference(type(self))))
-        return super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+        self.config.auto_map.update(dict.fromkeys(MODEL_AUTO_CLASSES, _class_reference(model_class)))
+        self.__class__ = model_class
+        try:
+            return super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+        finally:
+            self.__class__ = sharded_class
 
     def train(self, mode: bool = True) -> "LlavaNextARForConditionalGeneration":
         """As in torch; when the vision tower trains, the head's teacher is made from it first (see there)."""
@@ -409,7 +424,7 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
         Args:
             pixel_values_videos, video_frame_mask, video_frame_types, video_timestamps, video_layout: the videos, as
                 `LlavaNextARVideoProcessor` and `LlavaNextARProcessor` give them (see `get_video_features`);
-                `video_timestamps` `[N, T]` in seconds, one second apart if None.
+                `video_timestamps` `[N, T]` in seconds or integers of nanoseconds, one second apart if None.
             labels: `[B, S]`, -100 where there is no target.
             position_ids: `[B, S]`; in a packed batch (`LlavaVideoCollator(packing=True)`) they restart at every sample, and
                 there is no `attention_mask`.
@@ -457,8 +472,9 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
             # With a cache, transformers takes the samples of a row for one sequence and lets them see each other.
             use_cache = False
         zero = None
-        if self.training and labels is not None:
-            zero = self._touch_vision(run_tower=not encoded and pixel_values is None)
+        if labels is not None and (self.training or _has_several_ranks()):
+            has_images = pixel_values is not None or encoded.get("image") is not None
+            zero = self._touch_vision(has_videos=encoded.get("video") is not None, has_images=has_images)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -505,8 +521,12 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
             loss = main_loss + self.config.autoregressive_config.loss_weight * autoregressive_loss
         if zero is not None:
             head = self.autoregressive_module
-            if autoregressive_loss is None and head is not None and any(p.requires_grad for p in head.parameters()):
-                zero = zero + head.zero_touch()
+            touches_head = wants_reconstruction or (
+                head is not None and any(p.requires_grad for p in head.parameters())
+            )
+            if autoregressive_loss is None and head is not None and touches_head:
+                tower = self.model.vision_tower if _has_several_ranks() else None
+                zero = zero + head.zero_touch(hidden_states.sum() * 0, tower)
             loss = loss + zero
 
         return LlavaNextAROutput(
@@ -518,20 +538,29 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
             **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
         )
 
-    def _touch_vision(self, run_tower: bool) -> torch.Tensor:
-        """A zero that came through the vision parts that a batch may leave out.
+    def _touch_vision(self, has_videos: bool, has_images: bool) -> torch.Tensor:
+        """A zero that came through the vision parts that a batch leaves out.
 
         The ranks of distributed training need not hold the same kinds of samples, but wait for each other's gradients
-        and, where modules are sharded, for each other's modules in the same order: so this runs before the language model.
+        and, where modules are sharded, use them together: equally often and in the same order. So with several ranks the
+        tower runs once for videos and once for images, on one blank frame where there is none, before the language model.
         """
+        several_ranks = _has_several_ranks()
+        zero = 0
+        if not has_videos and (several_ranks or not has_images):
+            zero = zero + self._run_vision_on_blank()
         tokens = (self.model.image_newline, self.model.faster_token)  # no layout uses both of them always
-        zero = sum((token * 0).sum() for token in tokens if token is not None)
-        if run_tower:
-            vision = self.config.vision_config
-            pixels = zero.new_zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size)
-            (features,) = self.model.get_video_features(pixels, return_dict=True).pooler_output
-            zero = zero + features.sum() * 0
+        zero = zero + sum((token * 0).sum() for token in tokens if token is not None)
+        if not has_images and several_ranks:
+            zero = zero + self._run_vision_on_blank()
         return zero
+
+    def _run_vision_on_blank(self) -> torch.Tensor:
+        vision = self.config.vision_config
+        shape = (1, 1, vision.num_channels, vision.image_size, vision.image_size)
+        pixels = torch.zeros(shape, device=self.device, dtype=self.dtype)
+        (features,) = self.model.get_video_features(pixels, return_dict=True).pooler_output
+        return features.sum() * 0
 
     def _main_loss(
         self,
@@ -567,6 +596,9 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
         """The head on the videos of the batch, and `[N]` where in the flattened batch each video begins."""
         device = hidden_states.device
         positions = split_video_positions(video_token_mask, [len(tokens) for tokens in video.video_tokens])
+        first_token = torch.stack([where[0] for where in positions])
+        if max(len(tokens.frame_types) for tokens in video.video_tokens) < 2:
+            return None, first_token  # nothing to predict, and no need for the teacher
         patches = torch.cat(
             [
                 where[tokens.patch_offsets.to(where.device)]
@@ -582,7 +614,7 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
             None if video.timestamps is None else [times.to(device) for times in video.timestamps],
             video.frame_types,
         )
-        return reconstruction, torch.stack([where[0] for where in positions])
+        return reconstruction, first_token
 
     @torch.no_grad()
     def predict_next_frames(self, **inputs) -> list[NextFramePrediction]:
@@ -611,6 +643,11 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
 def _class_reference(model_class: type) -> str:
     """How an `auto_map` names a class."""
     return f"{model_class.__module__.rsplit('.', 1)[-1]}.{model_class.__name__}"
+
+
+def _has_several_ranks() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _embedding_std(config: LlavaNextARConfig) -> float:

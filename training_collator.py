@@ -17,7 +17,8 @@ class LlavaVideoCollator:
 
     Text is padded to `[B, S]`, or packed. Videos of all samples are stacked, shorter ones padded with zeros at the end:
     `pixel_values_videos` `[N, T, 3, H, W]`, `video_frame_mask`, `video_timestamps` and `video_frame_types` `[N, T]`,
-    `video_layout` `[N, 7]`. Images are stacked over their patches: `pixel_values` `[M, P, 3, H, W]`, `image_sizes`
+    `video_layout` `[N, 7]`. Times become int64 nanoseconds: DeepSpeed and FSDP cast every floating input to 16 bits, where
+    60 s and 60.1 s are the same. Images are stacked over their patches: `pixel_values` `[M, P, 3, H, W]`, `image_sizes`
     `[M, 2]`, `batch_num_images` with the number of images of each sample that has any.
 
     Args:
@@ -68,6 +69,8 @@ class LlavaVideoCollator:
             "video_layout",
         ):
             values = _of_all(name, with_video)
+            if name == "video_timestamps":
+                values = [_to_nanoseconds(times) for times in values]
             if values:
                 batch[name] = torch.cat(values) if name == "video_layout" else _cat_padded(name, values)
         with_images = [sample for sample in samples if "pixel_values" in sample]
@@ -109,6 +112,10 @@ class LlavaVideoCollator:
             amount = (missing, 0) if self.padding_side == "left" else (0, missing)
             padded.append(nn.functional.pad(row, amount, value=value))
         return torch.stack(padded)
+
+
+def _to_nanoseconds(times: torch.Tensor) -> torch.Tensor:
+    return (times.double() * 1e9).round().long() if times.is_floating_point() else times
 
 
 def _of_all(name: str, samples: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:

@@ -105,6 +105,13 @@ class AutoregressiveTrainer(Trainer):
         self._train_sums = _LossSums()
         self._eval_sums = _LossSums()
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer."""
+        # Trainer wraps the model for several ranks before it first calls train(), by which the model freezes what it does
+        # not use and copies a tower that trains: DDP would wait in vain for the former, FSDP cannot copy what it split.
+        self.model.train()
+        return super().train(*args, **kwargs)
+
     # ---- counting ---------------------------------------------------------------------------------------------------
 
     def get_batch_samples(
@@ -250,6 +257,22 @@ class AutoregressiveTrainer(Trainer):
             metrics.update(_skill(sums))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    # ---- saving -----------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer; beside sharded weights goes all else that scripts/consolidate.py makes a complete folder of."""
+        super().save_model(output_dir, _internal_call)
+        if not (self.is_fsdp_enabled and self.args.should_save):
+            return
+        if "SHARDED_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            folder = self.args.output_dir if output_dir is None else output_dir
+            model = self.accelerator.unwrap_model(self.model)
+            model.config.save_pretrained(folder)
+            for adapter in getattr(model, "peft_config", {}).values():
+                adapter.save_pretrained(folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
 
     # ---- resuming ---------------------------------------------------------------------------------------------------
 

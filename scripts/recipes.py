@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser, LlavaOnevisionConfig, TrainingArguments
 
@@ -46,6 +47,12 @@ class ModelArguments:
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapters."})
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Linear layers with adapters; by default all of the language model."}
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "QLoRA: keep the language model's frozen layers in 4 bits (NF4). Needs CUDA and bitsandbytes."
+        },
     )
     merge_lora: bool = field(
         default=False, metadata={"help": "Save the merged model at the end instead of the adapter."}
@@ -202,6 +209,8 @@ def parse_arguments(
         with open(path, encoding="utf-8") as file:
             values.update(flatten_recipe(yaml.safe_load(file) or {}, str(path)))
     values.update(flatten_recipe(given, "the command line"))
+    if not torch.accelerator.is_available():
+        values.setdefault("use_cpu", True)  # else TrainingArguments refuses the recipes' bf16, which a CPU has too
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     words = []
     for key, value in values.items():

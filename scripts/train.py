@@ -24,9 +24,11 @@ Hub folder: model (or adapter), processor and code.
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from recipes import DataArguments, ModelArguments, make_parser, parse_arguments
 from transformers import (
@@ -34,10 +36,12 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
     TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import is_bitsandbytes_available
 
 from llava_next_ar.configuration_llava_next_ar import LlavaNextARConfig
 from llava_next_ar.llava_conversation import DEFAULT_CHAT_TEMPLATE
@@ -88,25 +92,67 @@ def load_config(args: ModelArguments, sections: dict[str, dict[str, Any]]) -> tu
     return config, changed
 
 
+def check_quantization(args: ModelArguments) -> None:
+    """Refuses `load_in_4bit` where it cannot work.
+
+    Raises:
+        ValueError: saying what is missing or contradicts it.
+    """
+    if not args.load_in_4bit:
+        return
+    if args.trainable != "lora":
+        raise ValueError(f"load_in_4bit needs trainable: lora, got {args.trainable}: weights of 4 bits do not train")
+    if args.merge_lora:
+        raise ValueError(
+            "merge_lora would merge the adapter into rounded weights: save the adapter, and merge it into the checkpoint "
+            "in its own precision"
+        )
+    if not torch.cuda.is_available():
+        raise ValueError("load_in_4bit needs an NVIDIA GPU, and there is no CUDA here: use scripts/configs/lora.yaml")
+    if not is_bitsandbytes_available():
+        raise ValueError("load_in_4bit needs bitsandbytes: pip install bitsandbytes")
+
+
+def quantization_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """The linear layers of the language model in 4 bits; everything that the adapter's training touches is as it was.
+
+    Not so the tower, whose features are the targets, the projector and the head, which train, and the vocabulary.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", HEAD, "lm_head"],
+    )
+
+
 def load_model(args: ModelArguments, config: Any, training_args: TrainingArguments) -> Any:
     """The checkpoint in the precision of its frozen parts.
 
     Raises:
-        ValueError: if the checkpoint lacks weights other than those of the head.
+        ValueError: if the checkpoint lacks weights other than those of the head, or a faster token that would not train.
     """
+    dtype = args.dtype or ("bfloat16" if training_args.bf16 else "float32")
     remote = args.trust_remote_code and not isinstance(config, LlavaNextARConfig)
     model_class = AutoModelForImageTextToText if remote else LlavaNextARForConditionalGeneration
     model, report = model_class.from_pretrained(
         args.model,
         config=config,
-        dtype=args.dtype or ("bfloat16" if training_args.bf16 else "float32"),
+        dtype=dtype,
         output_loading_info=True,
+        **({"quantization_config": quantization_config(getattr(torch, dtype))} if args.load_in_4bit else {}),
         **({"attn_implementation": args.attn_implementation} if args.attn_implementation else {}),
         **({"trust_remote_code": True} if remote else {}),
     )
     missing = sorted(key for key in report["missing_keys"] if not {HEAD, "faster_token"} & set(key.split(".")))
     if missing:
         raise ValueError(f"{args.model} lacks {len(missing)} weights of the model, the first of them {missing[0]}")
+    if args.trainable in ("lora", "head") and "model.faster_token" in report["missing_keys"]:
+        raise ValueError(
+            f"{args.model} has no faster_token, which the layout needs and trainable: {args.trainable} leaves as it is: "
+            "train it first with trainable: projector_and_head or full"
+        )
     return model
 
 
@@ -131,7 +177,10 @@ def choose_trainable(model: Any, args: ModelArguments, training_args: TrainingAr
 
 
 def add_adapters(model: Any, args: ModelArguments) -> Any:
-    """LoRA on the language model's linear layers (and the tower's, unless frozen); projector and head train whole."""
+    """LoRA on the language model's linear layers (and the tower's, unless frozen); projector and head train whole.
+
+    The newline and faster tokens stay as they are: PEFT saves whole modules only, and they are bare parameters.
+    """
     from peft import LoraConfig, get_peft_model
 
     targets: Any = args.lora_target_modules
@@ -232,6 +281,8 @@ def describe(model: Any, training_args: TrainingArguments, num_samples: int) -> 
     total = 0
     for name, parameter in model.named_parameters():
         size = getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed's ZeRO-3 leaves empty ones behind
+        if type(parameter).__name__ == "Params4bit":
+            size *= 2 * parameter.element_size()  # packed
         total += size
         part = next((p for p in ("vision_tower", *BRIDGE, HEAD) if p in name.split(".")), "language_model")
         if parameter.requires_grad:
@@ -240,6 +291,17 @@ def describe(model: Any, training_args: TrainingArguments, num_samples: int) -> 
     share = 100 * sum(trainable.values()) / total
     lines.append(f"trainable parameters {sum(trainable.values()):,} of {total:,} ({share:.2f}%): {parts}")
     return "\n".join(lines)
+
+
+def check_sharding(training_args: TrainingArguments, accelerator: Any, environment: Mapping[str, str]) -> None:
+    """Refuses FSDP and DeepSpeed where accelerate silently does something else, as it does without GPUs."""
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    for name, asked in (("FSDP", training_args.fsdp), ("DEEPSPEED", training_args.deepspeed)):
+        if (asked or environment.get(f"ACCELERATE_USE_{name}", "").lower() == "true") and kind != name:
+            sys.exit(
+                f"train.py: the launch file or recipe asks for {name}, but accelerate runs {kind} here and would split "
+                "nothing: it needs GPUs and several processes (scripts/accelerate/cpu.yaml is for processes without GPUs)"
+            )
 
 
 def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
@@ -265,6 +327,10 @@ def main(argv: list[str]) -> None:
         training_args.ddp_find_unused_parameters = False  # the model touches every parameter in every batch
     if args.merge_lora and (training_args.fsdp or training_args.deepspeed):
         sys.exit("train.py: merge_lora needs the whole model in each process, which FSDP and DeepSpeed split")
+    try:
+        check_quantization(args)
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
     if args.merge_lora and training_args.push_to_hub:
         sys.exit("train.py: push_to_hub would upload the adapter; push the merged model with scripts/push_to_hub.py")
     set_seed(training_args.seed)  # the head of a LLaVA-OneVision checkpoint is new
@@ -288,6 +354,7 @@ def main(argv: list[str]) -> None:
         enable_autoregressive=sections["model_config"].get("enable_autoregressive", True),
         head_learning_rate=args.head_learning_rate,
     )
+    check_sharding(training_args, trainer.accelerator, os.environ)
     if is_main:
         print(describe(model, training_args, len(train_data)), flush=True)
         Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -311,6 +378,8 @@ def main(argv: list[str]) -> None:
             )
             processor.save_pretrained(training_args.output_dir)
     else:
+        if trainer.is_fsdp_enabled:  # whatever checkpoints hold, the final folder loads as it is
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model()
     trainer.accelerator.wait_for_everyone()
     if training_args.push_to_hub:

@@ -16,8 +16,11 @@ from tiny import tiny_model, tiny_onevision
 from tiny_processor import tiny_processor
 from tiny_tokenizer import character_tokenizer
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers.quantizers.quantizers_utils import should_convert_module
 from video_clips import write_clip
 
+from llava_next_ar.autoregressive_reconstruction import AutoregressiveReconstructionModule
+from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from llava_next_ar.training_llava_next_ar import LlavaVideoCollator, LlavaVideoDataset
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -328,3 +331,99 @@ def test_a_bad_sample_stops_the_run_before_it_starts(work):
     with pytest.raises(ValueError, match="sample 4 .*x9.*gone.mp4"):
         train.main(options(work, "never", "--train_data", str(work / "data" / "bad.json")))
     assert not os.path.exists(work / "never")
+
+
+# -------------------------------------------------------------------------------------------------- adapters on the tower
+
+
+def tower_features(model, pixels: torch.Tensor) -> torch.Tensor:
+    """What the projector would read, from whatever the tower now is."""
+    head = model.autoregressive_module
+    with torch.no_grad():
+        return head._run_tower(model.model.vision_tower, pixels)
+
+
+def test_adapters_on_the_tower_move_its_features_and_never_the_targets(work, monkeypatch):
+    seen = []
+    compute = AutoregressiveReconstructionModule.teacher_features
+
+    def teacher_features(self, vision_tower, pixel_values, tower_features=None):
+        features = compute(self, vision_tower, pixel_values, tower_features)
+        seen.append((pixel_values.clone(), tower_features.detach().clone(), features.clone()))
+        return features
+
+    monkeypatch.setattr(AutoregressiveReconstructionModule, "teacher_features", teacher_features)
+    more = ("--lora_r", "4", "--bf16", "false", "--learning_rate", "0.02", "--max_steps", "3")
+    train.main(options(work, "lora_vision", *more, config="lora_vision"))
+    base = LlavaNextARForConditionalGeneration.from_pretrained(work / "base").eval()
+    assert len(seen) == 3
+    for step, (pixels, student, teacher) in enumerate(seen):
+        assert torch.equal(teacher, tower_features(base, pixels))  # bit for bit, whatever the adapters have learned
+        assert torch.equal(student, teacher) == (step == 0)  # adapters start as nothing
+    weights = safetensors.torch.load_file(work / "lora_vision" / "adapter_model.safetensors")
+    assert any("vision_tower" in name and "lora_B" in name and tensor.any() for name, tensor in weights.items())
+    assert {"projector", "autoregressive_module"} <= {
+        part for name in weights for part in ("projector", "autoregressive_module", "image_newline") if part in name
+    }
+    model = AutoModelForImageTextToText.from_pretrained(work / "lora_vision", trust_remote_code=True).eval()
+    pixels = seen[0][0]
+    assert not torch.equal(tower_features(model, pixels), tower_features(base, pixels))
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    teacher = compute(model.autoregressive_module, model.model.vision_tower, pixels)
+    assert torch.equal(teacher, tower_features(base, pixels))
+    assert before == {name: p.requires_grad for name, p in model.named_parameters()}  # PEFT once switched them all on
+    assert torch.equal(model.model.image_newline, base.model.image_newline)
+
+
+def test_tokens_that_adapters_would_leave_random_are_refused(work):
+    more = ("--model_config.add_faster_video", "true", "--model_config.mm_newline_position", "grid")
+    more += ("--merge_lora", "true")
+    with pytest.raises(ValueError, match="has no faster_token, .* trainable: lora leaves as it is"):
+        train.main(options(work, "refused", *more, config="lora"))
+
+
+# --------------------------------------------------------------------------------------------------------------- qlora
+
+
+def test_only_layers_of_the_language_model_are_quantized():
+    config = train.quantization_config(torch.bfloat16)
+    assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
+    assert config.bnb_4bit_compute_dtype is torch.bfloat16
+    linear = {name for name, module in tiny_model().named_modules() if isinstance(module, torch.nn.Linear)}
+    quantized = {name for name in linear if should_convert_module(name, config.llm_int8_skip_modules)}
+    assert quantized == {name for name in linear if name.startswith("model.language_model.layers.")}
+    assert len(quantized) == 14
+
+
+def test_qlora_says_what_it_needs(work, monkeypatch):
+    def refusal(*more: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            train.main(options(work, "refused", *more, config="qlora"))
+        return str(caught.value)
+
+    assert "needs trainable: lora, got full" in refusal("--trainable", "full")
+    assert "rounded weights" in refusal("--merge_lora", "true")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "there is no CUDA here: use scripts/configs/lora.yaml" in refusal()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train, "is_bitsandbytes_available", lambda: False)
+    assert "pip install bitsandbytes" in refusal()
+
+
+# --------------------------------------------------------------------------------------------------- the prototype's form
+
+
+@pytest.mark.parametrize("name", ["prototype_basic", "prototype_full"])
+def test_the_forms_of_the_prototype_run_as_they_stand(work, name, monkeypatch):
+    """Once a model and data are named, and nothing else."""
+    monkeypatch.chdir(work)  # the recipe's own output_dir is relative
+    train.main(["--config", str(CONFIGS / f"{name}.yaml"), "--model", "onevision", "--train_data", "data/train.json"])
+    model = AutoModel.from_pretrained(work / "outputs" / name, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(work / "outputs" / name, trust_remote_code=True)
+    assert json.loads((work / "outputs" / name / "train_results.json").read_text())["train_loss"] > 0
+    if name == "prototype_full":
+        assert model.config.autoregressive_config.embedding_dim == 1152
+        assert processor.video_processor.sampling == "fast_slow"
+        assert model.config.autoregressive_config.enable_multiscale_pooling
+    with torch.no_grad():
+        assert model(**batch_of(work, processor)).autoregressive_loss.isfinite()

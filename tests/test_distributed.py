@@ -1,0 +1,193 @@
+"""Sharded training, launch files and sharded checkpoints. Two ranks on the CPU stand for any number of GPUs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import consolidate
+import pytest
+import torch
+import train
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
+from sharded_runs import CASES
+from tiny import tiny_model, video_batch
+from tiny_processor import tiny_processor
+from torch.distributed.fsdp import StateDictType
+from training_runs import make_samples
+from transformers import AutoModel, AutoProcessor, TrainingArguments
+
+from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer, LlavaVideoCollator
+
+TESTS = Path(__file__).resolve().parent
+LAUNCH_FILES = sorted((TESTS.parent / "scripts" / "accelerate").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """What two ranks of sharded_runs.py left behind."""
+    folder = tmp_path_factory.mktemp("sharded")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(TESTS / "sharded_runs.py"), str(folder)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    tiny_processor(tiny_model().config, num_frames=4).save_pretrained(folder / "checkpoint")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(runs) -> dict:
+    return json.loads((runs / "results.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------------------ sharding
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_sharded_step_gives_the_gradients_of_one_process(results, case):
+    """Whatever the ranks hold: one that ran a module more often than the other hung both, or mixed up their gradients."""
+    result = results[case]
+    assert result["gradients"] < 1e-5 and result["loss"] < 1e-5
+    assert result["without gradient"] == []
+    # Layer by layer: of the language model, of the tower (and its copy), and of the head.
+    assert {"FSDPQwen2DecoderLayer", "FSDPSiglipEncoderLayer", "FSDPFramePredictorBlock"} <= set(result["sharded"])
+
+
+def test_a_sharded_evaluation_meets_on_all_ranks(results):
+    assert results["evaluation"]["loss"] < 1e-5
+
+
+def test_accelerate_shards_nothing_on_a_cpu(results):
+    assert results["accelerate on a CPU"] == "MULTI_CPU"  # why sharded_runs.py calls its wrapping directly
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_train_refuses_what_accelerate_silently_does_not_split(name):
+    nothing, asked = SimpleNamespace(fsdp=None, deepspeed=None), {f"ACCELERATE_USE_{name}": "true"}
+    split, plain = SimpleNamespace(distributed_type=name), SimpleNamespace(distributed_type="MULTI_CPU")
+    train.check_sharding(nothing, plain, {})
+    train.check_sharding(nothing, split, asked)
+    with pytest.raises(SystemExit, match=f"asks for {name}, but accelerate runs MULTI_CPU here"):
+        train.check_sharding(nothing, plain, asked)
+    with pytest.raises(SystemExit, match=f"asks for {name}"):
+        train.check_sharding(SimpleNamespace(**{"fsdp": None, "deepspeed": None, name.lower(): "x"}), plain, {})
+
+
+def test_only_classes_that_the_model_has_are_named_for_wrapping():
+    # accelerate fails on any other, such as the text embeddings of Siglip, which transformers lists.
+    assert tiny_model()._no_split_modules == {
+        *("Qwen2DecoderLayer", "SiglipEncoderLayer", "SiglipVisionEmbeddings", "FramePredictorBlock")
+    }
+    assert "FramePredictorBlock" not in tiny_model(enable_autoregressive=False)._no_split_modules
+
+
+# -------------------------------------------------------------------------------------------------------- launch files
+
+
+@pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda path: path.stem)
+def test_accelerate_knows_every_key_of_a_launch_file(path):
+    """The file's own reader refuses unknown keys outside of the two sections only."""
+    config = load_config_from_file(str(path))
+    options = vars(launch_command_parser().parse_args(["train.py"]))
+    assert {*config.fsdp_config, *config.deepspeed_config} <= options.keys()
+
+
+def test_the_fsdp_file_means_what_it_says(monkeypatch):
+    path = next(path for path in LAUNCH_FILES if path.stem == "fsdp2")
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "train.py"]))
+    for name, value in prepare_multi_gpu_env(args).items():
+        if name.startswith("FSDP_") or name == "ACCELERATE_USE_FSDP":
+            monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert plugin.state_dict_type is StateDictType.FULL_STATE_DICT and not plugin.activation_checkpointing
+    plugin.set_auto_wrap_policy(tiny_model())  # raises on a class that the model has not
+
+
+# ------------------------------------------------------------------------------------------------------- frame times
+
+
+def test_frame_times_survive_what_casts_floating_inputs():
+    """DeepSpeed and FSDP make bfloat16 of them, in which a clip's frames after a minute all have the same time."""
+    model = tiny_model()
+    torch.nn.init.normal_(model.autoregressive_module.change.weight, std=0.1)
+    (sample,) = make_samples(model.config, frames=([5],))
+    sample["video_timestamps"] = 61 + torch.tensor([[0.0, 0.04, 0.08, 0.12, 0.2]])
+    batch = LlavaVideoCollator(0)([sample])
+
+    def cast(inputs):
+        return {n: t.to(torch.bfloat16) if t.is_floating_point() else t for n, t in inputs.items()}
+
+    @torch.no_grad()
+    def loss(inputs, **more):
+        return model(**{**inputs, **more}).autoregressive_loss
+
+    exact = loss(batch, video_timestamps=sample["video_timestamps"])
+    times = cast(batch)["video_timestamps"]
+    torch.testing.assert_close(loss(batch, video_timestamps=times), exact, rtol=1e-6, atol=0)
+    coarse = loss(batch, video_timestamps=sample["video_timestamps"].to(torch.bfloat16))
+    assert abs(coarse - exact) / exact > 1e-4  # what would be lost
+
+
+# ----------------------------------------------------------------------------------------------------- sharded weights
+
+
+@torch.no_grad()
+def test_a_sharded_checkpoint_becomes_a_folder_that_loads_anywhere(runs, tmp_path):
+    consolidate.main([str(runs / "checkpoint"), str(tmp_path / "whole"), "--max-shard-size", "0.0001"])
+    files = sorted((tmp_path / "whole").glob("model-*.safetensors"))
+    assert len(files) > 1
+    weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    expected = load_file(runs / "full.safetensors")
+    assert weights.keys() == expected.keys() and any("teacher" in name for name in weights)
+    for name, tensor in expected.items():
+        assert weights[name].dtype == tensor.dtype and torch.equal(weights[name], tensor), name
+    model = AutoModel.from_pretrained(tmp_path / "whole", trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "whole", trust_remote_code=True)
+    assert model.config.autoregressive_config.separate_teacher and processor.video_processor.num_frames == 4
+    # And what a Trainer saves in one piece, of a model whose class torch has replaced, is the same.
+    saved = AutoModel.from_pretrained(runs / "saved", trust_remote_code=True).eval()
+    assert not list((runs / "saved").glob("_fsdp*"))
+    batch = video_batch(model.config, ([4], [3]))
+    one, other = model(**batch), saved(**batch)
+    assert torch.equal(one.loss, other.loss) and torch.equal(one.logits, other.logits)
+
+
+def test_consolidating_refuses_what_it_cannot_read(runs, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no sharded weights"):
+        consolidate.consolidate(tmp_path / "empty", tmp_path / "out")
+    tiny_model(head={"num_layers": 1}).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"missing: none; unexpected: autoregressive_module.blocks.1"):
+        consolidate.consolidate(runs / "checkpoint", tmp_path / "out", str(tmp_path / "other"))
+    (tmp_path / "zero").mkdir()
+    (tmp_path / "zero" / "latest").write_text("global_step1")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ValueError, match="only DeepSpeed reads"):
+        consolidate.consolidate(tmp_path / "zero", tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_checkpoint_of_sharded_weights_has_all_but_the_weights(tmp_path):
+    model = tiny_model()
+    args = TrainingArguments(tmp_path, use_cpu=True, report_to="none")
+    processor = tiny_processor(model.config, num_frames=4)
+    trainer = AutoregressiveTrainer(model, args, [], processing_class=processor)
+    trainer.is_fsdp_enabled = True  # which needs GPUs
+    trainer.accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=SimpleNamespace(state_dict_type="StateDictType.SHARDED_STATE_DICT")),
+        unwrap_model=lambda wrapped: wrapped,
+    )
+    trainer.save_model(tmp_path / "checkpoint-1")
+    assert (
+        AutoProcessor.from_pretrained(tmp_path / "checkpoint-1", trust_remote_code=True).video_processor.num_frames
+        == 4
+    )
+    config = json.loads((tmp_path / "checkpoint-1" / "config.json").read_text())
+    assert config["model_type"] == "llava_next_ar"
