@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from .modeling_llava_next_ar import LlavaNextARForConditionalGeneration  # noqa: F401
     from .processing_llava_next_ar import LlavaNextARProcessor  # noqa: F401
     from .reconstruction_metrics import Reconstruction  # noqa: F401
+    from .training_checkpoints import ResumableTrainer  # noqa: F401
     from .training_collator import LlavaVideoCollator  # noqa: F401
     from .training_data import LlavaVideoDataset  # noqa: F401
+    from .training_guards import BadStepPolicy  # noqa: F401
     from .training_llava_next_ar import AutoregressiveTrainer  # noqa: F401
     from .video_decoding import VideoReadError  # noqa: F401
     from .video_frames import MultiScaleVideoFrameLoader  # noqa: F401
