@@ -79,17 +79,16 @@ def replace_model(new: str | os.PathLike, folder: str | os.PathLike) -> None:
     new one, or none; never the weights of one with the configuration or the shards of the other.
     """
     new, folder = Path(new), Path(folder)
-    names = [path.relative_to(new) for path in _files(new)]
-    if not names:
-        return  # FSDP may save nothing but shards of checkpoints
+    names = [path.relative_to(new) for path in _files(new)]  # none, where FSDP saves shards in checkpoints only
     _flush(new)
-    for path in list(folder.iterdir()):
+    for path in list(folder.iterdir()) if names else []:
         if _WEIGHTS.fullmatch(path.name):
             path.unlink()
     for name in sorted(names, key=lambda name: (_is_entry(name.name), str(name))):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(new / name, folder / name)
     _flush_one(folder)
+    shutil.rmtree(new)
 
 
 def _is_entry(name: str) -> bool:
@@ -247,9 +246,8 @@ class ResumableTrainer(Trainer):
         super().save_model(str(staged), _internal_call=True)
         if is_sharded:
             self.accelerator.wait_for_everyone()
-        if self.args.should_save:
+        if self.args.should_save and staged.is_dir():
             replace_model(staged, folder)
-            shutil.rmtree(staged, ignore_errors=True)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

@@ -87,6 +87,7 @@ def make_trainer(folder: Path, case: str, **options: Any) -> AutoregressiveTrain
         model,
         TrainingArguments(str(folder), **{**defaults, **options}),
         Stream(samples) if case == "stream" else samples,
+        eval_dataset=samples,
         data_collator=LlavaVideoCollator(0),
         processing_class=processor,
         head_learning_rate=5e-2,
@@ -236,6 +237,15 @@ def survive(folder: Path, case: str, kills: list[int | float]) -> dict[str, Any]
     return {"case": case, "kills": kills, "killed": killed, "resumed_from": left, **outcome(folder, case)}
 
 
+def choose(events: list[str], seconds: float, chance: random.Random) -> int | float:
+    """A kill: mostly at an event, of any kind with the same chance (most of all are copies of code); some at any time."""
+    if chance.random() < 0.2:
+        return chance.uniform(0.0, seconds)
+    kinds = [name.split()[0] + (" checkpoint" if "checkpoint-" in name else "") for name in events]
+    kind = chance.choice(sorted(set(kinds)))
+    return chance.choice([index for index, other in enumerate(kinds) if other == kind])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -258,9 +268,7 @@ def main() -> None:
         case = args.cases[len(runs) % len(args.cases)]
         kills: list[int | float] = []
         for _ in range(chance.choice((1, 1, 2))):
-            # Mostly at an event, where saving has far more of them than computing; some at any time.
-            at = chance.randrange(len(events[case]))
-            kills.append(at if chance.random() < 0.8 else chance.uniform(0.05, seconds[case]))
+            kills.append(choose(events[case], seconds[case], chance))
         runs.append(survive(args.folder / f"{case}-{len(runs)}", case, kills))
         total += runs[-1]["killed"]
         print(f"{total} kills, {case}: {kills}, resumed from {runs[-1]['resumed_from']}", flush=True)
