@@ -277,7 +277,7 @@ class AutoregressiveTrainer(ResumableTrainer):
 
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
         collator = super()._get_collator_with_removed_columns(data_collator, description)
-        return NamingCollator(collator) if description == "training" else collator  # names are no inputs of the model
+        return NamingCollator(collator) if description == "Training" else collator  # names are no inputs of the model
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """As in Trainer, which calls it before each optimizer step: the moment to refuse it."""

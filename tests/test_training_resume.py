@@ -207,7 +207,7 @@ def test_a_run_that_was_killed_in_its_last_save_takes_no_further_step(copied):
 
 
 def test_the_mean_loss_after_a_resume_is_that_of_the_steps_since(finished, tmp_path):
-    make_trainer(tmp_path, "full", max_steps=5).train()
+    make_trainer(tmp_path, "full", max_steps=5, save_total_limit=5).train()
     for step in (4, 5):
         shutil.rmtree(tmp_path / f"checkpoint-{step}")
     trainer = make_trainer(tmp_path, "full", max_steps=5)

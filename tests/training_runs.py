@@ -6,8 +6,10 @@ ranks.
 
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
+import guard_runs
 import torch
 from tiny import collate, make_sample, tiny_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -102,6 +104,7 @@ def run_on_ranks(path: str) -> None:
             )
     # One rank with a video, one without.
     results["video on one rank"] = one_step("both", 1, 1, frames=FRAMES[:2])
+    results["guards"] = guard_runs.run_on_ranks(Path(path).parent)
     if torch.distributed.get_rank() == 0:
         torch.save(results, path)
     torch.distributed.destroy_process_group()
