@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from .option_checks import check_pixel_options  # noqa: F401
     from .processing_llava_next_ar import LlavaNextARProcessor  # noqa: F401
     from .reconstruction_metrics import Reconstruction  # noqa: F401
+    from .training_checkpoints import ResumableTrainer  # noqa: F401
     from .training_collator import LlavaVideoCollator  # noqa: F401
     from .training_data import LlavaVideoDataset  # noqa: F401
+    from .training_guards import BadStepPolicy  # noqa: F401
     from .training_llava_next_ar import AutoregressiveTrainer  # noqa: F401
     from .training_sft import AutoregressiveSFTTrainer  # noqa: F401
     from .transformers_compat import hidden_states_to_keep  # noqa: F401

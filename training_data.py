@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from .llava_conversation import llava_conversation_to_messages
 from .media_paths import path_below
+from .training_guards import SAMPLE_NAME
 
 
 class BadSampleError(ValueError):
@@ -48,7 +49,7 @@ class LlavaVideoDataset(Dataset):
     conversation is a sample for reconstruction alone. Other keys are ignored; `id` is used in errors.
 
     A sample is a dict of tensors: `input_ids` `[S]`, `labels` `[S]` (-100 except where the assistant speaks, the token
-    that ends its turn included), and what the processor returned for its media.
+    that ends its turn included), and what the processor returned for its media; beside them, `sample_name`, a text.
 
     Args:
         data: path of a `.json` or `.jsonl` file, or the entries themselves.
@@ -103,9 +104,17 @@ class LlavaVideoDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         messages = self.messages(index)
         try:
-            return self._encode(messages)
+            return {**self._encode(messages), SAMPLE_NAME: self.sample_name(index)}
         except (ValueError, OSError) as error:
             raise self._bad_sample(index, error) from error
+
+    def sample_name(self, index: int) -> str:
+        """How a person finds a sample: its index, its `id` if it has one, the data set and its media."""
+        entry = self.entries[index]
+        sample_id, files = (entry.get("id"), _media_names(entry)) if isinstance(entry, dict) else (None, [])
+        named = f" (id {sample_id!r})" if sample_id is not None else ""
+        files_named = f" [{', '.join(files)}]" if files else ""
+        return f"sample {index}{named} of {self.name}{files_named}"
 
     def messages(self, index: int) -> list[dict[str, Any]]:
         """The entry as chat messages with the full paths of its media; decodes nothing.
@@ -132,14 +141,7 @@ class LlavaVideoDataset(Dataset):
         sample_id, files = None, []
         if isinstance(entry, dict):
             sample_id, files = entry.get("id"), _media_names(entry)
-        named = f" (id {sample_id!r})" if sample_id is not None else ""
-        files_named = f" [{', '.join(files)}]" if files else ""
-        return BadSampleError(
-            f"sample {index}{named} of {self.name}{files_named}: {cause}",
-            index=index,
-            sample_id=sample_id,
-            files=files,
-        )
+        return BadSampleError(f"{self.sample_name(index)}: {cause}", index=index, sample_id=sample_id, files=files)
 
     # ---- entry -> messages ------------------------------------------------------------------------------------------
 

@@ -12,21 +12,25 @@ divides by their number. Both are logged the same way, so that what is logged ad
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
+from .training_checkpoints import ResumableTrainer, StopOnSigterm, last_complete_checkpoint
 from .training_collator import LlavaVideoCollator
 from .training_data import BadSampleError, LlavaVideoDataset
+from .training_guards import BadStepError, BadStepPolicy, NamingCollator, ShareWatch, StepGuard
+
+logger = logging.get_logger(__name__)
 
 HEAD = "autoregressive_module"  # the attribute under which a model keeps its reconstruction head
 
 
-class AutoregressiveTrainer(Trainer):
+class AutoregressiveTrainer(ResumableTrainer):
     """Trains language modeling and next-frame reconstruction together.
 
     Logs, beside what Trainer logs, at every logging step: `main_loss`, `autoregressive_loss` (unweighted; 0 if no
@@ -44,6 +48,8 @@ class AutoregressiveTrainer(Trainer):
         enable_autoregressive: train the head. If False, the head is neither run nor trained, if there is one, and only
             `main_loss` is logged.
         head_learning_rate: learning rate of the head, if it is to differ.
+        bad_steps: what to do about a step with a loss or gradient that is not finite or explodes; by default, stop.
+            Samples are named by their `sample_name`.
         kwargs: further arguments of `Trainer`.
 
     Raises:
@@ -59,6 +65,7 @@ class AutoregressiveTrainer(Trainer):
         *,
         enable_autoregressive: bool = True,
         head_learning_rate: float | None = None,
+        bad_steps: BadStepPolicy | None = None,
         **kwargs: Any,
     ) -> None:
         processor = getattr(train_dataset, "processor", None)
@@ -104,6 +111,12 @@ class AutoregressiveTrainer(Trainer):
         self._num_videos_in_batch: torch.Tensor | None = None
         self._train_sums = _LossSums()
         self._eval_sums = _LossSums()
+        self._share_watch = ShareWatch()
+        policy = BadStepPolicy() if bad_steps is None else bad_steps
+        if policy.action == "skip" and self.is_deepspeed_enabled:
+            raise ValueError("bad steps cannot be skipped under DeepSpeed, which makes them in the backward pass")
+        self._guard = StepGuard(policy, self.args.output_dir)
+        self._before_step: tuple[torch.Tensor, _LossSums] | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer."""
@@ -119,6 +132,9 @@ class AutoregressiveTrainer(Trainer):
     ) -> tuple[list, torch.Tensor | int | None]:
         """As in Trainer: the batches of one optimizer step, and the number of their targets."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._guard.policy.action == "skip":
+            self._before_step = self._tr_loss.clone(), copy.copy(self._train_sums)
+        self._guard.begin(batches)
         self._train_sums.steps += bool(batches)
         return batches, num_items
 
@@ -164,6 +180,7 @@ class AutoregressiveTrainer(Trainer):
             raise ValueError("the model returned no loss: the batch has no labels")
         main_loss, autoregressive_loss = outputs.get("main_loss", loss), outputs.get("autoregressive_loss")
         if model.training:
+            self._guard.add(loss)
             # Trainer logs the mean over ranks of what is returned here, so the sums are those of the scaled losses.
             scale = self._loss_scale(num_items_in_batch)
             loss = loss * scale
@@ -231,6 +248,11 @@ class AutoregressiveTrainer(Trainer):
                 if sums["total_loss"]:
                     logs["autoregressive_share"] = 1 - sums["main_loss"] / sums["total_loss"]
                 logs.update(_skill(sums))
+                advice = self._share_watch.add(logs["main_loss"], logs["total_loss"])
+                if advice is not None and self.is_world_process_zero():
+                    logger.warning(advice)
+            if self._guard.skipped:
+                logs["skipped_steps"] = self._guard.skipped
         super().log(logs, start_time)
 
     def evaluation_loop(
@@ -274,35 +296,49 @@ class AutoregressiveTrainer(Trainer):
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
 
+    # ---- bad steps --------------------------------------------------------------------------------------------------
+
+    def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
+        collator = super()._get_collator_with_removed_columns(data_collator, description)
+        return NamingCollator(collator) if description == "Training" else collator  # names are no inputs of the model
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As in Trainer, which calls it before each optimizer step: the moment to refuse it."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        norm, loss = float("nan") if grad_norm is None else float(grad_norm), None
+        if self.accelerator.scaler is not None or grad_norm is None:  # it scales losses, and skips steps, by itself
+            loss = self.accelerator.reduce(self._guard.loss, reduction="sum").item()
+        problem = self._guard.judge(norm, loss)
+        if problem is not None:
+            self._refuse_step(model, problem, norm)
+        return grad_norm
+
+    def _refuse_step(self, model: nn.Module, problem: str, norm: float) -> None:
+        message = self._guard.act(
+            problem,
+            step=self.state.global_step + 1,
+            norm=norm,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+        )
+        if self.is_world_process_zero():
+            logger.warning(message)
+        model.zero_grad(set_to_none=True)  # an optimizer does nothing about parameters without a gradient
+        tr_loss, self._train_sums = self._before_step
+        self._tr_loss.copy_(tr_loss)
+        # Trainer divides what it added up by the steps since the last log entry, and since the start.
+        self._globalstep_last_logged += 1
+        self._initial_global_step += 1
+
     # ---- resuming ---------------------------------------------------------------------------------------------------
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """As in Trainer, for models whose weights have other names in files than in memory.
+    def _progress(self) -> dict[str, Any]:
+        return {**super()._progress(), "sums": self._train_sums.state(), "guard": self._guard.state()}
 
-        Trainer matches the names in the file with those in memory, and warns about the rest. A LLaVA-OneVision model is
-        saved under older names, so that it would go on from its first weights with the last optimizer state.
-        """
-        model = self.model if model is None else model
-        if not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # In float32, which holds every 16-bit weight exactly: not all have the same precision.
-        loaded, report = type(model).from_pretrained(
-            resume_from_checkpoint,
-            config=copy.deepcopy(model.config),
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"])
-            raise ValueError(
-                f"cannot resume from {resume_from_checkpoint}: it lacks {len(missing)} weights, the first is {missing[0]}"
-            )
-        model.load_state_dict(loaded.state_dict())
-
-    def _load_best_model(self) -> None:
-        if not isinstance(self.model, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_best_model()
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+    def _restore_progress(self, progress: dict[str, Any]) -> None:
+        super()._restore_progress(progress)
+        self._train_sums.load_state(progress["sums"], self.args.device)
+        self._guard.load_state(progress["guard"])
 
     # ---- optimizer --------------------------------------------------------------------------------------------------
 
@@ -346,6 +382,14 @@ class _LossSums:
         row = torch.stack([value.detach().to(device=device, dtype=dtype).reshape(()) for value in row])
         self._sums = row if self._sums is None else self._sums + row
 
+    def state(self) -> dict[str, Any]:
+        return {"steps": self.steps, "sums": None if self._sums is None else self._sums.tolist()}
+
+    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        self.steps = state["steps"]
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = None if state["sums"] is None else torch.tensor(state["sums"], dtype=dtype, device=device)
+
     def pop(self, accelerator: Any) -> dict[str, float]:
         """The sums over all ranks; every rank must call it. Starts a new window."""
         sums = torch.zeros(len(self.NAMES)) if self._sums is None else self._sums
@@ -378,4 +422,13 @@ def _skill(sums: dict[str, float]) -> dict[str, float]:
     return {"skill": 1 - sums["mse"] / sums["copy_mse"]} if sums["copy_mse"] > 0 else {}
 
 
-__all__ = ["AutoregressiveTrainer", "BadSampleError", "LlavaVideoCollator", "LlavaVideoDataset"]
+__all__ = [
+    "AutoregressiveTrainer",
+    "BadSampleError",
+    "BadStepError",
+    "BadStepPolicy",
+    "LlavaVideoCollator",
+    "LlavaVideoDataset",
+    "StopOnSigterm",
+    "last_complete_checkpoint",
+]

@@ -15,6 +15,7 @@ import yaml
 from transformers import HfArgumentParser, LlavaOnevisionConfig, TrainingArguments
 
 from llava_next_ar.configuration_llava_next_ar import LlavaNextARAutoregressiveConfig, LlavaNextARConfig
+from llava_next_ar.training_guards import BadStepPolicy
 
 TRAINABLE = ("full", "projector_and_head", "head", "lora")
 TRAINER_TYPE = "autoregressive_trainer"
@@ -92,7 +93,43 @@ class DataArguments:
     )
 
 
-PLAIN_KEYS = {f.name for kind in (ModelArguments, DataArguments, TrainingArguments) for f in fields(kind) if f.init}
+@dataclass
+class GuardArguments:
+    """What happens when something goes wrong."""
+
+    bad_step_action: str = field(
+        default=BadStepPolicy.action,
+        metadata={"help": "stop | skip: what to do about a step whose loss or gradient is not finite, or explodes."},
+    )
+    max_skipped_steps: int = field(
+        default=BadStepPolicy.max_skipped_steps, metadata={"help": "Bad steps of the run that are skipped at most."}
+    )
+    max_consecutive_skips: int = field(
+        default=BadStepPolicy.max_consecutive_skips, metadata={"help": "Bad steps in a row that are skipped at most."}
+    )
+    explosion_factor: float | None = field(
+        default=BadStepPolicy.explosion_factor,
+        metadata={"help": "A gradient norm over this many times the usual one makes a step bad, too."},
+    )
+    explosion_window: int = field(
+        default=BadStepPolicy.explosion_window, metadata={"help": "Steps whose median norm is the usual one."}
+    )
+    save_on_sigterm: bool = field(
+        default=True, metadata={"help": "On SIGTERM, save a checkpoint after the step and end with status 143."}
+    )
+
+    def bad_step_policy(self) -> BadStepPolicy:
+        return BadStepPolicy(
+            action=self.bad_step_action,
+            max_skipped_steps=self.max_skipped_steps,
+            max_consecutive_skips=self.max_consecutive_skips,
+            explosion_factor=self.explosion_factor,
+            explosion_window=self.explosion_window,
+        )
+
+
+KINDS = (ModelArguments, DataArguments, GuardArguments, TrainingArguments)
+PLAIN_KEYS = {f.name for kind in KINDS for f in fields(kind) if f.init}
 HEAD_KEYS = {f.name for f in fields(LlavaNextARAutoregressiveConfig)} & set(
     LlavaNextARAutoregressiveConfig.__annotations__
 )
@@ -186,7 +223,7 @@ def read_command_line(argv: list[str]) -> dict[str, Any]:
 
 def make_parser(description: str | None = None) -> HfArgumentParser:
     return HfArgumentParser(
-        (ModelArguments, DataArguments, TrainingArguments),
+        KINDS,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -196,8 +233,10 @@ def make_parser(description: str | None = None) -> HfArgumentParser:
 
 def parse_arguments(
     argv: list[str],
-) -> tuple[ModelArguments, DataArguments, TrainingArguments, dict[str, dict[str, Any]], dict[str, Any]]:
-    """Recipe and command line -> the three groups of arguments, the configuration's sections, and all values as given.
+) -> tuple[
+    ModelArguments, DataArguments, GuardArguments, TrainingArguments, dict[str, dict[str, Any]], dict[str, Any]
+]:
+    """Recipe and command line -> the four groups of arguments, the configuration's sections, and all values as given.
 
     Raises:
         ValueError: on an unknown key, a missing one or a value that does not fit.
@@ -222,7 +261,7 @@ def parse_arguments(
             texts = value if isinstance(value, list) else [value]
             words += [f"--{key}", *(json.dumps(t) if isinstance(t, (dict, bool)) else str(t) for t in texts)]
     try:
-        model_args, data_args, training_args = make_parser().parse_args_into_dataclasses(words)
+        model_args, data_args, guard_args, training_args = make_parser().parse_args_into_dataclasses(words)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
     for name, value in (("model", model_args.model), ("train_data", data_args.train_data)):
@@ -230,4 +269,10 @@ def parse_arguments(
             raise ValueError(f"--{name} is missing: give it in the recipe or on the command line")
     if model_args.trainable not in TRAINABLE:
         raise ValueError(f"trainable is {model_args.trainable!r}, expected one of {', '.join(TRAINABLE)}")
-    return model_args, data_args, training_args, sections, values
+    guard_args.bad_step_policy()  # a value that does not fit is an error now
+    if guard_args.save_on_sigterm and training_args.enable_jit_checkpoint:
+        raise ValueError(
+            "enable_jit_checkpoint would save in the middle of a step; save_on_sigterm does it at the end of one: "
+            "leave out the former or set the latter to false"
+        )
+    return model_args, data_args, guard_args, training_args, sections, values

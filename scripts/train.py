@@ -12,10 +12,10 @@
 
 Every key of a recipe can be given on the command line too, and wins over the file: `--learning_rate 1e-5`,
 `--autoregressive_config.num_hist 4` or just `--num_hist 4`, `--report_to tensorboard`, `--fsdp_config '{...}'`. Keys
-are those of `ModelArguments` and `DataArguments` in scripts/recipes.py, of transformers' `TrainingArguments`, of the
-model's configuration (`model_config.mm_newline_position`) and of its head (`autoregressive_config.num_hist`). An
-unknown key is an error. The prototype's list form (`- type: trainer`, see scripts/configs/prototype_basic.yaml) is
-read as well.
+are those of `ModelArguments`, `DataArguments` and `GuardArguments` in scripts/recipes.py, of transformers'
+`TrainingArguments`, of the model's configuration (`model_config.mm_newline_position`) and of its head
+(`autoregressive_config.num_hist`). An unknown key is an error. The prototype's list form (`- type: trainer`, see
+scripts/configs/prototype_basic.yaml) is read as well.
 
 The model may be a checkpoint of this package or of LLaVA-OneVision, which gets a new head. `output_dir` becomes a
 complete
@@ -23,6 +23,7 @@ Hub folder: model (or adapter), processor and code.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,14 +41,15 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_bitsandbytes_available
 
 from llava_next_ar.configuration_llava_next_ar import LlavaNextARConfig
 from llava_next_ar.llava_conversation import DEFAULT_CHAT_TEMPLATE
 from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from llava_next_ar.processing_llava_next_ar import LlavaNextARProcessor
+from llava_next_ar.training_checkpoints import UNFINISHED, StopOnSigterm, last_complete_checkpoint, replace_model
 from llava_next_ar.training_collator import LlavaVideoCollator
+from llava_next_ar.training_guards import BadStepError
 from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer, LlavaVideoDataset
 
 VIDEO_OPTIONS = (
@@ -305,13 +307,13 @@ def check_sharding(training_args: TrainingArguments, accelerator: Any, environme
 
 
 def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
-    """`resume_from_checkpoint: true` means the last one in `output_dir`, if there is any."""
+    """`resume_from_checkpoint: true` means the last complete one in `output_dir`, if there is any."""
     wanted = training_args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() in ("false", "none"):
         return None
     if str(wanted).lower() != "true":
         return wanted
-    return get_last_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
+    return last_complete_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
 
 
 def main(argv: list[str]) -> None:
@@ -319,12 +321,14 @@ def main(argv: list[str]) -> None:
         make_parser(__doc__).print_help()
         return
     try:
-        args, data_args, training_args, sections, values = parse_arguments(argv)
+        args, data_args, guard_args, training_args, sections, values = parse_arguments(argv)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     is_main = training_args.process_index == 0
     if training_args.ddp_find_unused_parameters is None:
         training_args.ddp_find_unused_parameters = False  # the model touches every parameter in every batch
+    # What is not finite never gets as far as the log, and the filter waits for the device after every batch.
+    training_args.logging_nan_inf_filter = False
     if args.merge_lora and (training_args.fsdp or training_args.deepspeed):
         sys.exit("train.py: merge_lora needs the whole model in each process, which FSDP and DeepSpeed split")
     try:
@@ -344,6 +348,7 @@ def main(argv: list[str]) -> None:
     eval_data = load_data(data_args.eval_data, data_args, processor, check) if data_args.eval_data else None
     model = choose_trainable(load_model(args, config, training_args), args, training_args)
 
+    sigterm = StopOnSigterm()
     trainer = AutoregressiveTrainer(
         model,
         training_args,
@@ -353,6 +358,8 @@ def main(argv: list[str]) -> None:
         data_collator=LlavaVideoCollator(processor, packing=data_args.packing),
         enable_autoregressive=sections["model_config"].get("enable_autoregressive", True),
         head_learning_rate=args.head_learning_rate,
+        bad_steps=guard_args.bad_step_policy(),
+        callbacks=[sigterm] if guard_args.save_on_sigterm else None,
     )
     check_sharding(training_args, trainer.accelerator, os.environ)
     if is_main:
@@ -363,7 +370,16 @@ def main(argv: list[str]) -> None:
     checkpoint = checkpoint_to_resume(training_args)
     if is_main and training_args.resume_from_checkpoint:
         print(f"resuming from {checkpoint}" if checkpoint else "there is no checkpoint to resume from", flush=True)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except BadStepError as error:
+        sys.exit(f"train.py: {error}")
+    if sigterm.stopped:
+        if is_main:
+            print(
+                f"stopped after step {trainer.state.global_step}; go on with --resume_from_checkpoint true", flush=True
+            )
+        sys.exit(128 + signal.SIGTERM)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
@@ -373,10 +389,10 @@ def main(argv: list[str]) -> None:
         trainer.save_metrics("eval", metrics)
     if args.trainable == "lora" and args.merge_lora:
         if is_main:
-            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(
-                training_args.output_dir
-            )
-            processor.save_pretrained(training_args.output_dir)
+            merged = Path(training_args.output_dir) / UNFINISHED
+            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(merged)
+            processor.save_pretrained(merged)
+            replace_model(merged, training_args.output_dir)
     else:
         if trainer.is_fsdp_enabled:  # whatever checkpoints hold, the final folder loads as it is
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

@@ -258,7 +258,7 @@ def test_both_forms_say_the_same(tmp_path):
     for document in (plain, [{"type": "trainer", "config": listed}]):
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(document))
-        _, data_args, training_args, sections, _ = recipes.parse_arguments(["--config", str(path), *common])
+        _, data_args, _, training_args, sections, _ = recipes.parse_arguments(["--config", str(path), *common])
         assert training_args.learning_rate == 1e-5 and data_args.num_frames == 7
         assert sections["autoregressive_config"] == head
 
@@ -276,7 +276,7 @@ def test_the_command_line_wins_over_the_recipe():
     ]
     arguments += ["--learning_rate", "3e-5", "--autoregressive_config.loss_weight", "0.5", "--bf16", "false"]
     arguments += ["--lora_target_modules", "q_proj", "v_proj", "--lr_scheduler_kwargs", "{num_cycles: 0.4}"]
-    model_args, _, training_args, sections, _ = recipes.parse_arguments(arguments)
+    model_args, _, _, training_args, sections, _ = recipes.parse_arguments(arguments)
     assert training_args.learning_rate == 3e-5 and training_args.bf16 is False and training_args.use_cpu is True
     assert training_args.lr_scheduler_kwargs == {"num_cycles": 0.4}
     assert model_args.lora_target_modules == ["q_proj", "v_proj"] and model_args.head_learning_rate == 1e-4

@@ -128,6 +128,7 @@ def test_chat_messages_give_the_same_sample_as_llava_turns(dataset, processor, r
     for sample, expected in zip(
         LlavaVideoDataset(chat, processor, video_root=root), (dataset[5], dataset[0]), strict=True
     ):
+        sample.pop("sample_name"), expected.pop("sample_name")
         assert sample.keys() == expected.keys()
         assert all(torch.equal(sample[name], expected[name]) for name in sample)
 
@@ -299,6 +300,7 @@ def steps(tmp_path_factory) -> dict:
         }
         assert ranks.wait(timeout=240) == 0, path.with_suffix(".log").read_text()[-4000:]
     on_ranks = torch.load(path, weights_only=False)
+    results["guards"] = on_ranks.pop("guards")
     assert {result["processes"] for result in on_ranks.values()} == {2}
     return results | on_ranks
 
@@ -346,6 +348,31 @@ def test_ranks_with_and_without_video_agree(steps, name):
     # A rank whose batch left out the head would wait for the other for ever, or miss its gradient.
     one_process = one_step("both", 2, 1, frames=FRAMES[:2], **TOWERS[name])
     assert difference(one_process["gradients"], steps[name]["gradients"]) < 1e-5
+
+
+def test_ranks_skip_the_step_that_one_of_them_spoils(steps):
+    skipped, absent = steps["guards"]["skip"], steps["guards"]["absent"]
+    assert skipped["processes"] == 2
+    assert all(torch.equal(skipped["weights"][name], value) for name, value in absent["weights"].items())
+    for name in ("loss", "main_loss", "autoregressive_loss", "grad_norm"):
+        assert [entry[name] for entry in skipped["log"]] == [entry[name] for entry in absent["log"]]
+    assert [entry["step"] for entry in skipped["log"]] == [1, 3] and skipped["log"][1]["skipped_steps"] == 1
+    (line,) = skipped["ledger"]
+    losses = {(batch["rank"], batch["batch"], *batch["samples"]): batch["loss"] for batch in line["batches"]}
+    assert losses.keys() == {(0, 0, "clip 4"), (0, 1, "clip 6"), (1, 0, "clip 5"), (1, 1, "clip 7")}
+    assert [name for name, loss in losses.items() if loss == "nan"] == [(1, 1, "clip 7")]
+
+
+def test_ranks_stop_together_and_say_why(steps):
+    error = steps["guards"]["stop"]["error"]
+    assert error["step"] == 2 and "batch 1 of rank 1 (loss nan): clip 7." in error["message"]
+
+
+def test_ranks_stop_together_when_one_is_terminated_and_go_on_exactly(steps):
+    whole, terminated, resumed = (steps["guards"][name] for name in ("whole", "terminated", "resumed"))
+    assert (terminated["steps"], terminated["checkpoints"], terminated["log"]) == (1, ["checkpoint-1"], [])
+    assert resumed["log"] == whole["log"] and [entry["step"] for entry in whole["log"]] == [2]
+    assert all(torch.equal(resumed["weights"][name], value) for name, value in whole["weights"].items())
 
 
 def test_a_plain_trainer_survives_a_step_without_any_label(tmp_path):

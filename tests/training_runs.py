@@ -6,8 +6,10 @@ ranks.
 
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
+import guard_runs
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import collate, make_sample, tiny_model
@@ -141,6 +143,7 @@ def run_on_ranks(path: str) -> None:
     # One rank with a video, one without.
     for name, options in TOWERS.items():
         results[name] = one_step("both", 1, 1, frames=FRAMES[:2], **options)
+    results["guards"] = guard_runs.run_on_ranks(Path(path).parent)
     if torch.distributed.get_rank() == 0:
         torch.save(results, path)
     torch.distributed.destroy_process_group()

@@ -1,0 +1,111 @@
+"""Trainings in which one sample spoils one step; in this process or, called by training_runs.py, on two ranks."""
+
+import copy
+import json
+import os
+import signal
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import make_sample, tiny_model
+from transformers import TrainingArguments
+
+from llava_next_ar.training_llava_next_ar import (
+    AutoregressiveTrainer,
+    BadStepError,
+    BadStepPolicy,
+    LlavaVideoCollator,
+    StopOnSigterm,
+)
+
+
+def named_samples(config: Any, number: int, bad: int | None = None) -> list[dict[str, Any]]:
+    """Samples of unequal length, every other one with a video; the pixels of one are beyond what float32 holds."""
+    samples = []
+    for index in range(number):
+        with_video = index % 2 == 1
+        sample = make_sample(config, [2 + index % 3] if with_video else [], seed=index, text=4 + index)
+        made = {"input_ids": sample["input_ids"], "labels": sample["labels"], "sample_name": f"clip {index}"}
+        if with_video:
+            video = sample["videos"][0][None].clone()
+            made["pixel_values_videos"] = torch.full_like(video, 3e38) if index == bad else video
+            made["video_frame_mask"] = torch.ones(video.shape[:2], dtype=torch.bool)
+            made["video_timestamps"] = sample["times"][0][None]
+        samples.append(made)
+    return samples
+
+
+def train(
+    samples: list[dict[str, Any]],
+    steps: int,
+    bad_steps: BadStepPolicy | None = None,
+    trainer_class: type[AutoregressiveTrainer] = AutoregressiveTrainer,
+    folder: str | None = None,
+    resume: bool = False,
+    dropout: float = 0.0,
+    **options: Any,
+) -> dict[str, Any]:
+    """Weights, state of the optimizer, log and ledger of a training in the order of the samples."""
+    model = tiny_model(head={"loss_weight": 0.5})
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = dropout
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = temporary if folder is None else folder
+        defaults = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "save_strategy": "no"}
+        defaults |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "logging_steps": 1, "report_to": "none"}
+        defaults |= {"use_cpu": True, "disable_tqdm": True, "train_sampling_strategy": "sequential"}
+        defaults |= {"ddp_find_unused_parameters": False, "max_steps": steps}
+        trainer = trainer_class(
+            model,
+            TrainingArguments(folder, **{**defaults, **options}),
+            copy.deepcopy(samples),
+            data_collator=LlavaVideoCollator(0),
+            bad_steps=bad_steps,
+            callbacks=[StopOnSigterm()],
+        )
+        error = None
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        except BadStepError as caught:
+            error = {"message": str(caught), "step": caught.step, "batches": caught.batches}
+        trainer.accelerator.wait_for_everyone()
+        ledger = Path(folder) / "bad_steps.jsonl"
+        return {
+            "weights": model.state_dict(),
+            "optimizer": trainer.optimizer.state_dict()["state"],
+            "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+            "result": trainer.state.log_history[-1],
+            "ledger": [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else [],
+            "error": error,
+            "processes": trainer.accelerator.num_processes,
+            "steps": trainer.state.global_step,
+            "checkpoints": sorted(path.name for path in Path(folder).glob("checkpoint-*")),
+        }
+
+
+class Terminated(AutoregressiveTrainer):
+    """Only the second rank gets the signal, in the middle of the first step."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == 0 and self.args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().training_step(*args, **kwargs)
+
+
+def run_on_ranks(folder: Path) -> dict[str, Any]:
+    """On two ranks, in three steps of 2 x 2 samples: the second step spoiled by the second rank's last batch; a run that
+    is stopped after the first step and resumed."""
+    config = tiny_model().config
+    spoiled, good = named_samples(config, 12, bad=7), named_samples(config, 12)
+    resumable = {"folder": str(folder / "terminated"), "dropout": 0.1, "logging_steps": 2}
+    return {
+        "skip": train(spoiled, 3, BadStepPolicy("skip")),
+        "absent": train(good[:4] + good[8:], 2),
+        "stop": train(spoiled, 3),
+        "whole": train(good, 3, dropout=0.1, logging_steps=2),
+        "terminated": train(good, 3, trainer_class=Terminated, **resumable),
+        "resumed": train(good, 3, resume=True, **resumable),
+    }
