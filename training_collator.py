@@ -1,5 +1,5 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Samples of `LlavaVideoDataset` -> padded batches.
+"""Samples of `LlavaVideoDataset` or `LlavaVideoStream` -> padded batches.
 
 Shape letters: B samples, S tokens, N videos and M images of all samples together, T frames of the longest video.
 """
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .bad_samples import is_bad_sample
+
 
 class LlavaVideoCollator:
     """Samples of `LlavaVideoDataset` -> a batch, with or without videos and images in each.
@@ -19,6 +21,9 @@ class LlavaVideoCollator:
     `pixel_values_videos` `[N, T, 3, H, W]`, `video_frame_mask`, `video_timestamps` and `video_frame_types` `[N, T]`,
     `video_layout` `[N, 7]`. Images are stacked over their patches: `pixel_values` `[M, P, 3, H, W]`, `image_sizes`
     `[M, 2]`, `batch_num_images` with the number of images of each sample that has any.
+
+    Samples of a stream are read here. A `BadSample` is left out; where none is left, the batch is one token of padding
+    without a label, from which nothing is learned.
 
     Args:
         processor: with a tokenizer, whose padding token is used; or a tokenizer; or the id of the padding token.
@@ -49,7 +54,9 @@ class LlavaVideoCollator:
         self.label_pad = label_pad
         self.pad_to_multiple_of = pad_to_multiple_of
 
-    def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[Any]) -> dict[str, torch.Tensor]:
+        samples = [sample.read_sample() if hasattr(sample, "read_sample") else sample for sample in samples]
+        samples = [sample for sample in samples if not is_bad_sample(sample)] or [self._nothing()]
         length = max(len(sample["input_ids"]) for sample in samples)
         if self.pad_to_multiple_of is not None:
             length = math.ceil(length / self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -76,6 +83,9 @@ class LlavaVideoCollator:
             if values:
                 batch[name] = _cat_padded(name, values) if name == "pixel_values" else torch.cat(values)
         return batch
+
+    def _nothing(self) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([self.pad_token_id]), "labels": torch.tensor([-100])}
 
     def _pad_text(self, rows: list[torch.Tensor], length: int, value: int) -> torch.Tensor:
         padded = []
