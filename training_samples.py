@@ -67,15 +67,16 @@ class SampleReader:
         Raises:
             Exception: of whatever kind a decoder raises on a damaged file; ValueError for all that is known to happen.
         """
+        return self.fit(self.encode(entry))
+
+    def encode(self, entry: Any) -> dict[str, torch.Tensor]:
+        """As `sample`, of any length."""
         messages = self.messages(entry)
         inputs = self._call_processor([_with_media(message, _open_media) for message in messages])
         input_ids, is_target = inputs["input_ids"][0], inputs["assistant_masks"][0].bool()
         labels = torch.where(is_target, input_ids, -100)
         if any(message["role"] == "assistant" for message in messages) and not is_target.any():
             raise ValueError("the chat template marked no token of the answer")
-        if self.max_length is not None and len(input_ids) > self.max_length:
-            self._check_cut(input_ids, labels)
-            input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]
         media = {
             name: value
             for name, value in inputs.items()
@@ -85,6 +86,14 @@ class SampleReader:
             if value.is_floating_point() and not value.isfinite().all():
                 raise ValueError(f"{name} holds values that are not finite")
         return {"input_ids": input_ids, "labels": labels, **media}
+
+    def fit(self, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The sample within `max_length`. Raises ValueError if it is too long, or what must not be cut off would be."""
+        if self.max_length is None or len(sample["input_ids"]) <= self.max_length:
+            return sample
+        self._check_cut(sample["input_ids"], sample["labels"])
+        cut = {name: sample[name][: self.max_length] for name in ("input_ids", "labels")}
+        return {**sample, **cut}
 
     def length(self, entry: Any) -> int:
         """How many tokens `sample` would give, from the headers of videos and without their pixels.

@@ -39,11 +39,13 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from llava_next_ar.bad_samples import BadSampleLedger
 from llava_next_ar.configuration_llava_next_ar import LlavaNextARConfig
 from llava_next_ar.llava_conversation import DEFAULT_CHAT_TEMPLATE
 from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from llava_next_ar.processing_llava_next_ar import LlavaNextARProcessor
-from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer, LlavaVideoDataset
+from llava_next_ar.training_data import load_training_data
+from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer
 
 VIDEO_OPTIONS = (
     *("sampling", "num_frames", "fps", "max_frames", "sample_rate"),
@@ -202,30 +204,54 @@ def load_processor(args: ModelArguments, data_args: DataArguments, config: Any) 
     return processor
 
 
-def load_data(path: str, data_args: DataArguments, processor: Any, check: bool) -> LlavaVideoDataset:
-    dataset = LlavaVideoDataset(
-        path,
+def load_data(
+    sources: list[str],
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    processor: Any,
+    ledger: BadSampleLedger | None,
+    streaming: bool = False,
+) -> Any:
+    """The data set, the mixture or the stream that the recipe asks for, every entry looked through if it says so."""
+    data = load_training_data(
+        sources,
         processor,
+        streaming=streaming,
+        shuffle_buffer=data_args.shuffle_buffer,
+        seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
+        bad_samples=ledger,
         video_root=data_args.video_root,
         image_root=data_args.image_root,
         allow_outside_root=data_args.allow_outside_root,
         max_length=data_args.max_length,
         truncate=data_args.truncate,
     )
-    if check:
-        dataset.check()
-    return dataset
+    if data_args.check_data and training_args.local_process_index == 0 and not streaming:
+        data.check()
+    return data
+
+
+def open_ledger(data_args: DataArguments, training_args: TrainingArguments) -> BadSampleLedger | None:
+    """Where bad samples are written down, if training is to go on without them."""
+    if data_args.on_bad_sample == "raise":
+        return None
+    return BadSampleLedger(
+        Path(training_args.output_dir) / "bad_samples.jsonl",
+        max_samples=data_args.max_bad_samples,
+        max_share=data_args.max_bad_share,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
-def describe(model: Any, training_args: TrainingArguments, num_samples: int) -> str:
+def describe(model: Any, training_args: TrainingArguments, data: Any) -> str:
+    samples = f"{len(data)} samples" if hasattr(data, "__len__") else "a stream of samples"
     per_device, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
     effective = per_device * accumulation * training_args.world_size
     lines = [
         f"effective batch size {effective} = {per_device} per device x {accumulation} accumulated x "
-        f"{training_args.world_size} processes, from {num_samples} samples"
+        f"{training_args.world_size} processes, from {samples}"
     ]
     trainable: dict[str, int] = {}
     total = 0
@@ -272,9 +298,15 @@ def main(argv: list[str]) -> None:
     if args.trainable == "lora":
         check_adapter_base(args, changed)
     processor = load_processor(args, data_args, config)
-    check = data_args.check_data and training_args.local_process_index == 0
-    train_data = load_data(data_args.train_data, data_args, processor, check)
-    eval_data = load_data(data_args.eval_data, data_args, processor, check) if data_args.eval_data else None
+    if data_args.check:
+        sys.exit(preflight.run(args, data_args, training_args, sections, config, processor))
+    ledger = open_ledger(data_args, training_args)
+    train_data = load_data(
+        data_args.train_data, data_args, training_args, processor, ledger, streaming=data_args.streaming
+    )
+    eval_data = None
+    if data_args.eval_data:
+        eval_data = load_data(data_args.eval_data, data_args, training_args, processor, ledger)
     model = choose_trainable(load_model(args, config, training_args), args, training_args)
 
     trainer = AutoregressiveTrainer(
@@ -287,7 +319,7 @@ def main(argv: list[str]) -> None:
         head_learning_rate=args.head_learning_rate,
     )
     if is_main:
-        print(describe(model, training_args, len(train_data)), flush=True)
+        print(describe(model, training_args, train_data), flush=True)
         Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
         with open(Path(training_args.output_dir) / "train_config.yaml", "w", encoding="utf-8") as file:
             yaml.safe_dump(values, file)
