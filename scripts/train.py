@@ -14,7 +14,8 @@ Every key of a recipe can be given on the command line too, and wins over the fi
 `--autoregressive_config.num_hist 4` or just `--num_hist 4`, `--report_to tensorboard`, `--fsdp_config '{...}'`. Keys
 are those of `ModelArguments` and `DataArguments` in scripts/recipes.py, of transformers' `TrainingArguments`, of the
 model's configuration (`model_config.mm_newline_position`) and of its head (`autoregressive_config.num_hist`). An
-unknown key is an error. The prototype's list form (`- type: trainer`, see scripts/configs/prototype_basic.yaml) is
+unknown key is an error. With `--check` nothing is trained: it reads the recipe, decodes a sample of the data and says what
+the step would need. The prototype's list form (`- type: trainer`, see scripts/configs/prototype_basic.yaml) is
 read as well.
 
 The model may be a checkpoint of this package or of LLaVA-OneVision, which gets a new head. `output_dir` becomes a
@@ -22,12 +23,15 @@ complete
 Hub folder: model (or adapter), processor and code.
 """
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from preflight import Findings, examine
 from recipes import DataArguments, ModelArguments, make_parser, parse_arguments
 from transformers import (
     AutoConfig,
@@ -245,6 +249,34 @@ def open_ledger(data_args: DataArguments, training_args: TrainingArguments) -> B
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
+def check(
+    args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments, config: Any, processor: Any
+) -> Findings:
+    """What the recipe would do, by the configuration alone: no weights are read, and nothing is written."""
+    dtype = getattr(torch, args.dtype or ("bfloat16" if training_args.bf16 else "float32"))
+    with torch.device("meta"):
+        if isinstance(config, LlavaNextARConfig):
+            model = LlavaNextARForConditionalGeneration._from_config(config, dtype=dtype)
+        else:
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=True, dtype=dtype)
+        model = choose_trainable(model, args, training_args)
+    compute_dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else dtype
+    data_args = dataclasses.replace(data_args, check_data=False)  # the sample is looked through, and no more
+    data = load_data(
+        data_args.train_data, data_args, training_args, processor, ledger=None, streaming=data_args.streaming
+    )
+    return examine(
+        model,
+        data,
+        processor,
+        training_args,
+        num_samples=data_args.check_samples,
+        on_bad_sample=data_args.on_bad_sample,
+        max_bad_samples=data_args.max_bad_samples,
+        compute_dtype=compute_dtype,
+    )
+
+
 def describe(model: Any, training_args: TrainingArguments, data: Any) -> str:
     samples = f"{len(data)} samples" if hasattr(data, "__len__") else "a stream of samples"
     per_device, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
@@ -299,7 +331,9 @@ def main(argv: list[str]) -> None:
         check_adapter_base(args, changed)
     processor = load_processor(args, data_args, config)
     if data_args.check:
-        sys.exit(preflight.run(args, data_args, training_args, sections, config, processor))
+        findings = check(args, data_args, training_args, config, processor)
+        print(findings, flush=True)
+        sys.exit(bool(findings.failures))
     ledger = open_ledger(data_args, training_args)
     train_data = load_data(
         data_args.train_data, data_args, training_args, processor, ledger, streaming=data_args.streaming
