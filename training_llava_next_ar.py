@@ -73,7 +73,7 @@ class AutoregressiveTrainer(Trainer):
             raise ValueError(
                 "compute_loss_func would replace main_loss and autoregressive_loss, which the model computes"
             )
-        if isinstance(train_dataset, IterableDataset):
+        if any(isinstance(data, IterableDataset) for data in (train_dataset, kwargs.get("eval_dataset"))):
             if args.accelerator_config.dispatch_batches:
                 raise ValueError("dispatch_batches=True would cut batches into rows, and a batch of videos has none")
             args.accelerator_config.dispatch_batches = False

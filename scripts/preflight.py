@@ -5,6 +5,7 @@ nothing.
 """
 
 import functools
+import inspect
 import itertools
 import math
 from collections.abc import Sequence
@@ -18,13 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from llava_next_ar.bad_samples import BadSampleError
+from llava_next_ar.frame_sampling import SAMPLING_POLICIES
 from llava_next_ar.training_samples import read_sample
 from llava_next_ar.training_stream import UnreadSample
 
 BAR_WIDTH = 40  # characters of the longest bar of a histogram
 NUM_BINS = 8
 NUM_EXAMPLES = 2  # of each cause of failure
-GIGABYTE = 2**30
 
 
 @dataclass
@@ -111,7 +112,7 @@ def examine(
     facts = list(tqdm(loader, total=len(samples), desc="decoding"))
     usable = [one for one in facts if one.problem is None]
     findings.lines += [
-        *describe_frames(model, processor),
+        *describe_frames(processor),
         *describe_samples(facts, model, samples[0].reader.max_length),
     ]
     describe_problems(facts, findings, on_bad_sample, max_bad_samples)
@@ -143,12 +144,18 @@ def choose_samples(data: Any, num_samples: int, seed: int) -> list[UnreadSample]
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def describe_frames(model: Any, processor: Any) -> list[str]:
+def describe_frames(processor: Any) -> list[str]:
     layout = processor.frame_token_layout
     kinds = [0, 1] if layout.is_slow_fast else [0]
     per_frame = " (slow), ".join(str(layout.tokens_per_frame(kind)) for kind in kinds)
     sampling = processor.video_processor.sampling_for()
-    return [f"tokens per frame      {per_frame}{' (fast)' * (len(kinds) > 1)}; frames by {sampling}"]
+    settings = inspect.signature(SAMPLING_POLICIES[sampling.policy]).parameters.values()
+    names = [setting.name for setting in settings if setting.kind is inspect.Parameter.KEYWORD_ONLY]
+    chosen = ", ".join(f"{name} {getattr(sampling, name)}" for name in names if getattr(sampling, name))
+    return [
+        f"tokens per frame      {per_frame}{' (fast)' * (len(kinds) > 1)}",
+        f"frames                {sampling.policy}: {chosen}",
+    ]
 
 
 def describe_samples(facts: list[SampleFacts], model: Any, max_length: int | None) -> list[str]:
@@ -247,22 +254,22 @@ def describe_memory(
     }
     findings.lines.append(
         f"memory per device     of a batch of {batch_size} x {batch['length']} tokens, {batch['num_frames']} frames and "
-        f"{batch['num_targets']} targets, in GB, nothing sharded:"
+        f"{batch['num_targets']} targets, nothing sharded:"
     )
     is_on = bool(training_args.activation_checkpointing or training_args.gradient_checkpointing)
     for checkpointing in (False, True):
         parts = step_memory(model, **batch, **options, checkpointing=checkpointing)
         title = f"{'with' if checkpointing else 'without'} checkpointing{' (this recipe)' * (checkpointing == is_on)}"
-        shown = ", ".join(f"{name} {size / GIGABYTE:.2f}" for name, size in parts.items() if name != "total" and size)
-        findings.lines.append(f"    {title}: {parts['total'] / GIGABYTE:.2f} = {shown}")
+        shown = ", ".join(f"{name} {_readable(size)}" for name, size in parts.items() if name != "total" and size)
+        findings.lines.append(f"    {title}: {_readable(parts['total'])} = {shown}")
         fixed = sum(parts[name] for name in ("weights", "gradients", "optimizer"))
     if torch.cuda.is_available() and training_args.device.type == "cuda":
         available = torch.cuda.get_device_properties(training_args.device).total_memory
         is_sharded = bool(training_args.fsdp or training_args.deepspeed)
         if fixed > available and not is_sharded:
             findings.failures.append(
-                f"weights, gradients and optimizer take {fixed / GIGABYTE:.1f} GB, the device has "
-                f"{available / GIGABYTE:.1f}: shard them (FSDP, ZeRO), or train adapters"
+                f"weights, gradients and optimizer take {_readable(fixed)}, the device has "
+                f"{_readable(available)}: shard them (FSDP, ZeRO), or train adapters"
             )
 
 
@@ -272,6 +279,10 @@ def _kind_of(facts: SampleFacts) -> str:
     words = facts.problem.split()
     common = [word for word in words if not any(mark in word for mark in "/\\'\"[]{}()") and not word[:1].isdigit()]
     return " ".join(common)[:100]
+
+
+def _readable(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
 def _base(model: Any) -> Any:

@@ -6,8 +6,9 @@
     copies        16-bit copies of float32 matrices, with bf16 or fp16
     activations   what autograd keeps for the backward pass, counted: the language model, the projector, the head and, if
                   it trains, the tower run on the meta device, and every tensor that is saved is added up once. Attention is
-                  taken for a fused kernel (queries, keys, values and the result) unless it is eager. With activation
-                  checkpointing, of each layer its input, and all of one layer
+                  taken for a fused kernel (queries, keys, values and the result) unless it is eager. As much
+                  as one layer keeps is added for the gradients that pass through it. With activation checkpointing, of
+                  each layer its input, and all of one layer
     logits        targets x vocabulary x (two copies in 16 bits, if there are such, and three in float32)
     inputs        the pixels of the batch in float32
 
@@ -126,8 +127,8 @@ def _saved(
     """Bytes that autograd keeps of a run on the meta device, parameters aside.
 
     Args:
-        layers: configuration that says how many layers alike there are; with checkpointing, all of one of them are kept
-            and of each the input, of `row_bytes`.
+        layers: configuration that says how many layers alike there are: the gradients that pass through one of them are
+            added. With checkpointing, all of one of them is kept, and of each the input, of `row_bytes`.
     """
     own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -145,9 +146,10 @@ def _saved(
     ):
         run()
     total = sum(storage.nbytes() for storage in kept.values())
-    if not (checkpointing and layers is not None and total):
+    if layers is None or not total:
         return total
-    return min(total, total // layers.num_hidden_layers + layers.num_hidden_layers * row_bytes)
+    of_one = total // layers.num_hidden_layers
+    return of_one + (min(total, of_one + layers.num_hidden_layers * row_bytes) if checkpointing else total)
 
 
 def _run_head(model: Any, num_frames: int, patches: int, dtype: torch.dtype) -> torch.Tensor:
