@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .autoregressive_reconstruction import AutoregressiveReconstructionModule  # noqa: F401
+    from .bad_samples import BadSampleLedger  # noqa: F401
     from .configuration_llava_next_ar import LlavaNextARConfig  # noqa: F401
     from .frame_masks import FrameLevelMaskGenerator  # noqa: F401
     from .frame_predictor import FramePredictorBlock  # noqa: F401
@@ -28,9 +29,14 @@ if TYPE_CHECKING:
     from .training_checkpoints import ResumableTrainer  # noqa: F401
     from .training_collator import LlavaVideoCollator  # noqa: F401
     from .training_data import LlavaVideoDataset  # noqa: F401
+    from .training_entries import entry_to_messages  # noqa: F401
     from .training_guards import BadStepPolicy  # noqa: F401
     from .training_llava_next_ar import AutoregressiveTrainer  # noqa: F401
+    from .training_mixture import LlavaVideoMixture  # noqa: F401
+    from .training_samples import SampleReader  # noqa: F401
     from .training_sft import AutoregressiveSFTTrainer  # noqa: F401
+    from .training_sources import DataSource  # noqa: F401
+    from .training_stream import LlavaVideoStream  # noqa: F401
     from .transformers_compat import hidden_states_to_keep  # noqa: F401
     from .video_decoding import VideoReadError  # noqa: F401
     from .video_frames import MultiScaleVideoFrameLoader  # noqa: F401

@@ -1,5 +1,5 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Samples of `LlavaVideoDataset` -> padded batches.
+"""Samples of `LlavaVideoDataset` or `LlavaVideoStream` -> padded batches.
 
 Shape letters: B samples, S tokens, N videos and M images of all samples together, T frames of the longest video.
 """
@@ -11,6 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .bad_samples import is_bad_sample
+
+
+def read_samples(samples: Sequence[Any]) -> list[Any]:
+    """Samples of a stream come unread, see `UnreadSample`; here their media are decoded. Others stay as they are."""
+    return [sample.read_sample() if hasattr(sample, "read_sample") else sample for sample in samples]
+
 
 class LlavaVideoCollator:
     """Samples of `LlavaVideoDataset` -> a batch, with or without videos and images in each.
@@ -20,6 +27,9 @@ class LlavaVideoCollator:
     `video_layout` `[N, 7]`. Times become int64 nanoseconds: DeepSpeed and FSDP cast every floating input to 16 bits, where
     60 s and 60.1 s are the same. Images are stacked over their patches: `pixel_values` `[M, P, 3, H, W]`, `image_sizes`
     `[M, 2]`, `batch_num_images` with the number of images of each sample that has any.
+
+    Samples of a stream are read here. A `BadSample` is left out; where none is left, the batch is one token of padding
+    without a label, from which nothing is learned.
 
     Args:
         processor: with a tokenizer, whose padding token is used; or a tokenizer; or the id of the padding token.
@@ -58,7 +68,8 @@ class LlavaVideoCollator:
         self.label_pad = label_pad
         self.pad_to_multiple_of = pad_to_multiple_of
 
-    def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[Any]) -> dict[str, torch.Tensor]:
+        samples = [sample for sample in read_samples(samples) if not is_bad_sample(sample)] or [self._nothing()]
         batch = self._packed_text(samples) if self.packing else self._padded_text(samples)
         with_video = [sample for sample in samples if "pixel_values_videos" in sample]
         for name in (
@@ -79,6 +90,9 @@ class LlavaVideoCollator:
             if values:
                 batch[name] = _cat_padded(name, values) if name == "pixel_values" else torch.cat(values)
         return batch
+
+    def _nothing(self) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([self.pad_token_id]), "labels": torch.tensor([-100])}
 
     def _padded_text(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         length = self._rounded_up(max(len(sample["input_ids"]) for sample in samples))

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-SAMPLE_NAME = "sample_name"  # of a sample: a short text by which a person finds it
+from .training_collator import read_samples
+from .training_samples import SAMPLE_NAME
+
 SAMPLE_NAMES = "sample_names"  # of a batch
 BAD_STEPS = "bad_steps.jsonl"
 RECOMMENDED_SHARE = (0.05, 0.15)
@@ -173,6 +175,7 @@ class NamingCollator:
         self.collator = collator
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
+        samples = read_samples(samples)
         names = [sample.get(SAMPLE_NAME) if isinstance(sample, dict) else None for sample in samples]
         return {**self.collator(samples), SAMPLE_NAMES: names}
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset, Sampler
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
@@ -24,6 +25,7 @@ from .training_checkpoints import ResumableTrainer, StopOnSigterm, last_complete
 from .training_collator import LlavaVideoCollator
 from .training_data import BadSampleError, LlavaVideoDataset
 from .training_guards import BadStepError, BadStepPolicy, NamingCollator, ShareWatch, StepGuard
+from .training_mixture import EpochSampler, FollowEpoch
 
 logger = logging.get_logger(__name__)
 
@@ -78,6 +80,10 @@ class AutoregressiveTrainer(ResumableTrainer):
             raise ValueError(
                 "compute_loss_func would replace main_loss and autoregressive_loss, which the model computes"
             )
+        if any(isinstance(data, IterableDataset) for data in (train_dataset, kwargs.get("eval_dataset"))):
+            if args.accelerator_config.dispatch_batches:
+                raise ValueError("dispatch_batches=True would cut batches into rows, and a batch of videos has none")
+            args.accelerator_config.dispatch_batches = False
         if head_learning_rate is not None and (kwargs.get("optimizers") or (None,))[0] is not None:
             raise ValueError("head_learning_rate has no effect on an optimizer that is given; set it there")
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
@@ -124,6 +130,25 @@ class AutoregressiveTrainer(ResumableTrainer):
         # not use and copies a tower that trains: DDP would wait in vain for the former, FSDP cannot copy what it split.
         self.model.train()
         return super().train(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """As in Trainer, for data sets that know their lengths without decoding, or change with the epoch."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.args.train_sampling_strategy
+        is_grouped = strategy == "group_by_length" and hasattr(dataset, "lengths")
+        if not is_grouped and not (strategy == "random" and hasattr(dataset, "set_epoch")):
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        sampler = EpochSampler(
+            dataset,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            group_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            if is_grouped
+            else None,
+            num_workers=args.dataloader_num_workers,
+        )
+        self.add_callback(FollowEpoch(sampler))
+        return sampler
 
     # ---- counting ---------------------------------------------------------------------------------------------------
 

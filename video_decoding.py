@@ -178,6 +178,23 @@ class PyAVReader:
         self._unused.clear()
         self._opened.close()
 
+    @classmethod
+    def read_header(cls, file: str | bytes, name: str) -> tuple[int, float]:
+        """(number of frames, frames a second) as the container announces them; (0, 0.0) where it does not.
+
+        Raises:
+            VideoReadError: if it is no video.
+        """
+        reader = cls.__new__(cls)  # without the pass over all packets, which would read the whole file
+        reader.name, reader._file = name, file
+        try:
+            with reader._open() as (container, stream):
+                fps = float(stream.average_rate or 0)
+                seconds = (container.duration or 0) / av.time_base
+                return stream.frames or round(seconds * fps), fps
+        except av.FFmpegError as error:
+            raise VideoReadError(name, _why_unreadable(file, error.strerror)) from error
+
     # -- opening and indexing
 
     @contextlib.contextmanager

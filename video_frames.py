@@ -48,6 +48,7 @@ from .video_decoding import (  # noqa: F401
     MAX_THREADS,
     Emit,
     FrameReader,
+    PyAVReader,
     TimesChanged,
     VideoBackend,
     VideoReadError,
@@ -174,6 +175,26 @@ def load_video(
             missing=missing,
             other_scales=tuple(other_scales),
         )
+
+
+def video_length(source: Any) -> tuple[int, float]:
+    """(number of frames, frames a second) of any source that `load_video` takes.
+
+    For a file that PyAV reads, what its header says, which costs next to nothing and may be wrong; for all others, and
+    where the header says nothing, the truth.
+
+    Raises:
+        VideoReadError: if the video is missing, no video or empty, as far as that can be seen.
+    """
+    is_local = isinstance(source, (str, os.PathLike)) and "://" not in os.fspath(source)
+    if (is_local and os.path.isfile(source)) or isinstance(source, bytes):
+        if choose_backend("auto") == "pyav":
+            name = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
+            num_frames, fps = PyAVReader.read_header(source if isinstance(source, bytes) else name, name)
+            if num_frames and fps:
+                return num_frames, fps
+    with _open_reader(source) as reader:
+        return len(reader.timestamps), reader.fps
 
 
 def _read_sampled(

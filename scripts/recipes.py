@@ -64,12 +64,35 @@ class ModelArguments:
 class DataArguments:
     """What it is trained on. An option of the video processor that is not set stays as the checkpoint has it."""
 
-    train_data: str | None = field(default=None, metadata={"help": "LLaVA JSON or JSON lines."})
-    eval_data: str | None = field(default=None, metadata={"help": "The same, for evaluation."})
+    train_data: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "One source or several: a .json, .jsonl or .parquet file, a save_to_disk folder or a Hub id; or a "
+            "mapping with path and any of weight, name, split, revision, video_root, image_root."
+        },
+    )
+    eval_data: list[str] | None = field(default=None, metadata={"help": "The same, for evaluation."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read train_data one entry after the other, without end; needs max_steps."}
+    )
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Entries of a streamed source that one is drawn of."})
     video_root: str | None = field(default=None, metadata={"help": "Folder of the videos; that of the data if unset."})
     image_root: str | None = field(default=None, metadata={"help": "Folder of the images; video_root if unset."})
     allow_outside_root: bool = field(default=False, metadata={"help": "Accept paths outside of the folder, and URLs."})
     check_data: bool = field(default=True, metadata={"help": "Look through all entries before training starts."})
+    check: bool = field(
+        default=False, metadata={"help": "Only say what the recipe and a sample of the data would do; train nothing."}
+    )
+    check_samples: int = field(default=200, metadata={"help": "How many samples check decodes."})
+    on_bad_sample: str = field(
+        default="raise", metadata={"help": "raise | skip: stop, or leave it out and list it in bad_samples.jsonl."}
+    )
+    max_bad_samples: int | None = field(
+        default=1000, metadata={"help": "With skip: how many bad samples training goes on with."}
+    )
+    max_bad_share: float | None = field(
+        default=0.05, metadata={"help": "With skip: the same as a share of all samples, 0 to 1. Not for streams."}
+    )
     max_length: int | None = field(default=None, metadata={"help": "Tokens that a sample may have."})
     truncate: bool = field(default=False, metadata={"help": "Cut longer samples (never visual tokens)."})
     packing: bool = field(
@@ -267,6 +290,12 @@ def parse_arguments(
     for name, value in (("model", model_args.model), ("train_data", data_args.train_data)):
         if value is None:
             raise ValueError(f"--{name} is missing: give it in the recipe or on the command line")
+    if data_args.on_bad_sample not in ("raise", "skip"):
+        raise ValueError(f"on_bad_sample is {data_args.on_bad_sample!r}, expected raise or skip")
+    if data_args.streaming and training_args.max_steps <= 0 and not data_args.check:
+        raise ValueError("streaming: true needs max_steps, as a stream has no end")
+    if data_args.check_samples < 1:
+        raise ValueError(f"check_samples must be at least 1, got {data_args.check_samples}")
     if model_args.trainable not in TRAINABLE:
         raise ValueError(f"trainable is {model_args.trainable!r}, expected one of {', '.join(TRAINABLE)}")
     guard_args.bad_step_policy()  # a value that does not fit is an error now

@@ -14,7 +14,8 @@ Every key of a recipe can be given on the command line too, and wins over the fi
 `--autoregressive_config.num_hist 4` or just `--num_hist 4`, `--report_to tensorboard`, `--fsdp_config '{...}'`. Keys
 are those of `ModelArguments`, `DataArguments` and `GuardArguments` in scripts/recipes.py, of transformers'
 `TrainingArguments`, of the model's configuration (`model_config.mm_newline_position`) and of its head
-(`autoregressive_config.num_hist`). An unknown key is an error. The prototype's list form (`- type: trainer`, see
+(`autoregressive_config.num_hist`). An unknown key is an error. With `--check` nothing is trained: it reads the recipe,
+decodes a sample of the data and says what the step would need. The prototype's list form (`- type: trainer`, see
 scripts/configs/prototype_basic.yaml) is read as well.
 
 The model may be a checkpoint of this package or of LLaVA-OneVision, which gets a new head. `output_dir` becomes a
@@ -22,6 +23,7 @@ complete
 Hub folder: model (or adapter), processor and code.
 """
 
+import dataclasses
 import os
 import signal
 import sys
@@ -31,6 +33,7 @@ from typing import Any
 
 import torch
 import yaml
+from preflight import Findings, examine
 from recipes import DataArguments, ModelArguments, make_parser, parse_arguments
 from transformers import (
     AutoConfig,
@@ -43,14 +46,16 @@ from transformers import (
 )
 from transformers.utils import is_bitsandbytes_available
 
+from llava_next_ar.bad_samples import BadSampleLedger
 from llava_next_ar.configuration_llava_next_ar import LlavaNextARConfig
 from llava_next_ar.llava_conversation import DEFAULT_CHAT_TEMPLATE
 from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from llava_next_ar.processing_llava_next_ar import LlavaNextARProcessor
 from llava_next_ar.training_checkpoints import UNFINISHED, StopOnSigterm, last_complete_checkpoint, replace_model
 from llava_next_ar.training_collator import LlavaVideoCollator
+from llava_next_ar.training_data import load_training_data
 from llava_next_ar.training_guards import BadStepError
-from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer, LlavaVideoDataset
+from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer
 
 VIDEO_OPTIONS = (
     *("sampling", "num_frames", "fps", "max_frames", "sample_rate"),
@@ -254,30 +259,82 @@ def load_processor(args: ModelArguments, data_args: DataArguments, config: Any) 
     return processor
 
 
-def load_data(path: str, data_args: DataArguments, processor: Any, check: bool) -> LlavaVideoDataset:
-    dataset = LlavaVideoDataset(
-        path,
+def load_data(
+    sources: list[str],
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    processor: Any,
+    ledger: BadSampleLedger | None,
+    streaming: bool = False,
+) -> Any:
+    """The data set, the mixture or the stream that the recipe asks for, every entry looked through if it says so."""
+    data = load_training_data(
+        sources,
         processor,
+        streaming=streaming,
+        shuffle_buffer=data_args.shuffle_buffer,
+        seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
+        bad_samples=ledger,
         video_root=data_args.video_root,
         image_root=data_args.image_root,
         allow_outside_root=data_args.allow_outside_root,
         max_length=data_args.max_length,
         truncate=data_args.truncate,
     )
-    if check:
-        dataset.check()
-    return dataset
+    if data_args.check_data and training_args.local_process_index == 0 and not streaming:
+        data.check()
+    return data
+
+
+def open_ledger(data_args: DataArguments, training_args: TrainingArguments) -> BadSampleLedger | None:
+    """Where bad samples are written down, if training is to go on without them."""
+    if data_args.on_bad_sample == "raise":
+        return None
+    return BadSampleLedger(
+        Path(training_args.output_dir) / "bad_samples.jsonl",
+        max_samples=data_args.max_bad_samples,
+        max_share=data_args.max_bad_share,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
-def describe(model: Any, training_args: TrainingArguments, num_samples: int) -> str:
+def check(
+    args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments, config: Any, processor: Any
+) -> Findings:
+    """What the recipe would do, by the configuration alone: no weights are read, and nothing is written."""
+    dtype = getattr(torch, args.dtype or ("bfloat16" if training_args.bf16 else "float32"))
+    with torch.device("meta"):
+        if isinstance(config, LlavaNextARConfig):
+            model = LlavaNextARForConditionalGeneration._from_config(config, dtype=dtype)
+        else:
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=True, dtype=dtype)
+        model = choose_trainable(model, args, training_args)
+    compute_dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else dtype
+    data_args = dataclasses.replace(data_args, check_data=False)  # the sample is looked through, and no more
+    data = load_data(
+        data_args.train_data, data_args, training_args, processor, ledger=None, streaming=data_args.streaming
+    )
+    return examine(
+        model,
+        data,
+        processor,
+        training_args,
+        num_samples=data_args.check_samples,
+        on_bad_sample=data_args.on_bad_sample,
+        max_bad_samples=data_args.max_bad_samples,
+        compute_dtype=compute_dtype,
+    )
+
+
+def describe(model: Any, training_args: TrainingArguments, data: Any) -> str:
+    samples = f"{len(data)} samples" if hasattr(data, "__len__") else "a stream of samples"
     per_device, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
     effective = per_device * accumulation * training_args.world_size
     lines = [
         f"effective batch size {effective} = {per_device} per device x {accumulation} accumulated x "
-        f"{training_args.world_size} processes, from {num_samples} samples"
+        f"{training_args.world_size} processes, from {samples}"
     ]
     trainable: dict[str, int] = {}
     total = 0
@@ -343,9 +400,17 @@ def main(argv: list[str]) -> None:
     if args.trainable == "lora":
         check_adapter_base(args, changed)
     processor = load_processor(args, data_args, config)
-    check = data_args.check_data and training_args.local_process_index == 0
-    train_data = load_data(data_args.train_data, data_args, processor, check)
-    eval_data = load_data(data_args.eval_data, data_args, processor, check) if data_args.eval_data else None
+    if data_args.check:
+        findings = check(args, data_args, training_args, config, processor)
+        print(findings, flush=True)
+        sys.exit(bool(findings.failures))
+    ledger = open_ledger(data_args, training_args)
+    train_data = load_data(
+        data_args.train_data, data_args, training_args, processor, ledger, streaming=data_args.streaming
+    )
+    eval_data = None
+    if data_args.eval_data:
+        eval_data = load_data(data_args.eval_data, data_args, training_args, processor, ledger)
     model = choose_trainable(load_model(args, config, training_args), args, training_args)
 
     sigterm = StopOnSigterm()
@@ -363,7 +428,7 @@ def main(argv: list[str]) -> None:
     )
     check_sharding(training_args, trainer.accelerator, os.environ)
     if is_main:
-        print(describe(model, training_args, len(train_data)), flush=True)
+        print(describe(model, training_args, train_data), flush=True)
         Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
         with open(Path(training_args.output_dir) / "train_config.yaml", "w", encoding="utf-8") as file:
             yaml.safe_dump(values, file)

@@ -20,6 +20,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from video_clips import write_clip
 
 from llava_next_ar.autoregressive_reconstruction import AutoregressiveReconstructionModule
+from llava_next_ar.bad_samples import TooManyBadSamplesError
 from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from llava_next_ar.training_llava_next_ar import LlavaVideoCollator, LlavaVideoDataset
 
@@ -323,6 +324,34 @@ def test_mistakes_in_a_recipe(text, message, tmp_path):
     with pytest.raises(SystemExit) as caught:
         train.main(["--config", str(path), "--model", "m", "--train_data", "d"])
     assert message in str(caught.value)
+
+
+def test_with_skip_bad_samples_are_listed_beside_the_model(work):
+    entries = json.loads((work / "data" / "train.json").read_text())
+    bad = [{"video": "gone.mp4", "id": "x9"}, {"video": "broken.mp4"}]
+    (work / "data" / "broken.mp4").write_bytes(b"no video")
+    (work / "data" / "some_bad.json").write_text(json.dumps([*entries, *bad]))
+    data = ("--train_data", str(work / "data" / "some_bad.json"), "--on_bad_sample", "skip")
+    train.main(options(work, "skipped", *data, "--max_bad_share", "0.4", "--max_steps", "3"))
+    lines = [json.loads(line) for line in (work / "skipped" / "bad_samples.jsonl").read_text().splitlines()]
+    assert [(line["index"], line["id"], line["files"]) for line in lines] == [
+        (4, "x9", ["gone.mp4"]),
+        (5, None, ["broken.mp4"]),
+    ]
+    with pytest.raises(TooManyBadSamplesError, match="1 of 6 .* max_bad_share=0.1 "):
+        train.main(options(work, "too_many", *data, "--max_bad_share", "0.1"))
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_several_sources_with_weights(work, streaming):
+    (work / "data" / "videos.jsonl").write_text('{"video": "a.mp4"}\n{"video": "b.mp4"}\n')
+    sources = [str(work / "data" / "train.json"), f"{{path: {work / 'data' / 'videos.jsonl'}, weight: 1.5}}"]
+    given = options(work, f"mixed_{streaming}", "--streaming", streaming)
+    place = given.index("--train_data")
+    given[place + 1 : place + 2] = sources
+    train.main(given)
+    losses = history(work / f"mixed_{streaming}")
+    assert len(losses) == 2 and all(log["autoregressive_loss"] > 0 for log in losses)
 
 
 def test_a_bad_sample_stops_the_run_before_it_starts(work):
