@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .frame_predictor import FramePredictorBlock  # noqa: F401
     from .frame_sampling import FrameSampling  # noqa: F401
     from .frame_token_layout import FrameTokenLayout  # noqa: F401
+    from .hub_files import commit_files  # noqa: F401
     from .image_token_layout import ImageTokenLayout  # noqa: F401
     from .llava_conversation import llava_conversation_to_messages  # noqa: F401
     from .modeling_llava_next_ar import LlavaNextARForConditionalGeneration  # noqa: F401
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .reconstruction_metrics import Reconstruction  # noqa: F401
     from .training_collator import LlavaVideoCollator  # noqa: F401
     from .training_data import LlavaVideoDataset  # noqa: F401
+    from .training_hub import HubTrainer  # noqa: F401
     from .training_llava_next_ar import AutoregressiveTrainer  # noqa: F401
     from .video_decoding import VideoReadError  # noqa: F401
     from .video_frames import MultiScaleVideoFrameLoader  # noqa: F401

@@ -30,6 +30,7 @@ from .autoregressive_reconstruction import AutoregressiveReconstructionModule, s
 from .configuration_llava_next_ar import LlavaNextARConfig
 from .frame_predictor import ZeroInitializedLinear
 from .frame_token_layout import FrameTokenLayout, VideoTokens, split_video_positions
+from .hub_files import MODEL_TAGS, PushableModel
 from .reconstruction_metrics import NextFramePrediction, Reconstruction
 
 # Released OneVision checkpoints carry legacy key names. transformers renames them by class name only, so without this a
@@ -279,7 +280,7 @@ class LlavaNextARModel(LlavaOnevisionModel):
         )
 
 
-class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration, GenerationMixin):
+class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForConditionalGeneration, GenerationMixin):
     """LLaVA-OneVision for chat over images and videos, with next-frame prediction as a second objective.
 
     Loads LLaVA-OneVision checkpoints: only the head is new. With the default configuration, logits equal those of
@@ -294,6 +295,7 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
 
     def __init__(self, config: LlavaNextARConfig):
         super(LlavaOnevisionForConditionalGeneration, self).__init__(config)
+        self.model_tags = list(MODEL_TAGS)
         self.model = LlavaNextARModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.autoregressive_module = None

@@ -17,16 +17,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 
 from .training_collator import LlavaVideoCollator
 from .training_data import BadSampleError, LlavaVideoDataset
+from .training_hub import HubTrainer
 
 HEAD = "autoregressive_module"  # the attribute under which a model keeps its reconstruction head
 
 
-class AutoregressiveTrainer(Trainer):
+class AutoregressiveTrainer(HubTrainer):
     """Trains language modeling and next-frame reconstruction together.
 
     Logs, beside what Trainer logs, at every logging step: `main_loss`, `autoregressive_loss` (unweighted; 0 if no
