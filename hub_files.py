@@ -33,6 +33,13 @@ _ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "adapter_m
 # Of a model, and beside an adapter in the way: transformers would take a downloaded folder for the base itself.
 _MODEL_CONFIGS = {"config.json", "generation_config.json"}
 
+# In the cards that transformers and peft write where there is none.
+_LIBRARY_PHRASES = (
+    "[More Information Needed]",
+    "has been generated automatically",
+    "has been automatically generated",
+)
+
 # What goes up beside weights and code. Everything else stays, whatever it is.
 _CONFIGS = {
     *("config.json", "generation_config.json", "adapter_config.json"),
@@ -116,10 +123,14 @@ def _needed_weights(folder: Path, kind: str) -> dict[str, str]:
     if kind == "adapter":
         return {"adapter_config.json": "of the adapter", "adapter_model.safetensors": "the adapter's weights"}
     needed = {"config.json": "the model's configuration"}
-    index = "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not (folder / index).is_file():
-        return needed | {"model.safetensors": f"the weights, or shards with {index}"}
+    single, index = "model.safetensors", "model.safetensors.index.json"
     shards = sorted(set(_read_json(folder / index).get("weight_map", {}).values()))
+    if (folder / single).is_file() and any((folder / name).is_file() for name in shards):
+        raise ValueError(
+            f"{folder} holds {single} and shards: delete those of the older save ({single} is what loads)"
+        )
+    if (folder / single).is_file() or not (folder / index).is_file():
+        return needed | {single: f"the weights, or shards with {index}"}
     return needed | {index: "of the shards"} | {name: f"named by {index}" for name in shards}
 
 
@@ -147,6 +158,11 @@ def _check_weights(folder: Path, names: list[str]) -> None:
                 pass
         except SafetensorError as error:
             raise ValueError(f"{folder / name} is damaged: {error}") from error
+
+
+def is_library_card(text: str) -> bool:
+    """Whether a README.md was written by a library for want of another, so that nothing is lost with it."""
+    return any(phrase in text for phrase in _LIBRARY_PHRASES)
 
 
 # ---- what must go ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from .hub_files import MODEL_TAGS, commit_files, hub_id, portable_adapter_config, read_hub_folder
+from .hub_files import MODEL_TAGS, commit_files, hub_id, is_library_card, portable_adapter_config, read_hub_folder
 
 logger = logging.get_logger(__name__)
 
@@ -56,18 +56,16 @@ class HubTrainer(Trainer):
             path.write_text(json.dumps(portable_adapter_config(config), indent=2, sort_keys=True), encoding="utf-8")
 
     def create_model_card(self, *args: Any, tags: str | list[str] | None = None, **kwargs: Any) -> None:
-        """As in transformers, unless the output folder has a card already: that of scripts/train.py says more."""
+        """As in transformers, unless there is a card already that no library wrote: that of scripts/train.py says more."""
         path = Path(self.args.output_dir) / "README.md"
-        if not self.is_world_process_zero() or (path.is_file() and "custom_code" in (_card(path).data.tags or ())):
+        is_kept = path.is_file() and not is_library_card(path.read_text(encoding="utf-8"))
+        if is_kept or not self.is_world_process_zero():
             return
         tags = [tags] if isinstance(tags, str) else list(tags or ())
         super().create_model_card(*args, tags=sorted({*tags, *MODEL_TAGS}), **kwargs)
         card = _card(path)
         card.data.pipeline_tag = card.data.pipeline_tag or "video-text-to-text"
-        if hub_id(card.data.base_model) is None:  # a folder of this computer
-            card.data.base_model = None
-        else:
-            card.data.base_model = hub_id(card.data.base_model)
+        card.data.base_model = hub_id(card.data.base_model)  # nothing, if it is a folder of this computer
         card.save(path)
 
     def push_to_hub(

@@ -15,7 +15,7 @@ import yaml
 from evaluate import format_results
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from llava_next_ar.hub_files import MODEL_TAGS, hub_id
+from llava_next_ar.hub_files import MODEL_TAGS, hub_id, is_library_card
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_card.md"
 PIPELINE_TAG = "video-text-to-text"
@@ -24,8 +24,6 @@ HEAD = "autoregressive_module"  # where a model keeps it
 RECIPE, RESULTS = "train_config.yaml", "results.json"
 # In every generated card, and in no other: one that somebody wrote or edited by hand is kept.
 GENERATED = "<!-- Generated from model_card.md and written again with every push. Remove this line to keep edits. -->"
-# Cards that transformers and peft write where there is none.
-_FOREIGN = ("[More Information Needed]", "has been generated automatically", "has been automatically generated")
 # Keys of a recipe that say where things are on one computer, or who may push.
 _PRIVATE_KEYS = {
     *("model", "processor", "train_data", "eval_data", "video_root", "image_root", "output_dir", "logging_dir"),
@@ -103,8 +101,8 @@ def build_card(
 
 
 def is_generated(text: str) -> bool:
-    """Whether a card may be written anew: it is one of ours, or one that a library wrote in the place of none."""
-    return GENERATED in text or any(phrase in text for phrase in _FOREIGN)
+    """Whether a card may be written anew: it is one of ours, or one that a library wrote for want of another."""
+    return GENERATED in text or is_library_card(text)
 
 
 def write_card(folder: Path, repo_id: str, options: CardOptions = CardOptions()) -> None:

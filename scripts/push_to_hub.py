@@ -22,16 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from hub_card import RELATIONS, CardOptions, build_card, is_generated
-from huggingface_hub import CommitInfo, HfApi, ModelInfo, get_token
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelInfo, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HfHubHTTPError,
     HTTPError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from llava_next_ar.hub_files import commit_files, hub_id, portable_adapter_config, read_hub_folder, stale_files
+from llava_next_ar.hub_files import commit_files, portable_adapter_config, read_hub_folder, stale_files
 
 Files = dict[str, Path | bytes]
 
@@ -95,7 +94,7 @@ def push(folder: Path, repo_id: str, options: argparse.Namespace) -> CommitInfo 
     card = CardOptions(
         base_model=options.base_model,
         relation=options.relation,
-        license=options.license or license_of_base(api, folder, options.base_model),
+        license=options.license or license_of_base(folder, options.base_model),
         datasets=options.dataset,
         results=options.results,
     )
@@ -130,17 +129,17 @@ def push(folder: Path, repo_id: str, options: argparse.Namespace) -> CommitInfo 
     return commit
 
 
-def license_of_base(api: HfApi, folder: Path, base_model: str | None) -> str | None:
-    """What the card of the base on the Hub says, if it is there."""
+def license_of_base(folder: Path, base_model: str | None) -> str | None:
+    """What the card of the base on the Hub says; None if there is none, or one that has a name of its own."""
     base = build_card(folder, "user/model", CardOptions(base_model=base_model)).data.base_model
     try:
-        info = api.model_info(base) if hub_id(base) else None
-    except HfHubHTTPError:
+        found = None if base is None else ModelCard.load(base, ignore_metadata_errors=True).data.license
+    except (HTTPError, OSError, ValueError):  # no such repository, no card in it, or no network
         return None
-    return None if info is None or info.card_data is None else info.card_data.license
+    return None if found == "other" else found
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> CommitInfo | None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -165,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not options.dry_run and get_token() is None:
         sys.exit("push_to_hub.py: no token: run `hf auth login`, or set HF_TOKEN to one that can write")
     try:
-        push(options.folder, options.repo_id, options)
+        return push(options.folder, options.repo_id, options)
     except (ValueError, OSError, HTTPError, RuntimeError) as error:  # the last is the client's, for a failed upload
         because = f" {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else ""
         sys.exit(f"push_to_hub.py: {error}{because}")

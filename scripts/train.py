@@ -18,8 +18,8 @@ unknown key is an error. The prototype's list form (`- type: trainer`, see scrip
 read as well.
 
 The model may be a checkpoint of this package or of LLaVA-OneVision, which gets a new head. `output_dir` becomes a
-complete
-Hub folder: model (or adapter), processor and code.
+complete Hub folder: model (or adapter), processor, code and card. `--push_to_hub true` pushes it, scripts/push_to_hub.py
+later.
 """
 
 import os
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hub_card import write_card
 from recipes import DataArguments, ModelArguments, make_parser, parse_arguments
 from transformers import (
     AutoConfig,
@@ -310,6 +311,9 @@ def main(argv: list[str]) -> None:
             processor.save_pretrained(training_args.output_dir)
     else:
         trainer.save_model()
+    if is_main:
+        folder = Path(training_args.output_dir)
+        write_card(folder, trainer.hub_model_id or f"user/{folder.resolve().name}")
     trainer.accelerator.wait_for_everyone()
     if training_args.push_to_hub:
         trainer.push_to_hub()

@@ -2,142 +2,51 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from card_metadata import check_card
-from hub_processes import TESTS, Finished, run_with_hub
+from hub_programs import ROWS, Finished, run_program
 from hub_server import HubServer
 from video_clips import write_clip
 
+from llava_next_ar.hub_code import AUTO_MAP
+
+ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "hf_ann"
-ROWS = ("model", "sharded model", "adapter", "merged", "processor")
 COLUMNS = ("main", "pinned revision", "offline", "without this package")
 
-PUSHING = f"""
-    sys.path[:0] = [{str(TESTS)!r}]
-    from tiny import tiny_model
-    from tiny_processor import tiny_processor
 
-    clip, = arguments
-    question = [{{"role": "user", "content": [{{"type": "video", "path": clip}}, {{"type": "text", "text": "What moves?"}}]}}]
+class World:
+    """A Hub, what was pushed to it, and what each kind of process loaded back, once it is asked for."""
 
-    def measure(model, processor):
-        inputs = processor.apply_chat_template(question, tokenize=True, return_dict=True, return_tensors="pt")
-        with torch.no_grad():
-            logits = model(**inputs).logits[0, -4:]
-        return logits.tolist(), model.predict_next_frames(**inputs)[0].metrics["mse"]
+    def __init__(self, hub: HubServer, folder: Path) -> None:
+        self.hub, self.folder = hub, folder
+        self.clip = str(write_clip(folder / "clip.mp4", 24))
+        self.expected: dict[str, Any] = {}
+        for name in ("push_models", "push_adapters"):
+            self.expected |= self.run(name, self.clip, home=name).result
 
-    expected = {{}}
-    def note(row, version, commit, measured):
-        expected.setdefault(row, {{}})[version] = {{"commit": commit.oid, "measured": measured}}
-"""
-
-PUSH_MODELS = (
-    PUSHING
-    + """
-    def new_model(seed):
-        model = tiny_model(seed=seed)
-        torch.nn.init.normal_(model.autoregressive_module.change.weight, std=0.1)
-        return model
-
-    processor = tiny_processor(new_model(0).config, num_frames=4)
-    new_model(9).push_to_hub("sharded")  # in one file, which must not be what loads
-    for version, seed, size in (("first", 1, "40KB"), ("last", 2, "90KB")):
-        model = new_model(seed)
-        measured = measure(model, processor)
-        processor.push_to_hub("model")
-        note("model", version, model.push_to_hub("model"), measured)
-        processor.push_to_hub("sharded")
-        note("sharded model", version, model.push_to_hub("sharded", max_shard_size=size), measured)
-    # The weights for these are those of `model` at main.
-    for version, num_frames in (("first", 3), ("last", 5)):
-        processor = tiny_processor(model.config, num_frames=num_frames)
-        note("processor", version, processor.push_to_hub("processor"), measure(model, processor))
-    print(json.dumps(expected))
-"""
-)
-
-PUSH_ADAPTERS = (
-    PUSHING
-    + """
-    from peft import LoraConfig, get_peft_model
-    from huggingface_hub import snapshot_download
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    from llava_next_ar.hub_files import commit_files, portable_adapter_config, read_hub_folder
-
-    # From its folder in the cache: the adapter must name the base by its id all the same.
-    base = snapshot_download("ann/model")
-    for version, seed in (("first", 1), ("last", 2)):
-        model = AutoModelForImageTextToText.from_pretrained(base, trust_remote_code=True)
-        processor = AutoProcessor.from_pretrained(base, trust_remote_code=True)
-        targets = r".*language_model.*(q_proj|v_proj)"
-        lora = LoraConfig(r=2, target_modules=targets, modules_to_save=["autoregressive_module"], init_lora_weights=False)
-        torch.manual_seed(seed)
-        peft_model = get_peft_model(model, lora).eval()
-        torch.nn.init.normal_(peft_model.base_model.model.autoregressive_module.change.weight, std=0.1)
-        folder = f"adapter_{version}"
-        peft_model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        measured = measure(peft_model.base_model.model, processor)
-        import push_to_hub
-        push_to_hub.main([folder, "ann/adapter", "--license", "apache-2.0"])
-        from huggingface_hub import HfApi
-        # The newest but one: the last only writes into the card what the pin is.
-        commits = HfApi().list_repo_commits("ann/adapter")
-        class Commit: oid = commits[1].commit_id
-        note("adapter", version, Commit, measured)
-
-        # Merged from what others get.
-        loaded = AutoModelForImageTextToText.from_pretrained(
-            "ann/adapter", trust_remote_code=True, adapter_kwargs={"revision": Commit.oid}
+    def run(self, name: str, *arguments: Any, home: str, **options: Any) -> Finished:
+        return run_program(
+            name, *arguments, endpoint=self.hub.endpoint, home=self.folder / home, token=TOKEN, **options
         )
-        merged = peft_model.merge_and_unload()
-        processor.push_to_hub("merged")
-        note("merged", version, merged.push_to_hub("merged"), measure(merged, processor))
-    print(json.dumps(expected))
-"""
-)
 
-LOADING = f"""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    hidden, pins, clip = arguments
-    question = [{{"role": "user", "content": [{{"type": "video", "path": clip}}, {{"type": "text", "text": "What moves?"}}]}}]
-    trust = {{"trust_remote_code": True}}
-    if hidden:
-        try:
-            import llava_next_ar
-        except ModuleNotFoundError:
-            pass
-        else:
-            raise AssertionError("this package can be imported")
-
-    def load_model(row):
-        pin = {{}} if pins is None else {{"revision": pins[row]}}
-        if row == "adapter" and pins is not None:
-            pin = {{"adapter_kwargs": {{"revision": pins[row]}}}}
-        repo = {{"sharded model": "ann/sharded"}}.get(row, f"ann/{{row}}")
-        return AutoModelForImageTextToText.from_pretrained(repo, **trust, **pin).eval()
-
-    def load_processor(row):
-        repo = {{"sharded model": "ann/sharded"}}.get(row, f"ann/{{row}}")
-        return AutoProcessor.from_pretrained(repo, **trust, **({{}} if pins is None else {{"revision": pins[row]}}))
-
-    results = {{}}
-    for row in {ROWS!r}:
-        processor = load_processor(row)
-        if row == "processor":
-            model = AutoModelForImageTextToText.from_pretrained("ann/model", **trust)
-        else:
-            model = load_model(row)
-        inputs = processor.apply_chat_template(question, tokenize=True, return_dict=True, return_tensors="pt")
-        with torch.no_grad():
-            logits = model(**inputs).logits[0, -4:]
-        results[row] = [logits.tolist(), model.predict_next_frames(**inputs)[0].metrics["mse"]]
-    assert not hidden or not any(name.split(".")[0] == "llava_next_ar" for name in sys.modules)
-    print(json.dumps(results))
-"""
+    @functools.cache  # noqa: B019
+    def loaded(self, column: str) -> Finished:
+        if column == "offline":
+            self.loaded("main")  # fills the cache
+            num_requests = len(self.hub.log)
+            finished = self.run("load_back", self.clip, None, home="main", offline=True)
+            assert len(self.hub.log) == num_requests
+            return finished
+        pins = {row: versions["first"]["commit"] for row, versions in self.expected.items()}
+        pins["base"] = self.expected["model"]["last"]["commit"]
+        pins = pins if column == "pinned revision" else None
+        return self.run("load_back", self.clip, pins, home=column, hide_package=column == "without this package")
 
 
 @pytest.fixture(scope="module")
@@ -145,36 +54,6 @@ def hub():
     with HubServer(check_card=check_card) as server:
         server.add_user("ann", TOKEN)
         yield server
-
-
-class World:
-    """What was pushed, and, for each column, what was loaded back: each by a process of its own, when first asked for."""
-
-    def __init__(self, hub: HubServer, folder: Path) -> None:
-        self.hub, self.folder = hub, folder
-        self.clip = str(write_clip(folder / "clip.mp4", 24))
-        self.expected: dict[str, Any] = {}
-        for name, program in (("push_models", PUSH_MODELS), ("push_adapters", PUSH_ADAPTERS)):
-            program = f"    sys.path[:0] = [{str(TESTS.parent / 'scripts')!r}]\n" + program.lstrip("\n")
-            self.expected |= self.run(name, program, self.clip, token=TOKEN).result
-
-    def run(self, home: str, program: str, *arguments: Any, **options: Any) -> Finished:
-        return run_with_hub(program, *arguments, endpoint=self.hub.endpoint, home=self.folder / home, **options)
-
-    @functools.cache  # noqa: B019
-    def loaded(self, column: str) -> Finished:
-        if column == "offline":
-            self.loaded("main")
-        pins = {row: versions["first"]["commit"] for row, versions in self.expected.items()}
-        return self.run(
-            {"offline": "main"}.get(column, column),
-            LOADING,
-            column == "without this package",
-            pins if column == "pinned revision" else None,
-            self.clip,
-            offline=column == "offline",
-            hide_package=column == "without this package",
-        )
 
 
 @pytest.fixture(scope="module")
@@ -185,13 +64,50 @@ def world(hub, tmp_path_factory):
 @pytest.mark.parametrize("column", COLUMNS)
 @pytest.mark.parametrize("row", ROWS)
 def test_what_was_pushed_loads_back_with_equal_logits(world, hub_cell, row, column):
-    version = "first" if column == "pinned revision" else "last"
-    num_requests = len(world.hub.log)
     logits, mse = world.loaded(column).result[row]
-    if column == "offline":
-        assert len(world.hub.log) == num_requests or world.loaded.cache_info().misses
-    expected_logits, expected_mse = world.expected[row][version]["measured"]
     hub_cell(row, column, f"equal ({len(logits) * len(logits[0])} logits)")
-    assert logits == expected_logits
-    assert mse == expected_mse
-    assert world.expected[row]["first"]["measured"] != world.expected[row]["last"]["measured"]
+    versions = {version: found["measured"] for version, found in world.expected[row].items()}
+    assert versions["first"] != versions["last"]
+    assert [logits, mse] == versions["first" if column == "pinned revision" else "last"]
+
+
+def test_every_auto_class_and_option_loads_the_same_model(world):
+    found = world.run("load_every_way", world.clip, home="every way").result
+    expected = world.expected["model"]["last"]["measured"]
+    for way in ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+        assert found[way] == expected, way
+    assert found["device_map=cpu"] == expected and found["device_map=auto"] == expected
+    dtype, logits, mse = found["bfloat16"]
+    assert dtype == "torch.bfloat16"
+    assert torch.tensor(logits).allclose(torch.tensor(expected[0]), atol=0.05) and logits != expected[0]
+    assert mse == pytest.approx(expected[1], rel=0.05)
+    assert found["AutoConfig"] == AUTO_MAP  # no repository before the class names: a save of it stands by itself
+    assert found["AutoVideoProcessor"] == 4
+    (answer,) = found["pipeline"]
+    assert answer["generated_text"] == found["generated"]
+
+
+def test_loading_says_nothing_but_that_code_came(world):
+    """Pinned, there is not even that to say."""
+    expected = r"\[transformers\] A new version of the following files was downloaded.*|- \w+\.py|\. Make sure to.*"
+    lines = [line for line in world.loaded("main").stderr.splitlines() if not re.fullmatch(expected, line)]
+    assert lines == []
+    assert world.loaded("pinned revision").stderr == ""
+    assert world.loaded("offline").stderr == ""
+
+
+def test_pushes_leave_no_stale_weights_and_name_the_base_by_its_id(world):
+    names = {row: set(world.hub.repo(f"ann/{row}").files()) for row in ROWS}
+    assert "model.safetensors" in names["model"] and "model.safetensors" in names["merged"]
+    assert "model.safetensors" not in names["sharded-model"]
+    shards = {name for name in names["sharded-model"] if name.endswith(".safetensors")}
+    index = json.loads(world.hub.repo("ann/sharded-model").files()["model.safetensors.index.json"])
+    assert shards == set(index["weight_map"].values()) and len(shards) > 1  # none of the first version's
+    assert {name for name in names["adapter"] if name.endswith(".safetensors")} == {"adapter_model.safetensors"}
+    config = json.loads(world.hub.repo("ann/adapter").files()["adapter_config.json"])
+    assert config["base_model_name_or_path"] == "ann/model"
+    modules = {path.name for path in ROOT.glob("*.py")}
+    assert all(modules <= found for found in names.values())
+    assert world.hub.repo("ann/model").private
+    # The second host, which serves the weights, is told no token.
+    assert not any(request.user for request in world.hub.requests("/cdn/"))
