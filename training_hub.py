@@ -1,19 +1,22 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
 """`HubTrainer`: a transformers Trainer whose pushes are complete, in one commit, and hold nothing but the model.
 
-transformers uploads the whole output folder: logs, and the pickled arguments with the Hub token in them. Weights of an
-older push stay, and with Xet a large folder goes up in several commits. Here a push is what `hub_files` finds in the
-folder, whatever `hub_strategy` is.
+transformers uploads the whole output folder: logs, and the pickled arguments with the Hub token among them. Weights of
+an older push stay, and with Xet a large folder goes up in several commits. Here a push is what `hub_files` finds in the
+folder, and no file that is saved holds the token.
 """
 
+import copy
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from transformers import Trainer
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
@@ -21,9 +24,6 @@ from transformers.utils.hub import PushInProgress
 from .hub_files import MODEL_TAGS, commit_files, hub_id, is_library_card, portable_adapter_config, read_hub_folder
 
 logger = logging.get_logger(__name__)
-
-# Hold the Hub token, and are not needed to resume.
-_NEVER_PUSHED = {"training_args.bin"}
 
 
 class HubTrainer(Trainer):
@@ -40,6 +40,10 @@ class HubTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
+        # transformers pickles the token with the other arguments, for everybody who gets the folder.
+        args = copy.copy(self.args)
+        args.hub_token = None
+        torch.save(args, folder / TRAINING_ARGS_NAME)
         if text is not None:  # PEFT would rewrite it
             card.write_bytes(text)
         adapter = folder / "adapter_config.json"
@@ -130,7 +134,7 @@ class HubTrainer(Trainer):
         progress = f"step {step}" if self.args.save_strategy == SaveStrategy.STEPS else f"epoch {epoch}"
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             replaced = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
-            for path in (p for p in checkpoint.rglob("*") if p.is_file() and p.name not in _NEVER_PUSHED):
+            for path in (p for p in checkpoint.rglob("*") if p.is_file()):
                 files[f"{replaced}/{path.relative_to(checkpoint).as_posix()}"] = path
         job = HfApi().run_as_future(
             commit_files,

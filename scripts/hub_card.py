@@ -126,7 +126,7 @@ def _relation(adapter: dict[str, Any], config: dict[str, Any]) -> str:
 
 
 def _recipe_text(recipe: dict[str, Any]) -> str:
-    shown = {key: value for key, value in recipe.items() if key not in _PRIVATE_KEYS and "token" not in key}
+    shown = {key: value for key, value in recipe.items() if key not in _PRIVATE_KEYS and not key.endswith("_token")}
     return yaml.safe_dump(shown).strip() if shown else ""
 
 

@@ -291,7 +291,7 @@ def main(argv: list[str]) -> None:
         print(describe(model, training_args, len(train_data)), flush=True)
         Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
         with open(Path(training_args.output_dir) / "train_config.yaml", "w", encoding="utf-8") as file:
-            yaml.safe_dump(values, file)
+            yaml.safe_dump({key: value for key, value in values.items() if not key.endswith("_token")}, file)
     checkpoint = checkpoint_to_resume(training_args)
     if is_main and training_args.resume_from_checkpoint:
         print(f"resuming from {checkpoint}" if checkpoint else "there is no checkpoint to resume from", flush=True)

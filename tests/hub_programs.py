@@ -213,6 +213,55 @@ def load_every_way(clip: str) -> dict[str, Any]:
     return results
 
 
+def load_one(clip: str, repo_id: str) -> list[Any]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    trust = {"trust_remote_code": True}
+    processor = AutoProcessor.from_pretrained(repo_id, **trust)
+    return measure(clip, AutoModelForImageTextToText.from_pretrained(repo_id, **trust), processor)
+
+
+def load_quantized(clip: str, bits: int) -> float:
+    """The largest difference of any logit from those in bfloat16, both on a GPU; relative to their spread."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+    options = {"trust_remote_code": True, "device_map": "cuda", "dtype": torch.bfloat16}
+    quantization = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    inputs = prepare(clip, AutoProcessor.from_pretrained("ann/model", trust_remote_code=True)).to("cuda")
+    logits = []
+    for more in ({}, {"quantization_config": quantization}):
+        model = AutoModelForImageTextToText.from_pretrained("ann/model", **options, **more)
+        with torch.no_grad():
+            logits.append(model(**inputs).logits.float())
+    assert model.is_quantized
+    return ((logits[0] - logits[1]).abs().max() / logits[0].std()).item()
+
+
+def train_on_a_dataset(folder: str, output: str) -> dict[str, Any]:
+    """Pushes clips as a dataset repository, reads them back with datasets, and trains a step on them."""
+    from datasets import load_dataset
+    from huggingface_hub import HfApi, snapshot_download
+    from tiny import tiny_model
+    from tiny_processor import tiny_processor
+    from transformers import TrainingArguments
+
+    from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer, LlavaVideoDataset
+
+    api = HfApi()
+    api.create_repo("clips", repo_type="dataset", private=True)
+    api.upload_folder(repo_id="ann/clips", repo_type="dataset", folder_path=folder)
+    entries = load_dataset("ann/clips", split="train")
+    # As files of their own: in the cache they are links that leave the folder, which is refused.
+    root = snapshot_download("ann/clips", repo_type="dataset", local_dir="clips")
+    model = tiny_model()
+    dataset = LlavaVideoDataset(entries.to_list(), tiny_processor(model.config, num_frames=4), video_root=root)
+    arguments = TrainingArguments(output, max_steps=1, logging_steps=1, report_to="none", use_cpu=True)
+    trainer = AutoregressiveTrainer(model, arguments, train_dataset=dataset)
+    trainer.train()
+    return {"entries": entries.to_list(), "log": trainer.state.log_history[0]}
+
+
 def main() -> None:
     name, arguments, *options = sys.argv[1:]
     if options == ["--hide"]:

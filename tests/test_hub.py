@@ -2,15 +2,20 @@
 
 import functools
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from card_metadata import check_card
-from hub_programs import ROWS, Finished, run_program
+from hub_programs import ROWS, Finished, measure, run_program
 from hub_server import HubServer
+from tiny import tiny_model
+from tiny_processor import tiny_processor
 from video_clips import write_clip
 
 from llava_next_ar.hub_code import AUTO_MAP
@@ -111,3 +116,41 @@ def test_pushes_leave_no_stale_weights_and_name_the_base_by_its_id(world):
     assert world.hub.repo("ann/model").private
     # The second host, which serves the weights, is told no token.
     assert not any(request.user for request in world.hub.requests("/cdn/"))
+
+
+@pytest.mark.slow
+def test_hf_upload_of_a_saved_folder(world):
+    folder = world.folder / "by hand"
+    model = tiny_model(seed=3)
+    torch.nn.init.normal_(model.autoregressive_module.change.weight, std=0.1)
+    processor = tiny_processor(model.config, num_frames=4)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+    environment["HF_ENDPOINT"] = world.hub.endpoint
+    command = [sys.executable, "-m", "huggingface_hub.cli.hf", "upload", "ann/uploaded", str(folder), "."]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = world.run("load_one", world.clip, "ann/uploaded", home="uploaded", hide_package=True).result
+    assert found == measure(world.clip, model, processor)
+
+
+@pytest.mark.slow
+def test_a_dataset_of_the_hub_trains(world):
+    folder = world.folder / "clips"
+    folder.mkdir()
+    write_clip(folder / "a.mp4", 8, width=64, height=48)
+    turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A square."}]
+    entries = [{"video": "a.mp4", "conversations": turns}] * 3
+    (folder / "train.json").write_text(json.dumps(entries))
+    found = world.run("train_on_a_dataset", str(folder), "run", home="dataset").result
+    assert found["entries"] == entries
+    assert found["log"]["autoregressive_loss"] > 0 and found["log"]["main_loss"] > 0
+    assert world.hub.repo("ann/clips", "dataset").private
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_loading(world, bits):
+    pytest.importorskip("bitsandbytes")
+    assert world.run("load_quantized", world.clip, bits, home=f"{bits} bits").result < 1
