@@ -25,6 +25,7 @@ from llava_next_ar.hub_files import commit_files, hub_id, read_hub_folder, stale
 from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer, LlavaVideoCollator
 
 TOKEN = "hf_ann"
+SLOW = pytest.mark.slow
 CONFIGS = Path(push_to_hub.__file__).parent / "configs"
 
 
@@ -219,7 +220,13 @@ def test_server_errors_are_waited_for(hub, folder):
     assert {request.status for request in hub.requests("PUT /lfs/")} == {500, 0, 200}
 
 
-@pytest.mark.parametrize("where", ["POST .*/preupload/", "PUT /lfs/", "POST .*/lfs/objects/batch", "POST .*/commit/"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        *("PUT /lfs/", "POST .*/commit/"),
+        *(pytest.param(name, marks=SLOW) for name in ("POST .*/preupload/", "POST .*/lfs/objects/batch")),
+    ],
+)
 def test_a_push_that_fails_leaves_the_repository_as_it_was(hub, folder, where):
     push(folder, "ann/model", "--license", "apache-2.0")
     before = hub.repo("ann/model").resolve("main")
@@ -528,7 +535,9 @@ def test_the_trainer_pushes_the_model_and_nothing_else(hub, tmp_path):
     assert not any(TOKEN.encode() in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+@pytest.mark.parametrize(
+    "strategy", ["checkpoint", pytest.param("every_save", marks=SLOW), pytest.param("all_checkpoints", marks=SLOW)]
+)
 def test_pushes_during_the_training(hub, tmp_path, strategy):
     trainer = make_trainer(
         *(tmp_path / "run", 4),
