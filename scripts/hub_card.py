@@ -38,6 +38,8 @@ class CardOptions:
 
     base_model: str | None = None
     """Hub id; read from the folder if None."""
+    base_revision: str | None = None
+    """The base's commit, to which the code of an adapter's card is pinned."""
     relation: str | None = None
     """One of `RELATIONS`; read from the folder if None."""
     license: str | None = None
@@ -91,6 +93,7 @@ def build_card(
         revision=revision,
         relation=relation,
         base_model=base_model,
+        base_revision=options.base_revision,
         has_head=HEAD in (adapter.get("modules_to_save") or ()) if adapter else config["enable_autoregressive"],
         recipe=_recipe_text(recipe),
         evaluation=_table(results),

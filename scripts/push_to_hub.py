@@ -91,10 +91,12 @@ def push(folder: Path, repo_id: str, options: argparse.Namespace) -> CommitInfo 
     repository = find_repository(api, repo_id, options.branch)
     if repository is not None and options.private and not repository.private:
         raise ValueError(f"{repo_id} is there already and is public: make it private on its page first")
+    license_of_base, base_revision = look_up_base(folder, options.base_model)
     card = CardOptions(
         base_model=options.base_model,
+        base_revision=base_revision,
         relation=options.relation,
-        license=options.license or license_of_base(folder, options.base_model),
+        license=options.license or license_of_base,
         datasets=options.dataset,
         results=options.results,
     )
@@ -124,19 +126,22 @@ def push(folder: Path, repo_id: str, options: argparse.Namespace) -> CommitInfo 
     print(f"pushed: {commit.pr_url or commit.commit_url}")
     pin = f'revision="{commit.oid}"'
     if "adapter_config.json" in files:  # `revision` is then that of the base
-        pin = f'adapter_kwargs={{"revision": "{commit.oid}"}}'
+        pin = f'revision="{base_revision or "main"}", adapter_kwargs={{"revision": "{commit.oid}"}}'
     print(f'to pin it: from_pretrained("{repo_id}", {pin}, trust_remote_code=True)')
     return commit
 
 
-def license_of_base(folder: Path, base_model: str | None) -> str | None:
-    """What the card of the base on the Hub says; None if there is none, or one that has a name of its own."""
+def look_up_base(folder: Path, base_model: str | None) -> tuple[str | None, str | None]:
+    """License and newest commit of the base on the Hub; None for what cannot be found, or has a license of its own."""
     base = build_card(folder, "user/model", CardOptions(base_model=base_model)).data.base_model
+    commit = found = None
     try:
-        found = None if base is None else ModelCard.load(base, ignore_metadata_errors=True).data.license
+        if base is not None:
+            commit = HfApi().model_info(base).sha
+            found = ModelCard.load(base, ignore_metadata_errors=True).data.license
     except (HTTPError, OSError, ValueError):  # no such repository, no card in it, or no network
-        return None
-    return None if found == "other" else found
+        pass
+    return (None if found == "other" else found), commit
 
 
 def main(argv: Sequence[str] | None = None) -> CommitInfo | None:

@@ -401,6 +401,7 @@ def test_the_code_of_a_card_runs_as_it_stands(hub, folder, tmp_path, monkeypatch
     assert data.license == "apache-2.0"  # an adapter has its base's
     if kind == "adapter":
         assert (data.base_model, data.base_model_relation, data.library_name) == ("ann/model", "adapter", "peft")
+        assert f'pinned = {{"revision": "{hub.repo("ann/model").resolve("main").oid}", ' in block
 
 
 def test_a_card_that_somebody_wrote_is_kept(hub, folder, capsys):
