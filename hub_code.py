@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .frame_predictor import FramePredictorBlock  # noqa: F401
     from .frame_sampling import FrameSampling  # noqa: F401
     from .frame_token_layout import FrameTokenLayout  # noqa: F401
+    from .hub_files import commit_files  # noqa: F401
     from .image_token_layout import ImageTokenLayout  # noqa: F401
     from .llava_conversation import llava_conversation_to_messages  # noqa: F401
     from .loss_functions import summed_cross_entropy  # noqa: F401
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .training_data import LlavaVideoDataset  # noqa: F401
     from .training_entries import entry_to_messages  # noqa: F401
     from .training_guards import BadStepPolicy  # noqa: F401
+    from .training_hub import HubTrainer  # noqa: F401
     from .training_llava_next_ar import AutoregressiveTrainer  # noqa: F401
     from .training_mixture import LlavaVideoMixture  # noqa: F401
     from .training_samples import SampleReader  # noqa: F401

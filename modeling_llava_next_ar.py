@@ -30,6 +30,7 @@ from .configuration_llava_next_ar import LlavaNextARConfig
 from .frame_predictor import ZeroInitializedLinear
 from .frame_token_layout import FrameTokenLayout, VideoTokens, split_video_positions
 from .hub_code import AUTO_MAP, MODEL_AUTO_CLASSES
+from .hub_files import MODEL_TAGS, PushableModel
 from .loss_functions import reduce_video_losses, summed_cross_entropy
 from .reconstruction_metrics import NextFramePrediction, Reconstruction
 from .transformers_compat import hidden_states_to_keep, slice_logits_to_keep
@@ -289,7 +290,7 @@ class LlavaNextARModel(LlavaOnevisionModel):
         )
 
 
-class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration, GenerationMixin):
+class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForConditionalGeneration, GenerationMixin):
     """LLaVA-OneVision for chat over images and videos, with next-frame prediction as a second objective.
 
     Loads LLaVA-OneVision checkpoints: only the head is new. With the default configuration, logits equal those of
@@ -312,6 +313,7 @@ class LlavaNextARForConditionalGeneration(LlavaOnevisionForConditionalGeneration
         saved_as, own = config.auto_map["AutoModelForImageTextToText"], _class_reference(type(self))
         if saved_as not in (AUTO_MAP["AutoModelForImageTextToText"], own):
             logger.warning(f"the checkpoint is one of {saved_as}, but is loaded as {own}: its head may be another")
+        self.model_tags = list(MODEL_TAGS)
         self.model = LlavaNextARModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.autoregressive_module = None

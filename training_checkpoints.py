@@ -241,6 +241,9 @@ class ResumableTrainer(Trainer):
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # else other ranks need not even call this
         if self.args.should_save:
             shutil.rmtree(staged, ignore_errors=True)
+            if (folder / "README.md").is_file():  # a card is written with an eye on the one that is there
+                staged.mkdir()
+                shutil.copy(folder / "README.md", staged)
         if is_sharded:
             self.accelerator.wait_for_everyone()
         super().save_model(str(staged), _internal_call=True)

@@ -25,6 +25,7 @@ from .training_checkpoints import ResumableTrainer, StopOnSigterm, last_complete
 from .training_collator import LlavaVideoCollator
 from .training_data import BadSampleError, LlavaVideoDataset
 from .training_guards import BadStepError, BadStepPolicy, NamingCollator, ShareWatch, StepGuard
+from .training_hub import HubTrainer
 from .training_mixture import EpochSampler, FollowEpoch
 
 logger = logging.get_logger(__name__)
@@ -32,7 +33,7 @@ logger = logging.get_logger(__name__)
 HEAD = "autoregressive_module"  # the attribute under which a model keeps its reconstruction head
 
 
-class AutoregressiveTrainer(ResumableTrainer):
+class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
     """Trains language modeling and next-frame reconstruction together.
 
     Logs, beside what Trainer logs, at every logging step: `main_loss`, `autoregressive_loss` (unweighted; 0 if no

@@ -19,8 +19,8 @@ decodes a sample of the data and says what the step would need. The prototype's 
 scripts/configs/prototype_basic.yaml) is read as well.
 
 The model may be a checkpoint of this package or of LLaVA-OneVision, which gets a new head. `output_dir` becomes a
-complete
-Hub folder: model (or adapter), processor and code.
+complete Hub folder: model (or adapter), processor, code and card. `--push_to_hub true` pushes it, scripts/push_to_hub.py
+later.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 import yaml
+from hub_card import write_card
 from preflight import Findings, examine
 from recipes import DataArguments, ModelArguments, make_parser, parse_arguments
 from transformers import (
@@ -431,7 +432,7 @@ def main(argv: list[str]) -> None:
         print(describe(model, training_args, train_data), flush=True)
         Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
         with open(Path(training_args.output_dir) / "train_config.yaml", "w", encoding="utf-8") as file:
-            yaml.safe_dump(values, file)
+            yaml.safe_dump({key: value for key, value in values.items() if not key.endswith("_token")}, file)
     checkpoint = checkpoint_to_resume(training_args)
     if is_main and training_args.resume_from_checkpoint:
         print(f"resuming from {checkpoint}" if checkpoint else "there is no checkpoint to resume from", flush=True)
@@ -462,6 +463,9 @@ def main(argv: list[str]) -> None:
         if trainer.is_fsdp_enabled:  # whatever checkpoints hold, the final folder loads as it is
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model()
+    if is_main:
+        folder = Path(training_args.output_dir)
+        write_card(folder, trainer.hub_model_id or f"user/{folder.resolve().name}")
     trainer.accelerator.wait_for_everyone()
     if training_args.push_to_hub:
         trainer.push_to_hub()

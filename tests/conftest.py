@@ -33,7 +33,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-pytest_plugins = ["golden_report", "upstream_report"]
+pytest_plugins = ["golden_report", "hub_report", "upstream_report"]
 
 torch.set_num_threads(1)
 # the same examples in every run, and no deadline: a busy machine is not a bug

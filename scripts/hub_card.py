@@ -1,0 +1,174 @@
+"""The model card of a checkpoint: model_card.md, filled in with what its folder says.
+
+scripts/train.py writes it into the output folder, scripts/push_to_hub.py into the Hub repository. What a card tells is
+read from the checkpoint itself: base model and relation, training recipe (train_config.yaml), evaluation (the JSON that
+scripts/evaluate.py writes).
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from evaluate import format_results
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from llava_next_ar.hub_files import MODEL_TAGS, hub_id, is_library_card
+
+TEMPLATE = Path(__file__).resolve().parent.parent / "model_card.md"
+PIPELINE_TAG = "video-text-to-text"
+RELATIONS = ("finetune", "adapter", "merge", "quantized")
+HEAD = "autoregressive_module"  # where a model keeps it
+RECIPE, RESULTS = "train_config.yaml", "results.json"
+# In every generated card, and in no other: one that somebody wrote or edited by hand is kept.
+GENERATED = "<!-- Generated from model_card.md and written again with every push. Remove this line to keep edits. -->"
+# Keys of a recipe that say where things are on one computer, or who may push.
+_PRIVATE_KEYS = {
+    *("model", "processor", "train_data", "eval_data", "video_root", "image_root", "output_dir", "logging_dir"),
+    *("resume_from_checkpoint", "run_name", "deepspeed", "fsdp_config", "report_to", "trackio_space_id", "project"),
+    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision", "hub_always_push"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardOptions:
+    """What a folder does not say about itself."""
+
+    base_model: str | None = None
+    """Hub id; read from the folder if None."""
+    base_revision: str | None = None
+    """The base's commit, to which the code of an adapter's card is pinned."""
+    relation: str | None = None
+    """One of `RELATIONS`; read from the folder if None."""
+    license: str | None = None
+    language: Sequence[str] = ("en",)
+    datasets: Sequence[str] = ()
+    """Hub ids of the training data."""
+    results: Path | None = None
+    """JSON of scripts/evaluate.py; `results.json` of the folder if None, and there."""
+
+    def __post_init__(self) -> None:
+        if self.relation not in (None, *RELATIONS):
+            raise ValueError(f"relation is {self.relation!r}, expected one of {', '.join(RELATIONS)}")
+
+
+def build_card(
+    folder: Path, repo_id: str, options: CardOptions = CardOptions(), *, revision: str | None = None
+) -> ModelCard:
+    """The card of a checkpoint.
+
+    Args:
+        folder: model or adapter, with `train_config.yaml` (for a Trainer checkpoint, in the folder above) and
+            `results.json` if there are any.
+        repo_id: what the code of the card loads.
+        revision: the commit that it is pinned to; without one the card says how to pin.
+    """
+    run = folder.parent if folder.name.startswith("checkpoint-") else folder
+    recipe = _read(run / RECIPE)
+    adapter, config = _read(folder / "adapter_config.json"), _read(folder / "config.json")
+    base_model = options.base_model or hub_id(adapter.get("base_model_name_or_path")) or hub_id(recipe.get("model"))
+    relation = options.relation or _relation(adapter, config)
+    results = _read(options.results or folder / RESULTS)
+    tags = sorted({*MODEL_TAGS, *(["lora"] if adapter.get("peft_type") == "LORA" else [])})
+    data = ModelCardData(
+        license=options.license,
+        language=list(options.language),
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag=PIPELINE_TAG,
+        base_model=base_model,
+        base_model_relation=relation if base_model else None,
+        datasets=list(options.datasets) or None,
+        tags=tags,
+        model_name=repo_id.split("/")[-1],
+        eval_results=list(_eval_results(results, options.datasets)) or None,
+    )
+    if data.eval_results is None:
+        data.model_name = None  # names the results, and is no key of its own
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        repo_id=repo_id,
+        revision=revision,
+        relation=relation,
+        base_model=base_model,
+        base_revision=options.base_revision,
+        has_head=HEAD in (adapter.get("modules_to_save") or ()) if adapter else config["enable_autoregressive"],
+        recipe=_recipe_text(recipe),
+        evaluation=_table(results),
+        evaluation_settings=_settings_text(results),
+    )
+    card.text = f"\n{GENERATED}\n{card.text}"
+    return card
+
+
+def is_generated(text: str) -> bool:
+    """Whether a card may be written anew: it is one of ours, or one that a library wrote for want of another."""
+    return GENERATED in text or is_library_card(text)
+
+
+def write_card(folder: Path, repo_id: str, options: CardOptions = CardOptions()) -> None:
+    """Writes README.md, unless somebody wrote one by hand."""
+    path = folder / "README.md"
+    if not path.is_file() or is_generated(path.read_text(encoding="utf-8")):
+        build_card(folder, repo_id, options).save(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    return (yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)) or {}
+
+
+def _relation(adapter: dict[str, Any], config: dict[str, Any]) -> str:
+    if adapter:
+        return "adapter"
+    return "quantized" if config.get("quantization_config") else "finetune"
+
+
+def _recipe_text(recipe: dict[str, Any]) -> str:
+    shown = {key: value for key, value in recipe.items() if key not in _PRIVATE_KEYS and not key.endswith("_token")}
+    return yaml.safe_dump(shown).strip() if shown else ""
+
+
+# -- Evaluation
+
+
+def _data_name(results: dict[str, Any], datasets: Sequence[str]) -> tuple[str, str]:
+    """Identifier and pretty name of the data that was evaluated on."""
+    path = Path(results["settings"]["data"])
+    name = "/".join(path.parts[-2:]) if len(path.parts) > 1 else path.name
+    return (datasets[0] if datasets else path.stem), name
+
+
+def _eval_results(results: dict[str, Any], datasets: Sequence[str]) -> Iterator[EvalResult]:
+    if not results:
+        return
+    identifier, name = _data_name(results, datasets)
+    common = {"task_type": PIPELINE_TAG, "dataset_type": identifier, "dataset_name": name}
+    answering = results["question_answering"]
+    types = answering["by_type"] if len(answering["by_type"]) > 1 else {}
+    for kind, summary in {"all": answering["all"], **types}.items():
+        for measure, title in (("exact", "Exact match"), ("likelihood", "Accuracy by likelihood")):
+            if measure in summary:
+                title = title if kind == "all" else f"{title}, {kind}"
+                value = round(summary[measure], 4)
+                yield EvalResult(**common, metric_type="accuracy", metric_name=title, metric_value=value)
+    for measure, value in (results["reconstruction"] or {}).items():
+        if measure in ("mse", "copy_mse", "skill", "cosine", "temporal_consistency"):
+            title = f"Next frame, {measure.replace('_', ' ')}"
+            yield EvalResult(**common, metric_type=measure, metric_name=title, metric_value=round(value, 4))
+
+
+def _table(results: dict[str, Any]) -> str:
+    return f"```\n{format_results(results)}\n```" if results else ""
+
+
+def _settings_text(results: dict[str, Any]) -> str:
+    if not results:
+        return ""
+    settings, versions = results["settings"], results["versions"]
+    shown = [f"{key} {settings[key]}" for key in ("dtype", "num_frames", "max_samples") if settings[key] is not None]
+    return ", ".join([*shown, f"transformers {versions['transformers']}", f"torch {versions['torch']}"])
