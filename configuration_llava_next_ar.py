@@ -344,10 +344,8 @@ class LlavaNextARConfig(LlavaOnevisionConfig):
             raise ValueError(
                 f"vision_config.image_size={vision.image_size} is less than patch_size={vision.patch_size}"
             )
-        last = vision.num_hidden_layers
-        for layer in (
-            [self.vision_feature_layer] if isinstance(self.vision_feature_layer, int) else self.vision_feature_layer
-        ):
+        layers, last = self.vision_feature_layer, vision.num_hidden_layers  # hidden state 0 is the first layer's input
+        for layer in [layers] if isinstance(layers, int) else layers:
             if not -last - 1 <= layer <= last:
                 raise ValueError(f"vision_feature_layer must be from {-last - 1} to {last}, got {layer}")
         if self.add_faster_video and self.mm_newline_position != "grid":

@@ -27,7 +27,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 import torch
@@ -518,8 +518,9 @@ class ImageReader:
         raise TypeError(f"frame {index} is a {type(image).__name__}, expected an image, an array or a path")
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
-    """As `Image.open`, but by its content one of the usual formats, and no larger than `MAX_FRAME_PIXELS`.
+def open_image(path: "str | os.PathLike | BinaryIO") -> Image.Image:
+    """As `Image.open` (of a path or an open file), but by its content one of the usual formats, and no larger than
+    `MAX_FRAME_PIXELS`.
 
     Raises:
         OSError: if the file is missing or holds no such image.

@@ -22,7 +22,7 @@ from llava_next_ar import video_decoding
 from llava_next_ar.media_paths import path_below
 from llava_next_ar.training_data import BadSampleError, LlavaVideoDataset
 from llava_next_ar.video_decoding import VideoReadError
-from llava_next_ar.video_frames import FrameSampling, load_video
+from llava_next_ar.video_frames import FrameSampling, load_video, open_image
 from llava_next_ar.video_inputs import load_images
 
 ROOT = Path(__file__).parents[1]
@@ -317,6 +317,8 @@ def test_a_program_is_not_run_for_a_frame(tmp_path, monkeypatch):
         load_video([path, path])
     with pytest.raises(ValueError, match="cannot load image .*cannot identify"):
         load_images(str(path))
+    with pytest.raises(OSError, match="cannot identify"), path.open("rb") as file:
+        open_image(file)
 
 
 # -- A data set keeps to its folder
