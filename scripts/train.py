@@ -22,7 +22,6 @@ complete
 Hub folder: model (or adapter), processor and code.
 """
 
-import os
 import signal
 import sys
 from pathlib import Path
@@ -250,7 +249,7 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
         return None
     if str(wanted).lower() != "true":
         return wanted
-    return last_complete_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
+    return last_complete_checkpoint(training_args.output_dir)
 
 
 def main(argv: list[str]) -> None:
