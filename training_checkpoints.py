@@ -172,6 +172,8 @@ class ResumableTrainer(Trainer):
     - `save_model` replaces the model in a folder without mixing the two, see `replace_model`.
     - A run that was complete but for its last save takes no further step when resumed.
 
+    With `ignore_data_skip`, as in Trainer, the data starts again at the beginning of an epoch: nothing is exact then.
+
     All processes of a run must see the same `output_dir`, or each node its own with `save_on_each_node`.
     """
 

@@ -23,7 +23,7 @@ _MIN_NORMS = 20  # before a gradient can be called unusual
 
 
 class BadStepError(RuntimeError):
-    """An optimizer step that must not be made; the weights are those before it.
+    """An optimizer step that must not be made; the weights are those before it (under DeepSpeed, after it).
 
     Attributes:
         step: the number that the step would have had.
@@ -156,7 +156,7 @@ class StepGuard:
                 file.write(json.dumps({**line, "batches": batches}) + "\n")
         text = f"step {step}: {problem}. {_describe(batches)} All are in {self._ledger}."
         if stops:
-            hint = f"{too_many}." if too_many else "The step was not made; bad steps can be skipped (BadStepPolicy)."
+            hint = f"{too_many}." if too_many else "Bad steps can also be skipped (BadStepPolicy)."
             raise BadStepError(f"{text} {hint}", step=step, batches=batches)
         return f"{text} The step is skipped ({self.skipped} so far)."
 
@@ -169,15 +169,17 @@ class StepGuard:
 
 
 class NamingCollator:
-    """Puts the names of the samples (`sample_name`, if they have one) into the batch that another collator makes."""
+    """Puts the names of the samples into the batch that another collator makes.
+
+    A sample's name is its entry or its attribute `sample_name`, or None.
+    """
 
     def __init__(self, collator: Callable[[Sequence[Any]], dict[str, Any]]) -> None:
         self.collator = collator
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         samples = read_samples(samples)
-        names = [sample.get(SAMPLE_NAME) if isinstance(sample, dict) else None for sample in samples]
-        return {**self.collator(samples), SAMPLE_NAMES: names}
+        return {**self.collator(samples), SAMPLE_NAMES: [_name(sample) for sample in samples]}
 
 
 class ShareWatch:
@@ -214,6 +216,10 @@ class ShareWatch:
         factor = goal / (1 - goal) * (1 - share) / share
         way = "raise" if factor > 1 else "lower"
         return f"{said}: {way} loss_weight, to {factor:.2g} times what it is, for a share of {goal:.0%}"
+
+
+def _name(sample: Any) -> str | None:
+    return sample.get(SAMPLE_NAME) if isinstance(sample, dict) else getattr(sample, SAMPLE_NAME, None)
 
 
 def _number(value: float) -> float | str:

@@ -371,7 +371,7 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
         return None
     if str(wanted).lower() != "true":
         return wanted
-    return last_complete_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
+    return last_complete_checkpoint(training_args.output_dir)
 
 
 def main(argv: list[str]) -> None:

@@ -98,7 +98,7 @@ def make_trainer(folder: Path, case: str, **options: Any) -> AutoregressiveTrain
 def run(folder: Path, case: str, save_model: bool = True) -> list[dict[str, Any]]:
     """One start of the same command: goes on from what is there, saves the model, returns the log."""
     trainer = make_trainer(folder, case)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
     if save_model:
         trainer.save_model()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -230,7 +230,7 @@ def survive(folder: Path, case: str, kills: list[int | float]) -> dict[str, Any]
                 f"{case}, {kills}: exit status {status}\n{folder.with_suffix('.log').read_text()[-4000:]}"
             )
         killed += 1
-        last = last_complete_checkpoint(folder) if folder.is_dir() else None
+        last = last_complete_checkpoint(folder)
         # Whoever looks for checkpoints by their names alone must find the same one.
         assert last == (get_last_checkpoint(folder) if folder.is_dir() else None), last
         left.append(last and Path(last).name)

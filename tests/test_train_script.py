@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -360,6 +361,40 @@ def test_a_bad_sample_stops_the_run_before_it_starts(work):
     with pytest.raises(ValueError, match="sample 4 .*x9.*gone.mp4"):
         train.main(options(work, "never", "--train_data", str(work / "data" / "bad.json")))
     assert not os.path.exists(work / "never")
+
+
+def test_a_terminated_run_ends_with_status_143_and_the_same_command_finishes_it(work, monkeypatch, capsys):
+    steps = ("--max_steps", "3", "--learning_rate", "0.01", "--per_device_train_batch_size", "2")
+    train.main(options(work, "not_terminated", *steps))
+    step = train.AutoregressiveTrainer.training_step
+
+    def terminated(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    command = options(work, "terminated", *steps, "--resume_from_checkpoint", "true")
+    monkeypatch.setattr(train.AutoregressiveTrainer, "training_step", terminated)
+    with pytest.raises(SystemExit) as ended:
+        train.main(command)
+    assert ended.value.code == 143 and "stopped after step 1" in capsys.readouterr().out
+    assert (work / "terminated" / "checkpoint-1").is_dir()
+    assert not (work / "terminated" / "model.safetensors").exists()  # that would be the model of a finished run
+    monkeypatch.undo()
+    train.main(command)
+    one, other = (work / name / "model.safetensors" for name in ("not_terminated", "terminated"))
+    assert one.read_bytes() == other.read_bytes()
+    assert history(work / "not_terminated") == history(work / "terminated")
+
+
+def test_a_spoiled_step_ends_the_run_with_the_names_of_its_samples(work, monkeypatch):
+    loss = train.AutoregressiveTrainer.compute_loss
+    monkeypatch.setattr(
+        train.AutoregressiveTrainer, "compute_loss", lambda *args, **kwargs: loss(*args, **kwargs) * float("nan")
+    )
+    with pytest.raises(SystemExit, match=r"step 1: the gradient norm is nan.*train.json \[a.mp4\]"):
+        train.main(options(work, "spoiled"))
+    with pytest.raises(SystemExit, match="1 steps were skipped before"):
+        train.main(options(work, "spoiled_twice", "--bad_step_action", "skip", "--max_skipped_steps", "1"))
 
 
 # -------------------------------------------------------------------------------------------------- adapters on the tower

@@ -38,12 +38,13 @@ def check_kills(folder: Path, number: int, seed: int) -> None:
     assert sum(run["killed"] for run in results["runs"]) >= number
     for case, whole in results["whole"].items():
         assert [entry["step"] for entry in whole["log"]] == [3, 6]
-        assert (
-            whole["checkpoints"] == ["checkpoint-6", "checkpoint-7"] and training_checkpoints.UNFINISHED not in whole
-        )
+        assert whole["checkpoints"] == ["checkpoint-6", "checkpoint-7"]
         for run in results["runs"]:
             if run["case"] == case:
-                assert {name: run[name] for name in whole} == whole, (case, run["kills"], run["resumed_from"])
+                told = (case, run["kills"], run["resumed_from"])
+                assert (run["log"], run["weights"]) == (whole["log"], whole["weights"]), told
+                # A kill right after the last checkpoint leaves one that would have been deleted next.
+                assert set(whole["files"]) <= set(run["files"]) <= {*whole["files"], "checkpoint-4"}, told
     # Else there was nothing to survive.
     assert any(left is not None for run in results["runs"] for left in run["resumed_from"])
     kinds = {name.split()[0] for names in results["events"].values() for name in names}
@@ -119,23 +120,25 @@ def test_resuming_without_a_complete_checkpoint_is_refused(copied, tmp_path):
 
 
 def test_the_limit_counts_complete_checkpoints_only(copied, monkeypatch):
-    # A newer half-written one, by a program that was killed, made Trainer delete all good ones.
+    # A half-written checkpoint, newer or older, made Trainer delete a good one, or all; so did times out of order.
     shutil.copytree(copied / "checkpoint-5", copied / "checkpoint-90")
-    (copied / "checkpoint-90" / "optimizer.pt").unlink()
-    for step in (2, 4):
-        os.utime(copied / f"checkpoint-{step}")
-    kept = []
-    original = training_checkpoints._rotate
+    for name in ("checkpoint-5", "checkpoint-90"):
+        (copied / name / "optimizer.pt").unlink()
+    os.utime(copied / "checkpoint-2")
+    newest = []
+    rotate = training_checkpoints._rotate
 
-    def rotate(final, limit, best):
-        kept.append(last_complete_checkpoint(copied))
-        original(final, limit, best)
+    def watched(final, *args):
+        newest.append(last_complete_checkpoint(copied))
+        rotate(final, *args)
 
-    monkeypatch.setattr(training_checkpoints, "_rotate", rotate)
-    trainer = make_trainer(copied, "full", max_steps=8, save_total_limit=1)
-    trainer.train(resume_from_checkpoint=True)
-    assert kept == [str(copied / "checkpoint-6"), str(copied / "checkpoint-8")]  # it was there before any was deleted
-    assert sorted(path.name for path in copied.glob("checkpoint-*")) == ["checkpoint-8", "checkpoint-90"]
+    monkeypatch.setattr(training_checkpoints, "_rotate", watched)
+    for max_steps, limit, left in ((6, 2, [4, 5, 6, 90]), (8, 1, [5, 8, 90])):
+        trainer = make_trainer(copied, "full", max_steps=max_steps, save_total_limit=limit)
+        trainer.train(resume_from_checkpoint=True)
+        assert sorted(int(path.name.split("-")[1]) for path in copied.glob("checkpoint-*")) == left
+    # The new one was there before any old one was deleted.
+    assert newest == [str(copied / "checkpoint-6"), str(copied / "checkpoint-8")]
 
 
 @pytest.mark.parametrize("case", ["full", "lora"])
@@ -314,7 +317,7 @@ def test_streams_are_read_on_where_they_were_left(tmp_path):
         trainer.training_step = lambda model, inputs, *args: (
             seen[-1].append(int(inputs["input_ids"].sum())) or step(model, inputs, *args)
         )
-        trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if folder.is_dir() else None)
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
 
     run(tmp_path / "whole")
     run(tmp_path / "parts", max_steps=4)
