@@ -175,9 +175,17 @@ class AutoregressiveReconstructionModule(nn.Module):
         """Makes the frozen copy if the tower is about to train. Call before wrapping the model (DDP, FSDP).
 
         `LlavaNextARForConditionalGeneration.train()` calls it, and with it every Trainer.
+
+        Raises:
+            RuntimeError: if DeepSpeed's ZeRO-3 has split the tower, as it does while it loads.
         """
         if self.teacher is not None or _adapter_layers(vision_tower) or not _trains(vision_tower, []):
             return
+        if any(hasattr(parameter, "ds_id") for parameter in vision_tower.parameters()):
+            raise RuntimeError(
+                "ZeRO-3 has split the vision tower, of which the head needs a frozen copy to train: make the copy without "
+                "DeepSpeed (unfreeze the tower, model.train(), model.save_pretrained) and train from that folder"
+            )
         self.teacher = copy.deepcopy(vision_tower).requires_grad_(False).eval()
         self.config.separate_teacher = True
         logger.info("the vision tower trains: a frozen copy of it is kept as the teacher of the reconstruction head")

@@ -27,7 +27,6 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +175,10 @@ def choose_trainable(model: Any, args: ModelArguments, training_args: TrainingAr
             if "vision_tower" in parts:
                 trains = not args.freeze_vision_tower
             parameter.requires_grad_(trains)
-    if training_args.bf16 or training_args.fp16:
+    # Small updates are lost in 16 bits. DeepSpeed keeps a copy in float32 itself and refuses any but its own precision.
+    if (training_args.bf16 or training_args.fp16) and "DEEPSPEED" not in sharding_asked_for(training_args):
         for parameter in model.parameters():
-            if parameter.requires_grad:  # small updates are lost in 16 bits
+            if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     # Freezes unused parts again and makes the teacher's copy if the tower trains, before anything wraps the model.
     return model.train()
@@ -353,11 +353,18 @@ def describe(model: Any, training_args: TrainingArguments, data: Any) -> str:
     return "\n".join(lines)
 
 
-def check_sharding(training_args: TrainingArguments, accelerator: Any, environment: Mapping[str, str]) -> None:
+def sharding_asked_for(training_args: TrainingArguments) -> list[str]:
+    """What the launch file (by the environment) or the recipe asks for: FSDP, DEEPSPEED or nothing."""
+    options = {"FSDP": training_args.fsdp, "DEEPSPEED": training_args.deepspeed}
+    environment = {name: os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in options}
+    return [name for name in options if options[name] or environment[name]]
+
+
+def check_sharding(training_args: TrainingArguments, accelerator: Any) -> None:
     """Refuses FSDP and DeepSpeed where accelerate silently does something else, as it does without GPUs."""
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    for name, asked in (("FSDP", training_args.fsdp), ("DEEPSPEED", training_args.deepspeed)):
-        if (asked or environment.get(f"ACCELERATE_USE_{name}", "").lower() == "true") and kind != name:
+    for name in sharding_asked_for(training_args):
+        if kind != name:
             sys.exit(
                 f"train.py: the launch file or recipe asks for {name}, but accelerate runs {kind} here and would split "
                 "nothing: it needs GPUs and several processes (scripts/accelerate/cpu.yaml is for processes without GPUs)"
@@ -387,7 +394,7 @@ def main(argv: list[str]) -> None:
         training_args.ddp_find_unused_parameters = False  # the model touches every parameter in every batch
     # What is not finite never gets as far as the log, and the filter waits for the device after every batch.
     training_args.logging_nan_inf_filter = False
-    if args.merge_lora and (training_args.fsdp or training_args.deepspeed):
+    if args.merge_lora and sharding_asked_for(training_args):
         sys.exit("train.py: merge_lora needs the whole model in each process, which FSDP and DeepSpeed split")
     try:
         check_quantization(args)
@@ -427,7 +434,7 @@ def main(argv: list[str]) -> None:
         bad_steps=guard_args.bad_step_policy(),
         callbacks=[sigterm] if guard_args.save_on_sigterm else None,
     )
-    check_sharding(training_args, trainer.accelerator, os.environ)
+    check_sharding(training_args, trainer.accelerator)
     if is_main:
         print(describe(model, training_args, train_data), flush=True)
         Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)

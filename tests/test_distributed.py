@@ -15,13 +15,14 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
-from sharded_runs import CASES
+from sharded_runs import CASES, KINDS, batch_of, build
 from tiny import tiny_model, video_batch
 from tiny_processor import tiny_processor
 from torch.distributed.fsdp import StateDictType
 from training_runs import make_samples
 from transformers import AutoModel, AutoProcessor, TrainingArguments
 
+from llava_next_ar import modeling_llava_next_ar
 from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer, LlavaVideoCollator
 
 TESTS = Path(__file__).resolve().parent
@@ -68,15 +69,43 @@ def test_accelerate_shards_nothing_on_a_cpu(results):
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_train_refuses_what_accelerate_silently_does_not_split(name):
-    nothing, asked = SimpleNamespace(fsdp=None, deepspeed=None), {f"ACCELERATE_USE_{name}": "true"}
+def test_train_refuses_what_accelerate_silently_does_not_split(name, monkeypatch):
+    nothing = SimpleNamespace(fsdp=None, deepspeed=None)
     split, plain = SimpleNamespace(distributed_type=name), SimpleNamespace(distributed_type="MULTI_CPU")
-    train.check_sharding(nothing, plain, {})
-    train.check_sharding(nothing, split, asked)
-    with pytest.raises(SystemExit, match=f"asks for {name}, but accelerate runs MULTI_CPU here"):
-        train.check_sharding(nothing, plain, asked)
+    train.check_sharding(nothing, plain)
     with pytest.raises(SystemExit, match=f"asks for {name}"):
-        train.check_sharding(SimpleNamespace(**{"fsdp": None, "deepspeed": None, name.lower(): "x"}), plain, {})
+        train.check_sharding(SimpleNamespace(**{"fsdp": None, "deepspeed": None, name.lower(): "x"}), plain)
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")  # as accelerate launch says it
+    train.check_sharding(nothing, split)
+    with pytest.raises(SystemExit, match=f"asks for {name}, but accelerate runs MULTI_CPU here"):
+        train.check_sharding(nothing, plain)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"train_tower": True}, {"tower_lora": True}, {"frozen": "autoregressive_module"}]
+)
+def test_gradients_become_ready_in_one_order_whatever_a_rank_holds(options, monkeypatch):
+    """DeepSpeed's ZeRO-2 sends them off as they come, and mixed up those of ranks that differed."""
+    monkeypatch.setattr(modeling_llava_next_ar, "_has_several_ranks", lambda: True)
+    orders = {}
+    for kind in KINDS:
+        model, order = build(**options), []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda _, name=name, order=order: order.append(name))
+        model(**batch_of(model.config, kind, 0), skip_logits=True).loss.backward()
+        orders[kind] = order
+    assert len(orders["text"]) > 30
+    for kind, order in orders.items():
+        assert order == orders["text"], kind
+
+
+def test_a_teacher_is_not_copied_from_a_tower_that_deepspeed_has_split():
+    model = tiny_model(freeze_tower=False)
+    for parameter in model.model.vision_tower.parameters():
+        parameter.ds_id = 0  # the mark of ZeRO-3; what is left of the weights in this process is empty
+    with pytest.raises(RuntimeError, match="ZeRO-3 has split the vision tower"):
+        model.train()
 
 
 def test_only_classes_that_the_model_has_are_named_for_wrapping():
