@@ -39,7 +39,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from evaluate import EvaluationSettings, evaluate, format_results, load_checkpoint  # noqa: E402
+from evaluate import EvaluationSettings, evaluate, format_results, load_checkpoint, write_results  # noqa: E402
 from report import (  # noqa: E402
     Report,
     accuracy_figure,
@@ -350,7 +350,7 @@ def run(settings: DemoSettings) -> int:
 
     test_data = str(clips / "test.json")
     with step("Evaluating it before training", seconds):
-        options = {"data": test_data, "batch_size": 32}
+        options = {"data": test_data, "batch_size": 32, "cpu_threads": min(4, os.cpu_count() or 1)}
         before = evaluate(EvaluationSettings(model=str(base), likelihood=False, **options), progress=False)
         skill = before["reconstruction"]["skill"]
         print(f"   skill {skill:+.3f}: the head starts exactly at copying the last frame; answers are noise")
@@ -365,7 +365,7 @@ def run(settings: DemoSettings) -> int:
             flush=True,
         )
         after = evaluate(EvaluationSettings(model=str(trained), **options), progress=False)
-        (output / "results.json").write_text(json.dumps(after, indent=1) + "\n", encoding="utf-8")
+        write_results(after, output / "results.json")
         print("\n".join("   " + line for line in format_results(after).splitlines()))
 
     shown = next(entry for entry in entries["test"] if entry["question_type"] == QUESTION_TYPES[0])

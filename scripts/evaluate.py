@@ -3,532 +3,279 @@
     python scripts/evaluate.py --model outputs/run --data clips/test.json --output results.json
     python scripts/evaluate.py --model user/checkpoint --data clips/test.json --trust-remote-code --dtype bfloat16
 
+    # the same numbers on 8 GPUs (on two CPU processes: --config_file scripts/accelerate/cpu.yaml; torchrun serves too)
+    accelerate launch --multi_gpu --num_processes 8 scripts/evaluate.py --model outputs/run --data test.json --output r.json
+    # after a kill, on any number of processes, go on where it was
+    python scripts/evaluate.py --model outputs/run --data test.json --output r.json --resume
+
+    # which questions need no time: each video's frames in random order
+    python scripts/evaluate.py --model outputs/run --data test.json --frame-order shuffled --output shuffled.json
+
     # a tiny model on one CPU, in seconds (scripts/demo.py makes model and data)
     python scripts/evaluate.py --model demo_output/model --data demo_output/clips/test.json --max-samples 16
 
 Question answering: of every entry the last answer is asked for, given all turns before it. `exact` is the share of
 greedily generated answers that equal the reference (upper and lower case, outer spaces and a final period do not
-count). `likelihood`, for entries with `choices`, is the share of questions where the model gives the right choice the
-highest probability, the token that ends its turn included. Both are reported for each `question_type` beside `chance`
-(one over the number of choices) and `best_guess` (always giving the most frequent answer, or the choice at the place
-that is most often right).
+count). For entries with `choices`, `choice` is the share of questions where the generated text names the right one, by
+letter or by text (the rule: `parse_choice` in evaluation_questions.py; texts that name none are wrong, and counted as
+`num_unparsable`), and `likelihood` the share where the model gives the right choice the highest probability, the token
+that ends its turn included. All are reported for each `question_type` beside `chance` (one over the number of choices)
+and `best_guess` (always giving the most frequent answer, or the choice at the place that is most often right).
 
 Next-frame prediction, over the distinct videos, each counted once: `mse` and `copy_mse` (of copying the last frame),
 `skill = 1 - mse / copy_mse`, `cosine`, and `temporal_consistency` (how often the true next frame is the nearest of
-its clip to the prediction). Intervals are 95% bootstrap intervals; questions about the same video are drawn together.
+its clip to the prediction), by horizon and by the seconds between the last frame that was seen and the predicted one,
+in bins around powers of two: that of 0.25 s holds 0.177 to 0.354 s. Intervals are 95% bootstrap intervals; questions
+about the same video are drawn together.
 
-The JSON output holds the results, every answer, all settings and the versions that they were made with.
+The JSON output holds the results, every answer, the numbers of every predicted frame, all settings, the versions, model
+and data that they were made with, and the command that repeats it. An HTML report lies beside it. Batches are the same
+for any number of processes, each of which takes every n-th one, so that on devices of one kind the numbers are identical.
+An entry that cannot be read is an error; with `--max-bad-samples N`, up to N are left out and listed.
 """
 
-import argparse
-import json
-import platform
+import sys
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import transformers
-from torch.utils.data import DataLoader, Dataset
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from evaluation_measures import load_checkpoint, measure_batch
+from evaluation_metrics import summarize_answers, summarize_frames
+from evaluation_questions import PromptCollator, Prompts, Question, read_questions
+from evaluation_records import Batches, RecordFiles
+from evaluation_report import format_results, write_report, write_results
+from evaluation_settings import (
+    EvaluationSettings,
+    command_line,
+    entries_sha256,
+    hardware,
+    make_parser,
+    model_identity,
+    resolved_revision,
+    versions,
+)
+from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.cache_utils import DynamicCache
 
-from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
-from llava_next_ar.processing_llava_next_ar import LlavaNextARProcessor
-from llava_next_ar.reconstruction_metrics import summarize_frame_metrics
-from llava_next_ar.training_collator import LlavaVideoCollator
 from llava_next_ar.training_data import LlavaVideoDataset
 
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """Everything that the results depend on; written into the output."""
-
-    model: str
-    data: str
-    video_root: str | None = None
-    allow_outside_root: bool = False
-    trust_remote_code: bool = False
-    device: str = "cpu"
-    dtype: str = "float32"
-    batch_size: int = 8
-    num_workers: int = 0
-    max_samples: int | None = None
-    max_new_tokens: int = 16
-    num_frames: int | None = None
-    generation: bool = True
-    likelihood: bool = True
-    reconstruction: bool = True
-    bootstrap_samples: int = 1000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "max_new_tokens", "max_samples", "num_frames"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"dtype is {self.dtype!r}, expected one such as float32 or bfloat16")
-
-
-# -- Checkpoint and data
-
-
-def load_checkpoint(
-    model: str, *, trust_remote_code: bool = False, device: str = "cpu", dtype: str = "float32"
-) -> tuple[Any, Any]:
-    """Model, in eval mode, and processor. With `trust_remote_code`, the checkpoint's code runs, else the package's."""
-    options = {"dtype": getattr(torch, dtype)}
-    if trust_remote_code:
-        loaded = AutoModelForImageTextToText.from_pretrained(model, trust_remote_code=True, **options)
-        processor = AutoProcessor.from_pretrained(model, trust_remote_code=True)
-    else:
-        loaded = LlavaNextARForConditionalGeneration.from_pretrained(model, **options)
-        processor = LlavaNextARProcessor.from_pretrained(model)
-    return loaded.to(device).eval(), processor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """One entry of the data set, as it is asked."""
-
-    index: int
-    id: str
-    question_type: str
-    messages: list[dict[str, Any]]
-    """Everything before the answer."""
-    answer: str
-    choices: tuple[str, ...] = ()
-    media: tuple[str, ...] = ()
-
-
-def read_questions(dataset: LlavaVideoDataset, max_samples: int | None = None) -> list[Question]:
-    """The entries of a data set as questions; decodes nothing.
-
-    Raises:
-        BadSampleError: for an entry that is malformed or whose file is missing.
-        ValueError: if an entry has no answer, or its answer is not among its choices.
-    """
-    questions = []
-    for index, entry in enumerate(dataset.entries[:max_samples]):
-        messages = dataset.messages(index)
-        name = str(entry.get("id", index))
-        if messages[-1]["role"] != "assistant":
-            raise ValueError(f"entry {name} of {dataset.name} does not end with an answer (a turn from 'gpt')")
-        content = messages[-1]["content"]
-        answer = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-        choices = tuple(entry.get("choices") or ())
-        if choices and answer not in choices:
-            raise ValueError(f"entry {name} of {dataset.name}: the answer {answer!r} is not among {list(choices)}")
-        parts = [p for m in messages if not isinstance(m["content"], str) for p in m["content"] if p["type"] != "text"]
-        questions.append(
-            Question(
-                index=index,
-                id=name,
-                question_type=str(entry.get("question_type", "all")),
-                messages=messages[:-1],
-                answer=answer,
-                choices=choices,
-                media=tuple(part[part["type"]] for part in parts),
-            )
-        )
-    return questions
-
-
-class _Prompts(Dataset):
-    """Questions as model inputs. Videos are decoded when an item is taken: in a DataLoader worker, if there is one."""
-
-    def __init__(self, questions: Sequence[Question], processor: Any, processor_kwargs: dict[str, Any]) -> None:
-        self.questions = questions
-        self.processor = processor
-        self.processor_kwargs = processor_kwargs
-
-    def __len__(self) -> int:
-        return len(self.questions)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        question = self.questions[index]
-        try:
-            inputs = self.processor.apply_chat_template(
-                question.messages,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs=dict(self.processor_kwargs),
-            )
-        except (ValueError, OSError) as error:
-            raise ValueError(f"question {question.id}: {error}") from error
-        sample = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-        sample.pop("attention_mask")
-        sample["input_ids"] = sample["input_ids"][0]
-        sample["labels"] = torch.full_like(sample["input_ids"], -100)  # the collator pads them beside the text
-        return sample
-
-
-def answer_tokens(processor: Any, messages: list[dict[str, Any]], answer: str) -> list[int]:
-    """What the model would have to say to give this answer: its tokens, and those that end the turn."""
-    options = {"tokenize": False}
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, **options)
-    spoken = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-    whole = processor.apply_chat_template(spoken, **options)
-    if not whole.startswith(prompt):
-        raise ValueError("the chat template writes a prompt that is not the beginning of the answered conversation")
-    return processor.tokenizer(whole[len(prompt) :].rstrip(), add_special_tokens=False)["input_ids"]
-
-
-def normalise_answer(text: str) -> str:
-    return text.strip().rstrip(".").strip().lower()
-
-
-# -- Measuring
-
-
-def _positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def choice_log_likelihoods(
-    model: Any,
-    cache: DynamicCache,
-    last_logits: torch.Tensor,
-    attention_mask: torch.Tensor,
-    choices: Sequence[Sequence[Sequence[int]]],
-) -> list[list[float]]:
-    """Log-probability of each choice as a whole, given prompts that were read already.
-
-    Args:
-        cache: of the prompts, padded on the left; used up.
-        last_logits: `[B, V]` at the last token of each prompt.
-        attention_mask: `[B, S]` of the prompts.
-        choices: for each prompt its choices as tokens.
-
-    Returns:
-        for each prompt one number per choice.
-    """
-    device = last_logits.device
-    rows = torch.tensor([row for row, some in enumerate(choices) for _ in some], device=device)  # [R] one per choice
-    flat = [torch.tensor(tokens) for some in choices for tokens in some]
-    if not flat:
-        return [[] for _ in choices]
-    tokens = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True, padding_value=-1).to(device)  # [R, A]
-    exists = tokens >= 0
-    tokens = tokens.clamp(min=0)
-    logits = last_logits[rows][:, None]
-    if tokens.shape[1] > 1:
-        cache.batch_select_indices(rows)
-        mask = torch.cat([attention_mask[rows], exists[:, :-1].to(attention_mask.dtype)], dim=1)
-        position_ids = _positions(mask)[:, -(tokens.shape[1] - 1) :]
-        rest = model(
-            input_ids=tokens[:, :-1],
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
-        logits = torch.cat([logits, rest], dim=1)
-    scores = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    scores = (scores * exists).sum(1).tolist()
-    ends = np.cumsum([len(some) for some in choices])
-    return [scores[end - len(some) : end] for some, end in zip(choices, ends, strict=True)]
-
-
-@dataclass
-class _Records:
-    """What is kept of each question, and of each distinct set of videos."""
-
-    answers: list[dict[str, Any]] = field(default_factory=list)
-    videos: dict[tuple[str, ...], dict[str, list[float]]] = field(default_factory=dict)
-
-
-@torch.inference_mode()
-def _measure_batch(
-    model: Any,
-    processor: Any,
-    batch: dict[str, torch.Tensor],
-    questions: Sequence[Question],
-    settings: EvaluationSettings,
-    records: _Records,
-) -> None:
-    batch = {name: value.to(settings.device) for name, value in batch.items() if name != "labels"}
-    new_records = [
-        {"id": q.id, "question_type": q.question_type, "answer": q.answer, "choices": list(q.choices)}
-        for q in questions
-    ]
-    if settings.generation:
-        generated = model.generate(**batch, max_new_tokens=settings.max_new_tokens, do_sample=False, num_beams=1)
-        texts = processor.tokenizer.batch_decode(
-            generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        for record, text in zip(new_records, texts, strict=True):
-            record["generated"] = text.strip()
-            record["exact"] = normalise_answer(text) == normalise_answer(record["answer"])
-    choices = [[answer_tokens(processor, q.messages, choice) for choice in q.choices] for q in questions]
-    wants_choices = settings.likelihood and any(choices)
-    new_videos = {q.media for q in questions} - records.videos.keys() - {()}
-    wants_frames = settings.reconstruction and model.autoregressive_module is not None
-    wants_frames &= bool(new_videos) and "pixel_values_videos" in batch
-    if wants_choices or wants_frames:
-        cache = DynamicCache(config=model.config.get_text_config()) if wants_choices else None
-        outputs = model(
-            **batch,
-            position_ids=_positions(batch["attention_mask"]),
-            past_key_values=cache,
-            use_cache=wants_choices,
-            return_reconstruction=wants_frames,
-            skip_reconstruction=not wants_frames,
-            logits_to_keep=1,
-        )
-    if wants_choices:
-        scores = choice_log_likelihoods(
-            model, outputs.past_key_values, outputs.logits[:, -1], batch["attention_mask"], choices
-        )
-        for record, question, own in zip(new_records, questions, scores, strict=True):
-            if own:
-                record["log_likelihoods"] = own
-                record["likelihood"] = question.choices[int(np.argmax(own))] == question.answer
-    if wants_frames and outputs.reconstruction is not None:
-        _keep_frames(outputs.reconstruction, questions, records)
-    records.answers += new_records
-
-
-def _keep_frames(reconstruction: Any, questions: Sequence[Question], records: _Records) -> None:
-    """Metrics of the predicted frames, filed under the videos that they belong to; the first prompt of each counts."""
-    num_videos = [sum(part["type"] == "video" for m in q.messages for part in _parts(m)) for q in questions]
-    owner = np.repeat(np.arange(len(questions)), num_videos)
-    metrics = {name: values.tolist() for name, values in reconstruction.frame_metrics().items()}
-    lengths = Counter(reconstruction.frame_video.tolist())
-    filed: dict[tuple[str, ...], int] = {}
-    for frame, video in enumerate(reconstruction.frame_video.tolist()):
-        question = int(owner[video])
-        media = questions[question].media
-        if media in records.videos and media not in filed:
-            continue
-        if filed.setdefault(media, question) != question:
-            continue
-        kept = records.videos.setdefault(media, defaultdict(list))
-        for name, values in metrics.items():
-            kept[name].append(values[frame])
-        # Nearest to a copy is always the frame before, so copying is no baseline here; a blind guess is one.
-        kept["temporal_consistency_chance"].append(1 / (lengths[video] + 1))
-
-
-def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
-    return [] if isinstance(message["content"], str) else message["content"]
+# A process that is done waits for the slowest one; a launcher ends all of them when one fails.
+_PATIENCE = timedelta(days=7)
 
 
 def evaluate(
-    settings: EvaluationSettings, model: Any = None, processor: Any = None, *, progress: bool = True
-) -> dict[str, Any]:
-    """Evaluates a checkpoint.
+    settings: EvaluationSettings,
+    model: Any = None,
+    processor: Any = None,
+    *,
+    progress: bool = True,
+    output: Path | None = None,
+    resume: bool = False,
+) -> dict[str, Any] | None:
+    """Evaluates a checkpoint, on all processes that accelerate or torchrun started.
 
     Args:
         model, processor: instead of those that `settings.model` names.
         progress: show a progress bar on stderr.
+        output: where the results will be written (by the caller): records are kept beside it as they come.
+        resume: take over the records of an interrupted run.
 
     Returns:
-        `settings`, `versions`, `question_answering` (`all`, and `by_type`), `reconstruction` (None without head or
-        videos), `seconds`, and `answers`, one record for each question.
+        `settings`, `versions`, `model`, `data`, `command`, `question_answering` (`all`, and `by_type`), `reconstruction`
+        (None without head or videos), `num_bad_samples`, `bad_samples`, `seconds`, `run` (what the numbers do not depend
+        on), `answers`, one record for each question, and `videos`, the numbers of each predicted frame. On all processes
+        but the first, None.
+
+    Raises:
+        ValueError: for a bad entry of the data; if records beside the output belong to another evaluation, or to an
+            interrupted one that shall not be resumed.
     """
     start = time.perf_counter()
-    torch.manual_seed(settings.seed)
-    if model is None or processor is None:
-        model, processor = load_checkpoint(
-            settings.model,
-            trust_remote_code=settings.trust_remote_code,
-            device=settings.device,
-            dtype=settings.dtype,
-        )
-    dataset = LlavaVideoDataset(
-        settings.data, processor, video_root=settings.video_root, allow_outside_root=settings.allow_outside_root
-    )
-    questions = read_questions(dataset, settings.max_samples)
-    processor_kwargs = {} if settings.num_frames is None else {"num_frames": settings.num_frames}
-    loader = DataLoader(
-        _Prompts(questions, processor, processor_kwargs),
-        batch_size=settings.batch_size,
-        num_workers=settings.num_workers,
-        collate_fn=LlavaVideoCollator(processor, padding_side="left"),
-    )
-    records = _Records()
-    with tqdm(total=len(questions), desc="evaluating", unit="question", disable=not progress) as bar:
-        for batch in loader:
-            own = questions[len(records.answers) : len(records.answers) + len(batch["input_ids"])]
-            _measure_batch(model, processor, batch, own, settings, records)
-            bar.update(len(own))
-    return {
-        "settings": asdict(settings),
-        "versions": versions(),
-        "question_answering": summarize_answers(records.answers, [q.media for q in questions], settings),
-        "reconstruction": summarize_frames(list(records.videos.values()), settings),
-        "seconds": round(time.perf_counter() - start, 2),
-        "answers": records.answers,
-    }
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-
-
-# -- Summaries
-
-
-def bootstrap_interval(
-    groups: Sequence[Any], statistic: Callable[[np.ndarray], float], settings: EvaluationSettings
-) -> list[float] | None:
-    """95% percentile interval of a statistic over redrawn groups (their indices); None for fewer than two groups."""
-    if len(groups) < 2 or settings.bootstrap_samples < 1:
-        return None
-    rng = np.random.default_rng(settings.seed)
-    drawn = rng.integers(len(groups), size=(settings.bootstrap_samples, len(groups)))
-    values = np.array([statistic(indices) for indices in drawn])
-    return [round(float(bound), 4) for bound in np.nanpercentile(values, [2.5, 97.5])]
-
-
-def summarize_answers(
-    answers: Sequence[dict[str, Any]], clips: Sequence[Any], settings: EvaluationSettings
-) -> dict[str, Any]:
-    """Accuracy, over all and for each type, beside what guessing is worth. `clips[i]` is what question i is about."""
-    by_type = defaultdict(list)
-    for number, answer in enumerate(answers):
-        by_type[answer["question_type"]].append(number)
-
-    def summarize(numbers: list[int]) -> dict[str, Any]:
-        some = [answers[number] for number in numbers]
-        summary: dict[str, Any] = {"num_questions": len(some)}
-        with_choices = [answer for answer in some if answer["choices"]]
-        if len(with_choices) == len(some):
-            places = Counter(answer["choices"].index(answer["answer"]) for answer in some)
-            summary["chance"] = float(np.mean([1 / len(answer["choices"]) for answer in some]))
-        else:
-            places = Counter(normalise_answer(answer["answer"]) for answer in some)
-        summary["best_guess"] = max(places.values()) / len(some)
-        for name in ("exact", "likelihood"):
-            pairs = [(float(answers[n][name]), clips[n]) for n in numbers if name in answers[n]]
-            if pairs:
-                summary[name] = float(np.mean([hit for hit, _ in pairs]))
-                summary[f"{name}_interval"] = _accuracy_interval(pairs, settings)
-        return summary
-
-    return {
-        "all": summarize(list(range(len(answers)))),
-        "by_type": {name: summarize(by_type[name]) for name in sorted(by_type)},
-    }
-
-
-def _accuracy_interval(pairs: Sequence[tuple[float, Any]], settings: EvaluationSettings) -> list[float] | None:
-    sums: dict[Any, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for hit, clip in pairs:
-        sums[clip][0] += hit
-        sums[clip][1] += 1
-    table = np.array(list(sums.values()))  # [clips, 2]: right answers, questions
-    return bootstrap_interval(table, lambda indices: np.divide(*table[indices].sum(0)), settings)
-
-
-def summarize_frames(videos: Sequence[dict[str, list[float]]], settings: EvaluationSettings) -> dict[str, Any] | None:
-    """Means over all predicted frames; None if there are none."""
-    if not videos:
-        return None
-    frames = {name: torch.tensor([value for video in videos for value in video[name]]) for name in videos[0]}
-    summary: dict[str, Any] = {"num_videos": len(videos), "num_frames": len(frames["mse"]), "horizon": 1}
-    summary.update(summarize_frame_metrics(frames))
-    table = np.array([[sum(video["mse"]), sum(video["copy_mse"])] for video in videos])
-
-    def skill(indices: np.ndarray) -> float:
-        mse, copy_mse = table[indices].sum(0)
-        return 1 - mse / copy_mse if copy_mse > 0 else np.nan
-
-    if table[:, 1].sum() > 0:
-        summary["skill_interval"] = bootstrap_interval(table, skill, settings)
-    return summary
-
-
-def format_results(results: dict[str, Any]) -> str:
-    """The results as a table for people."""
-
-    def with_interval(summary: dict[str, Any], name: str) -> str:
-        if name not in summary:
-            return "-"
-        interval = summary.get(f"{name}_interval")
-        return f"{summary[name]:.3f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
-
-    answering = results["question_answering"]
-    rows = [("question type", "questions", "exact", "likelihood", "chance", "best guess")]
-    types = answering["by_type"] if len(answering["by_type"]) > 1 else {}
-    for name, summary in [*types.items(), ("all", answering["all"])]:
-        rows.append(
-            (
-                name,
-                str(summary["num_questions"]),
-                with_interval(summary, "exact"),
-                with_interval(summary, "likelihood"),
-                f"{summary['chance']:.3f}" if "chance" in summary else "-",
-                f"{summary['best_guess']:.3f}",
+    processes = PartialState(cpu=torch.device(settings.device).type == "cpu", timeout=_PATIENCE)
+    device = _device_of_process(settings.device, processes)
+    num_threads = torch.get_num_threads()
+    if torch.device(settings.device).type == "cpu":
+        torch.set_num_threads(settings.cpu_threads)
+    try:
+        torch.manual_seed(settings.seed)
+        identity = None
+        if model is None or processor is None:
+            revision = resolved_revision(settings.model, settings.revision) if processes.is_main_process else None
+            (revision,) = broadcast_object_list([revision])
+            settings = replace(settings, revision=revision)
+            model, processor = load_checkpoint(
+                settings.model,
+                trust_remote_code=settings.trust_remote_code,
+                device=device,
+                dtype=settings.dtype,
+                revision=settings.revision,
             )
+            if processes.is_main_process:
+                identity = model_identity(settings.model, model, settings.revision)
+        (identity,) = broadcast_object_list([identity])
+        dataset = LlavaVideoDataset(
+            settings.data, processor, video_root=settings.video_root, allow_outside_root=settings.allow_outside_root
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        questions = read_questions(dataset, settings.max_samples, max_bad_samples=settings.max_bad_samples)
+        provenance = {
+            "settings": asdict(settings),
+            "versions": versions(),
+            "model": identity or {"id": settings.model, "revision": None, "weights_sha256": None},
+            "data": {"path": settings.data, "sha256": entries_sha256(dataset.entries[: settings.max_samples])},
+        }
+        batches, num_resumed = _measure(
+            settings, model, processor, questions, provenance, processes, output, resume, progress
         )
-        for row in rows
+    finally:
+        torch.set_num_threads(num_threads)
+    if not processes.is_main_process:
+        return None
+    records = [record for number in sorted(batches) for record in batches[number]]
+    answered = [(r, q) for r, q in zip(records, questions, strict=True) if "problem" not in r]
+    bad = [record for record in records if "problem" in record]
+    answers = [{name: value for name, value in r.items() if name != "horizons"} for r, _ in answered]
+    videos = [{"id": r["id"], "horizons": r["horizons"]} for r, _ in answered if "horizons" in r]
+    return {
+        **provenance,
+        "command": command_line(settings),
+        "question_answering": summarize_answers(answers, [q.media for _, q in answered], settings),
+        "reconstruction": summarize_frames([video["horizons"] for video in videos], settings),
+        "num_bad_samples": len(bad),
+        "bad_samples": bad,
+        "seconds": round(time.perf_counter() - start, 2),
+        "run": {
+            "num_processes": processes.num_processes,
+            "hardware": hardware(settings.device),
+            "num_resumed_questions": num_resumed,
+        },
+        "answers": answers,
+        "videos": videos,
+    }
+
+
+def _device_of_process(device: str, processes: PartialState) -> str | torch.device:
+    if processes.num_processes == 1:
+        return device
+    wanted, given = torch.device(device), processes.device
+    if wanted.index is not None or wanted.type != given.type:
+        raise ValueError(f"device is {device!r}, but the launcher gave this process {given}: give {given.type!r}")
+    return given
+
+
+def _measure(
+    settings: EvaluationSettings,
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    provenance: dict[str, Any],
+    processes: PartialState,
+    output: Path | None,
+    resume: bool,
+    progress: bool,
+) -> tuple[Batches, int]:
+    """The records of all batches, on every process, and the number of questions that were taken over."""
+    # The same batches for any number of processes: what else is in a batch changes the last digits of a number.
+    batches = [
+        list(range(first, min(first + settings.batch_size, len(questions))))
+        for first in range(0, len(questions), settings.batch_size)
     ]
-    frames = results["reconstruction"]
-    if frames is None:
-        return "\n".join([*lines, "", "next frame: not measured (no head, or no video with two frames)"])
-    lines += [
-        "",
-        f"next frame, {frames['num_frames']} predictions in {frames['num_videos']} videos",
-        f"  mse {frames['mse']:.4f}   copying the last frame {frames['copy_mse']:.4f}   "
-        f"skill {with_interval(frames, 'skill')}   (0 = copying)",
-        f"  cosine {frames['cosine']:.3f}   temporal consistency {frames['temporal_consistency']:.3f} "
-        f"(blind guess {frames['temporal_consistency_chance']:.3f})",
-    ]
-    return "\n".join(lines)
+    files = None if output is None else RecordFiles(output, processes.process_index)
+    done = _records_of_earlier_run(files, provenance, resume)
+    num_resumed = sum(len(records) for records in done.values())
+    pending = [number for number in range(len(batches)) if number not in done]
+    own = pending[processes.process_index :: processes.num_processes]
+    loader = DataLoader(
+        Prompts(questions, processor, settings),
+        batch_sampler=[batches[number] for number in own],
+        num_workers=settings.num_workers,
+        collate_fn=PromptCollator(processor),
+    )
+    num_bad = sum("problem" in record for records in done.values() for record in records)
+    measured: Batches = {}
+    if files is not None:
+        files.open(provenance)
+    total = sum(len(batches[number]) for number in own)
+    show = progress and processes.is_main_process
+    name = "evaluating" if processes.num_processes == 1 else f"evaluating (process 1 of {processes.num_processes})"
+    if resume and show:
+        tqdm.write(f"{num_resumed} of {len(questions)} questions were measured before", file=sys.stderr)
+    with tqdm(total=total, desc=name, unit="question", disable=not show) as bar:
+        for number, (inputs, problems) in zip(own, loader, strict=True):
+            some = [questions[index] for index in batches[number]]
+            asked = [q for q, problem in zip(some, problems, strict=True) if problem is None]
+            answered = iter(measure_batch(model, processor, inputs, asked, settings) if asked else [])
+            measured[number] = [
+                next(answered)
+                if problem is None
+                else {"id": q.id, "question_type": q.question_type, "problem": problem}
+                for q, problem in zip(some, problems, strict=True)
+            ]
+            num_bad += sum(problem is not None for problem in problems)
+            if num_bad > settings.max_bad_samples:
+                raise _too_many(measured[number], num_bad, settings)
+            if files is not None:
+                files.append(number, measured[number])
+            bar.update(len(some))
+    if files is not None:
+        files.close()
+    gathered = dict(gather_object(list(measured.items())))
+    everything = {**done, **gathered}
+    bad = [record for number in sorted(everything) for record in everything[number] if "problem" in record]
+    if len(bad) > settings.max_bad_samples:  # each process had few enough
+        raise _too_many(bad, len(bad), settings)
+    return everything, num_resumed
+
+
+def _records_of_earlier_run(files: RecordFiles | None, provenance: dict[str, Any], resume: bool) -> Batches:
+    if files is None:
+        if resume:
+            raise ValueError("resume needs the output that the interrupted run was to write")
+        return {}
+    # Every process reads what it sees (machines need not share a disk) before any of them writes.
+    found = gather_object([str(path) for path in files.existing()])
+    if found and not resume:
+        raise ValueError(
+            f"{found[0]} holds records of an interrupted run: go on with it by --resume, or delete it to start anew"
+        )
+    return dict(gather_object(list(files.read(provenance).items())))
+
+
+def _too_many(records: Sequence[dict[str, Any]], num_bad: int, settings: EvaluationSettings) -> ValueError:
+    last = [record["problem"] for record in records if "problem" in record][-1]
+    if settings.max_bad_samples == 0:
+        return ValueError(last)
+    return ValueError(f"{num_bad} bad samples, more than max_bad_samples={settings.max_bad_samples}, the last: {last}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    defaults = EvaluationSettings(model="", data="")
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="checkpoint: a folder or a Hub id")
-    parser.add_argument("--data", required=True, help="LLaVA JSON or JSON lines")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--video-root", help="folder of the videos; that of the data if not given")
-    parser.add_argument("--allow-outside-root", action="store_true", help="accept paths outside of it, and URLs")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that the checkpoint carries")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default=defaults.dtype, help="float32, bfloat16 or float16")
-    parser.add_argument("--batch-size", type=int, default=defaults.batch_size)
-    parser.add_argument("--num-workers", type=int, default=defaults.num_workers, help="processes that decode videos")
-    parser.add_argument("--max-samples", type=int, help="only the first so many entries")
-    parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
-    parser.add_argument(
-        "--num-frames", type=int, help="frames of a video, if other than the checkpoint's processor says"
-    )
-    parser.add_argument("--bootstrap-samples", type=int, default=defaults.bootstrap_samples, help="0: no intervals")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    for name in ("generation", "likelihood", "reconstruction"):
-        parser.add_argument(f"--no-{name}", dest=name, action="store_false", help=f"do not measure {name}")
+    parser = make_parser(__doc__.split("\n\n")[0])
     options = vars(parser.parse_args(argv))
-    output = options.pop("output")
+    output, resume, no_report = (options.pop(name) for name in ("output", "resume", "no_report"))
     try:
         settings = EvaluationSettings(**options)
-        results = evaluate(settings)
+        results = evaluate(settings, output=output, resume=resume)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    print(format_results(results))
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        print(f"\nwritten to {output}")
+    processes = PartialState()
+    if results is not None:
+        print(format_results(results))
+        if output is not None:
+            write_results(results, output)
+            print(f"\nwritten to {output}")
+            if not no_report:
+                write_report(results, output.with_suffix(".html"))
+                print(f"report: {output.with_suffix('.html')}")
+    processes.wait_for_everyone()
+    if output is not None and processes.is_local_main_process:
+        RecordFiles(output, processes.process_index).remove()
+    processes.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

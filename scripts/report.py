@@ -1,4 +1,4 @@
-"""Pictures and a self-contained HTML page about what a model predicted; used by scripts/demo.py.
+"""Pictures and a self-contained HTML page about what a model predicted; used by scripts/demo.py and scripts/evaluate.py.
 
 Features are shown as colours: their first three principal components as red, green and blue. One basis serves all
 rows of a picture, so that equal features have equal colours and a prediction can be compared with the truth by eye.
@@ -6,6 +6,7 @@ rows of a picture, so that equal features have equal colours and a prediction ca
 
 import base64
 import html
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
-_GRAY, _BLUE, _ORANGE = "#888888", "#2563a8", "#d2691e"
+_GRAY, _LIGHT, _BLUE, _GREEN, _ORANGE = "#888888", "#cccccc", "#2563a8", "#4d9078", "#d2691e"
 
 
 # -- Features as colours
@@ -129,30 +132,96 @@ def loss_figure(log_history: Sequence[dict[str, float]], loss_weight: float) -> 
     return figure
 
 
-def accuracy_figure(before: dict[str, Any], after: dict[str, Any]) -> Figure:
-    """Accuracy of each question type before and after training, beside chance; `by_type` of two evaluations."""
-    names = list(after)
-    figure = Figure(figsize=(1.3 * len(names) + 2.2, 2.8), layout="constrained")
+def _accuracy_bars(series: Sequence[tuple[str, str, dict[str, Any], str]], label: str) -> Figure:
+    """Groups of bars over question types, with intervals, and the chance level as a line across each group.
+
+    Args:
+        series: label, colour, `by_type` of an evaluation, and which of its accuracies.
+        label: of the vertical axis.
+    """
+    names = list(series[-1][2])
+    figure = Figure(figsize=(min(1.3 * len(names) + 2.2, 16), 2.8), layout="constrained")
     ax = figure.subplots()
+    width = 0.8 / len(series)
     for place, name in enumerate(names):
-        bars = (("before", before.get(name), "#cccccc", -0.2), ("after", after[name], _BLUE, 0.2))
-        for label, summary, colour, shift in bars:
-            if summary is None:
+        for number, (_, colour, by_type, key) in enumerate(series):
+            summary = by_type.get(name)
+            if summary is None or key not in summary:
                 continue
-            value, interval = summary["exact"], summary.get("exact_interval")
+            value, interval = summary[key], summary.get(f"{key}_interval")
             error = None if not interval else [[max(value - interval[0], 0)], [max(interval[1] - value, 0)]]
-            ax.bar(place + shift, value, 0.36, color=colour, yerr=error, label=label if place == 0 else None,
-                   error_kw={"linewidth": 0.8, "ecolor": "#333333"})  # fmt: skip
+            x = place + (number - (len(series) - 1) / 2) * width
+            ax.bar(x, value, 0.9 * width, color=colour, yerr=error, error_kw={"linewidth": 0.8, "ecolor": "#333333"})
             top = value if error is None else value + error[1][0]
-            ax.annotate(f"{value:.2f}", (place + shift, top + 0.01), ha="center", va="bottom", fontsize=8)
-        ax.hlines(after[name]["chance"], place - 0.42, place + 0.42, color=_ORANGE, linewidth=1.8,
-                  label="chance" if place == 0 else None)  # fmt: skip
-    ax.set_xticks(range(len(names)), names, fontsize=9)
+            ax.annotate(f"{value:.2f}", (x, top + 0.01), ha="center", va="bottom", fontsize=8 if width > 0.3 else 6.5)
+        if "chance" in series[-1][2][name]:
+            ax.hlines(series[-1][2][name]["chance"], place - 0.42, place + 0.42, color=_ORANGE, linewidth=1.8)
+    ax.set_xticks(range(len(names)), names, fontsize=9, rotation=0 if len(names) < 8 else 30)
     ax.set_ylim(0, 1.12)
-    ax.set_ylabel("exact match, held-out clips", fontsize=8)
+    ax.set_ylabel(label, fontsize=8)
     ax.tick_params(axis="y", labelsize=7)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    handles = [Patch(color=colour, label=name) for name, colour, _, _ in series]
+    handles.append(Line2D([], [], color=_ORANGE, linewidth=1.8, label="chance"))
+    ax.legend(handles=handles, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def accuracy_figure(before: dict[str, Any], after: dict[str, Any]) -> Figure:
+    """Accuracy of each question type before and after training, beside chance; `by_type` of two evaluations."""
+    series = [("before", _LIGHT, before, "exact"), ("after", _BLUE, after, "exact")]
+    return _accuracy_bars(series, "exact match, held-out clips")
+
+
+def answers_figure(by_type: dict[str, Any]) -> Figure:
+    """Each kind of accuracy that one evaluation measured, by question type, beside chance."""
+    kinds = (
+        ("exact match", _LIGHT, "exact"),
+        ("choice, generated", _BLUE, "choice"),
+        ("choice, likelihood", _GREEN, "likelihood"),
+    )
+    measured = {key for summary in by_type.values() for key in summary}
+    series = [(label, colour, by_type, key) for label, colour, key in kinds if key in measured]
+    return _accuracy_bars(series, "share of right answers")
+
+
+def gap_figure(by_horizon: dict[str, Any]) -> Figure:
+    """Skill and temporal consistency over the seconds to the predicted frame, a line for each horizon.
+
+    Args:
+        by_horizon: of the `reconstruction` of an evaluation.
+    """
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    skill_ax, consistency_ax = figure.subplots(1, 2)
+    places = sorted({entry["gap"] for summary in by_horizon.values() for entry in summary["by_gap"]})
+    for (horizon, summary), colour in zip(by_horizon.items(), (_BLUE, _GREEN, _ORANGE, _GRAY) * 9, strict=False):
+        for ax, name in ((skill_ax, "skill"), (consistency_ax, "temporal_consistency")):
+            some = [entry for entry in summary["by_gap"] if entry[name] is not None]
+            x, y = [places.index(entry["gap"]) for entry in some], [entry[name] for entry in some]
+            bounds = [entry[f"{name}_interval"] or [entry[name]] * 2 for entry in some]
+            error = [[max(v - low, 0) for v, (low, _) in zip(y, bounds, strict=True)],
+                     [max(high - v, 0) for v, (_, high) in zip(y, bounds, strict=True)]]  # fmt: skip
+            frames = "frame" if horizon == "1" else "frames"
+            ax.errorbar(x, y, yerr=error, color=colour, marker="o", markersize=4, linewidth=1.2, elinewidth=0.8,
+                        capsize=2, label=f"{horizon} {frames} ahead")  # fmt: skip
+            for entry, place, value in zip(some, x, y, strict=True):
+                ax.annotate(f"n={entry['num_frames']}", (place, value), xytext=(5, 4), textcoords="offset points",
+                            fontsize=7, color=_GRAY)  # fmt: skip
+        some = summary["by_gap"]
+        consistency_ax.plot([places.index(entry["gap"]) for entry in some],
+                            [entry["temporal_consistency_chance"] for entry in some], color=_GRAY, linestyle="--",
+                            marker="_", linewidth=1, label="blind guess" if horizon == "1" else None)  # fmt: skip
+    skill_ax.axhline(0, color=_GRAY, linewidth=1, linestyle="--", label="copying the last frame")
+    skill_ax.set_title("skill", fontsize=10)
+    consistency_ax.set_title("temporal consistency", fontsize=10)
+    consistency_ax.set_ylim(0, 1.05)
+    for ax in (skill_ax, consistency_ax):
+        ax.set_xticks(range(len(places)), [f"{place:g}" for place in places])
+        ax.set_xlabel("seconds from the last seen to the predicted frame (bins around powers of two)", fontsize=8)
+        ax.tick_params(labelsize=7)
+        ax.margins(x=0.12)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(fontsize=8, frameon=False)
     return figure
 
 
@@ -177,10 +246,10 @@ def surprise_figure(prediction: Any, timestamps: Sequence[float], title: str) ->
 # -- The page
 
 
-def _picture(path: Path, width: int | None = None) -> str:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
+def _picture(png: bytes, alt: str, width: int | None = None) -> str:
+    data = base64.b64encode(png).decode("ascii")
     size = f' style="width:{width}px"' if width else ""
-    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(path.stem)}"{size}>'
+    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}"{size}>'
 
 
 _STYLE = (
@@ -215,7 +284,14 @@ class Report:
         self._parts.append("<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>")
 
     def picture(self, path: Path, width: int | None = None) -> None:
-        self._parts.append(_picture(path, width))
+        self._parts.append(_picture(path.read_bytes(), path.stem, width))
+
+    def figure(self, figure: Figure, alt: str, width: int | None = None) -> None:
+        """A figure that is not in a file; `alt` says what it shows to those who cannot see it."""
+        buffer = io.BytesIO()
+        # Without the date and version that matplotlib adds, equal results give equal pages.
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+        self._parts.append(_picture(buffer.getvalue(), alt, width))
 
     def write(self, path: Path) -> None:
         body = "\n".join(self._parts)

@@ -1,0 +1,189 @@
+"""What a checkpoint says and predicts about a batch of questions, as plain records; used by scripts/evaluate.py."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from evaluation_questions import Question, media_parts, normalise_answer, parse_choice
+from evaluation_settings import EvaluationSettings
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.cache_utils import DynamicCache
+
+from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
+from llava_next_ar.processing_llava_next_ar import LlavaNextARProcessor
+
+
+def load_checkpoint(
+    model: str,
+    *,
+    trust_remote_code: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: str = "float32",
+    revision: str | None = None,
+) -> tuple[Any, Any]:
+    """Model, in eval mode, and processor. With `trust_remote_code`, the checkpoint's code runs, else the package's."""
+    model_class, processor_class = LlavaNextARForConditionalGeneration, LlavaNextARProcessor
+    trust = {}
+    if trust_remote_code:
+        model_class, processor_class, trust = AutoModelForImageTextToText, AutoProcessor, {"trust_remote_code": True}
+    options = {"revision": revision or "main", **trust}
+    loaded = model_class.from_pretrained(model, dtype=getattr(torch, dtype), **options)
+    processor = processor_class.from_pretrained(model, **options)
+    return loaded.to(device).eval(), processor
+
+
+def answer_tokens(processor: Any, messages: list[dict[str, Any]], answer: str) -> list[int]:
+    """What the model would have to say to give this answer: its tokens, and those that end the turn."""
+    options = {"tokenize": False}
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, **options)
+    spoken = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    whole = processor.apply_chat_template(spoken, **options)
+    if not whole.startswith(prompt):
+        raise ValueError("the chat template writes a prompt that is not the beginning of the answered conversation")
+    return processor.tokenizer(whole[len(prompt) :].rstrip(), add_special_tokens=False)["input_ids"]
+
+
+def _positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def choice_log_likelihoods(
+    model: Any,
+    cache: DynamicCache,
+    last_logits: torch.Tensor,
+    attention_mask: torch.Tensor,
+    choices: Sequence[Sequence[Sequence[int]]],
+) -> list[list[float]]:
+    """Log-probability of each choice as a whole, given prompts that were read already.
+
+    Args:
+        cache: of the prompts, padded on the left; used up.
+        last_logits: `[B, V]` at the last token of each prompt.
+        attention_mask: `[B, S]` of the prompts.
+        choices: for each prompt its choices as tokens.
+
+    Returns:
+        for each prompt one number per choice.
+    """
+    device = last_logits.device
+    rows = torch.tensor([row for row, some in enumerate(choices) for _ in some], device=device)  # [R] one per choice
+    flat = [torch.tensor(tokens) for some in choices for tokens in some]
+    if not flat:
+        return [[] for _ in choices]
+    tokens = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True, padding_value=-1).to(device)  # [R, A]
+    exists = tokens >= 0
+    tokens = tokens.clamp(min=0)
+    logits = last_logits[rows][:, None]
+    if tokens.shape[1] > 1:
+        cache.batch_select_indices(rows)
+        mask = torch.cat([attention_mask[rows], exists[:, :-1].to(attention_mask.dtype)], dim=1)
+        position_ids = _positions(mask)[:, -(tokens.shape[1] - 1) :]
+        rest = model(
+            input_ids=tokens[:, :-1],
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        logits = torch.cat([logits, rest], dim=1)
+    scores = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    scores = (scores * exists).sum(1).tolist()
+    ends = np.cumsum([len(some) for some in choices])
+    return [scores[end - len(some) : end] for some, end in zip(choices, ends, strict=True)]
+
+
+@torch.inference_mode()
+def measure_batch(
+    model: Any,
+    processor: Any,
+    batch: dict[str, torch.Tensor],
+    questions: Sequence[Question],
+    settings: EvaluationSettings,
+) -> list[dict[str, Any]]:
+    """Records of the questions of one batch, of JSON types alone.
+
+    Each has `id`, `question_type`, `answer`, `choices` and, where measured, `generated` and `exact`, for questions with
+    choices `choice` (which of them the generated text names, or None), `log_likelihoods` and `likelihood`, and for the
+    first question about a video `horizons` (see `horizon_records`).
+    """
+    batch = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+    records = [
+        {"id": q.id, "question_type": q.question_type, "answer": q.answer, "choices": list(q.choices)}
+        for q in questions
+    ]
+    if settings.generation:
+        generated = model.generate(**batch, max_new_tokens=settings.max_new_tokens, do_sample=False, num_beams=1)
+        texts = processor.tokenizer.batch_decode(
+            generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        for record, question, text in zip(records, questions, texts, strict=True):
+            record["generated"] = text.strip()
+            record["exact"] = normalise_answer(text) == normalise_answer(question.answer)
+            if question.choices:
+                place = parse_choice(text, question.choices)
+                record["choice"] = None if place is None else question.choices[place]
+    choices = [[answer_tokens(processor, q.messages, choice) for choice in q.choices] for q in questions]
+    wants_choices = settings.likelihood and any(choices)
+    wants_frames = settings.reconstruction and model.autoregressive_module is not None
+    wants_frames &= any(q.is_first_about_media for q in questions) and "pixel_values_videos" in batch
+    if not wants_choices and not wants_frames:
+        return records
+    cache = DynamicCache(config=model.config.get_text_config()) if wants_choices else None
+    outputs = model(
+        **batch,
+        position_ids=_positions(batch["attention_mask"]),
+        past_key_values=cache,
+        use_cache=wants_choices,
+        return_reconstruction=wants_frames,
+        skip_reconstruction=not wants_frames,
+        logits_to_keep=1,
+    )
+    if wants_choices:
+        scores = choice_log_likelihoods(
+            model, outputs.past_key_values, outputs.logits[:, -1], batch["attention_mask"], choices
+        )
+        for record, question, own in zip(records, questions, scores, strict=True):
+            if own:
+                record["log_likelihoods"] = own
+                record["likelihood"] = question.choices[int(np.argmax(own))] == question.answer
+    if wants_frames and outputs.reconstruction is not None:
+        frames = horizon_records(outputs.reconstruction, batch["video_timestamps"], questions)
+        for record, question, own in zip(records, questions, frames, strict=True):
+            if own and question.is_first_about_media:
+                record["horizons"] = {"1": own}
+    return records
+
+
+def horizon_records(
+    reconstruction: Any, timestamps: torch.Tensor, questions: Sequence[Question]
+) -> list[dict[str, list[float]]]:
+    """For each question, one entry of each list for every predicted frame of its videos; empty without any.
+
+    Args:
+        reconstruction: predictions one frame ahead, for the videos of the batch.
+        timestamps: `[N, T]` seconds of the frames of the batch's videos.
+
+    Returns:
+        `video` (which of the question's), `frame` (that is predicted), `gap` (seconds since the last frame that was seen)
+        and the metrics.
+    """
+    num_videos = [sum(p["type"] == "video" for m in q.messages for p in media_parts(m)) for q in questions]
+    owners = [(question, video) for question, number in enumerate(num_videos) for video in range(number)]
+    metrics = {name: values.tolist() for name, values in reconstruction.frame_metrics().items()}
+    of_batch, frames = reconstruction.frame_video.tolist(), reconstruction.frame_index.tolist()
+    times = timestamps.double().tolist()
+    records: list[dict[str, list[float]]] = [{} for _ in questions]
+    for place, (video, frame) in enumerate(zip(of_batch, frames, strict=True)):
+        question, number = owners[video]
+        values = {
+            "video": number,
+            "frame": frame,
+            "gap": round(times[video][frame] - times[video][frame - 1], 6),
+            **{name: own[place] for name, own in metrics.items()},
+            # Nearest to a copy is always the frame before, so copying is no baseline here; a blind guess is one.
+            "temporal_consistency_chance": 1 / (of_batch.count(video) + 1),
+        }
+        for name, value in values.items():
+            records[question].setdefault(name, []).append(value)
+    return records

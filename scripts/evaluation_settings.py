@@ -1,0 +1,208 @@
+"""What the numbers of an evaluation depend on: settings, model, data and versions; used by scripts/evaluate.py.
+
+All of it goes into the output, and records of an interrupted run are only continued where all of it is the same.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from huggingface_hub import ResolvedRevision
+from transformers.utils import resolve_revision
+
+FRAME_ORDERS = ("natural", "shuffled", "reversed")
+# Settings that change no number.
+_WITHOUT_EFFECT = ("num_workers", "max_bad_samples")
+_WEIGHT_FILES = ("*.safetensors", "*.bin")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """Everything that the results depend on; written into the output."""
+
+    model: str
+    data: str
+    revision: str | None = None
+    """Of a model on the Hub. In the output it is the commit that was loaded."""
+    video_root: str | None = None
+    allow_outside_root: bool = False
+    trust_remote_code: bool = False
+    device: str = "cpu"
+    dtype: str = "float32"
+    cpu_threads: int = 1
+    """Threads of each process on a CPU. A sum's last digits depend on them, and launchers set them as they like."""
+    batch_size: int = 8
+    num_workers: int = 0
+    max_samples: int | None = None
+    max_bad_samples: int = 0
+    """Entries that may be left out since they cannot be read, all of them named in the output; one more is an error."""
+    max_new_tokens: int = 16
+    num_frames: int | None = None
+    frame_order: str = "natural"
+    """`shuffled` and `reversed` show each video's frames in another order, at the same times: what is still answered
+    needs no time."""
+    generation: bool = True
+    likelihood: bool = True
+    reconstruction: bool = True
+    bootstrap_samples: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_new_tokens", "max_samples", "num_frames", "cpu_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        for name in ("num_workers", "max_bad_samples", "bootstrap_samples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype is {self.dtype!r}, expected one such as float32 or bfloat16")
+        if self.frame_order not in FRAME_ORDERS:
+            raise ValueError(f"frame_order is {self.frame_order!r}, expected one of {', '.join(FRAME_ORDERS)}")
+
+
+# -- The command line
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """One option for each setting, and `output`, `resume` and `no_report`."""
+    defaults = EvaluationSettings(model="", data="")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", required=True, help="checkpoint: a folder or a Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    parser.add_argument("--data", required=True, help="LLaVA JSON or JSON lines")
+    parser.add_argument("--output", type=Path, help="JSON file to write, with an HTML report beside it")
+    parser.add_argument("--no-report", action="store_true", help="write no HTML report")
+    parser.add_argument("--resume", action="store_true", help="go on where a run with the same output was interrupted")
+    parser.add_argument("--video-root", help="folder of the videos; that of the data if not given")
+    parser.add_argument("--allow-outside-root", action="store_true", help="accept paths outside of it, and URLs")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that the checkpoint carries")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, ...; of several processes each takes a device of that kind",
+    )
+    parser.add_argument("--dtype", default=defaults.dtype, help="float32, bfloat16 or float16")
+    parser.add_argument(
+        "--cpu-threads", type=int, default=defaults.cpu_threads, help="of each process, if the device is a CPU"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=defaults.batch_size, help="questions; last digits depend on it"
+    )
+    parser.add_argument("--num-workers", type=int, default=defaults.num_workers, help="processes that decode videos")
+    parser.add_argument("--max-samples", type=int, help="only the first so many entries")
+    parser.add_argument(
+        "--max-bad-samples",
+        type=int,
+        default=defaults.max_bad_samples,
+        help="leave out, and name in the output, up to so many entries that cannot be read",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
+    parser.add_argument(
+        "--num-frames", type=int, help="frames of a video, if other than the checkpoint's processor says"
+    )
+    parser.add_argument(
+        "--frame-order", choices=FRAME_ORDERS, default=defaults.frame_order, help="a control: what needs no time"
+    )
+    parser.add_argument("--bootstrap-samples", type=int, default=defaults.bootstrap_samples, help="0: no intervals")
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    for name in ("generation", "likelihood", "reconstruction"):
+        parser.add_argument(f"--no-{name}", dest=name, action="store_false", help=f"do not measure {name}")
+    return parser
+
+
+def command_line(settings: EvaluationSettings) -> str:
+    """The command that repeats an evaluation, every setting spelled out: defaults may move."""
+    words = ["python", "scripts/evaluate.py"]
+    for field in fields(settings):
+        value, name = getattr(settings, field.name), field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words += [] if value == field.default else [f"--{name}" if value else f"--no-{name}"]
+        elif value is not None:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+# -- Versions and fingerprints
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": version("accelerate"),
+        "numpy": np.__version__,
+        "llava_next_ar": version("llava-next-ar"),
+    }
+
+
+def hardware(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device} ({platform.machine()})"
+
+
+def resolved_revision(model: str, revision: str | None) -> str | None:
+    """The commit that a revision of a model on the Hub is now; None for a folder.
+
+    Raises:
+        ValueError: for a revision of a folder.
+    """
+    if Path(model).exists():
+        if revision is not None:
+            raise ValueError(f"revision is {revision!r}, but {model} is a folder, which has none")
+        return None
+    resolved = resolve_revision(model, revision)
+    return resolved.resolved if isinstance(resolved, ResolvedRevision) else resolved
+
+
+def model_identity(name: str, model: Any, revision: str | None) -> dict[str, str | None]:
+    """Which model this is: the commit of one on the Hub, a hash of the weight files of one in a folder."""
+    files = sorted(path for pattern in _WEIGHT_FILES for path in Path(name).glob(pattern))
+    return {
+        "id": name,
+        "revision": revision,
+        "weights_sha256": sha256_of(files) if files else None,
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+    }
+
+
+def entries_sha256(entries: Sequence[Any]) -> str:
+    """Of what the entries of a data set say, whatever file or format they come from."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(json.dumps(entry, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def sha256_of(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def first_difference(mine: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """The first key, with both values, in which two provenances (dicts of dicts) differ in more than convenience."""
+    for part in mine:
+        for name in {**mine[part], **other.get(part, {})}:
+            values = [some.get(part, {}).get(name) for some in (mine, other)]
+            if values[0] != values[1] and not (part == "settings" and name in _WITHOUT_EFFECT):
+                key = name if part == "settings" else f"{part} {name}"
+                return f"{key} is {values[0]!r} here, but {values[1]!r} there"
+    return None

@@ -1,0 +1,541 @@
+"""scripts/evaluate.py and what it is made of, on a tiny checkpoint and real mp4 files."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import demo
+import evaluate
+import numpy as np
+import pytest
+import torch
+from demo_folder import NUM_FRAMES, entries_of, make_demo_folder
+from evaluation_metrics import gap_bin, summarize_answers, summarize_frames
+from evaluation_questions import frame_order, normalise_answer, parse_choice, read_questions
+from evaluation_records import RecordFiles
+from evaluation_report import MAX_ROWS, format_results, write_report, write_results
+from evaluation_settings import EvaluationSettings, command_line, make_parser, resolved_revision
+
+from llava_next_ar.training_data import LlavaVideoDataset
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+SETTINGS = EvaluationSettings(model="", data="")
+# What may differ between two runs that measure the same.
+OF_THE_RUN = ("seconds", "run")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """`clips/`, `base/`, and `changed/`: a checkpoint whose answers and predictions differ from question to question."""
+    folder = make_demo_folder(tmp_path_factory.mktemp("evaluate"))
+    model, processor = evaluate.load_checkpoint(str(folder / "base"))
+    # With tied random embeddings a model repeats the last word, and the head starts at zero.
+    torch.manual_seed(0)
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) / 3)
+    torch.nn.init.normal_(model.autoregressive_module.change.weight, std=0.02)
+    model.save_pretrained(folder / "changed")
+    processor.save_pretrained(folder / "changed")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder):
+    return evaluate.load_checkpoint(str(folder / "changed"))
+
+
+def settings_for(folder: Path, **options) -> EvaluationSettings:
+    data = str(folder / "clips" / "test.json")
+    defaults = {"model": str(folder / "changed"), "data": data, "max_new_tokens": 3, "bootstrap_samples": 50}
+    return EvaluationSettings(**{**defaults, **options})
+
+
+def numbers_of(results: dict) -> dict:
+    """What a results file holds, but for what belongs to the run."""
+    return {name: value for name, value in json.loads(json.dumps(results)).items() if name not in OF_THE_RUN}
+
+
+# -- The command, on one and on two processes
+
+
+@pytest.fixture(scope="module")
+def outputs(folder, tmp_path_factory) -> dict[int, Path]:
+    """Output files of the same command in this process, and on two processes of accelerate with gloo."""
+    outputs = {number: tmp_path_factory.mktemp("output") / "new" / "results.json" for number in (1, 2)}
+    options = ["--model", str(folder / "changed"), "--data", str(folder / "clips" / "test.json"), "--device", "cpu"]
+    options += ["--max-new-tokens", "3", "--batch-size", "3"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launch += ["--config_file", str(SCRIPTS / "accelerate" / "cpu.yaml")]
+    with subprocess.Popen(
+        [*launch, str(SCRIPTS / "evaluate.py"), *options, "--output", str(outputs[2])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as processes:
+        evaluate.main([*options, "--output", str(outputs[1])])
+        printed, _ = processes.communicate(timeout=240)
+    assert processes.returncode == 0, printed
+    assert printed.count("best guess") == 1 and "skill" in printed  # one of them speaks
+    return outputs
+
+
+def test_one_and_two_processes_give_identical_numbers(outputs):
+    one, two = (json.loads(outputs[number].read_text()) for number in (1, 2))
+    assert (one["run"]["num_processes"], two["run"]["num_processes"]) == (1, 2)
+    assert list(one) == list(two)
+    assert numbers_of(one) == numbers_of(two)
+    assert len({answer["generated"] for answer in one["answers"]}) > 1
+    assert len({answer["log_likelihoods"][0] for answer in one["answers"]}) == len(one["answers"])
+    for output in outputs.values():
+        assert {path.name for path in output.parent.iterdir()} == {"results.json", "results.html"}
+    assert outputs[1].with_suffix(".html").read_text().count("data:image/png;base64,") == 2
+
+
+def test_what_the_output_holds(folder, outputs):
+    results = json.loads(outputs[2].read_text())
+    entries = entries_of(folder)
+    by_type = results["question_answering"]["by_type"]
+    assert {name: s["num_questions"] for name, s in by_type.items()} == {"next": 2, "bounce": 2, "color": 4}
+    assert {name: s["chance"] for name, s in by_type.items()} == {"next": 0.25, "bounce": 0.5, "color": 0.25}
+    assert [answer["id"] for answer in results["answers"]] == [entry["id"] for entry in entries]
+    assert [answer["answer"] for answer in results["answers"]] == [e["conversations"][1]["value"] for e in entries]
+    # Each clip once, though most carry two questions.
+    frames = results["reconstruction"]
+    assert (frames["num_videos"], frames["num_frames"]) == (4, 4 * (NUM_FRAMES - 1))
+    assert frames["skill"] == 1 - frames["mse"] / frames["copy_mse"] != 0
+    assert frames["temporal_consistency_chance"] == pytest.approx(1 / NUM_FRAMES)
+    (quarter,) = frames["by_horizon"]["1"]["by_gap"]  # of a second: 8 frames at 4 fps
+    assert (quarter["gap"], quarter["num_frames"], quarter["skill"]) == (0.25, frames["num_frames"], frames["skill"])
+    videos = list(dict.fromkeys(entry["video"] for entry in entries))
+    assert [video["id"] for video in results["videos"]] == [
+        next(entry["id"] for entry in entries if entry["video"] == video) for video in videos
+    ]
+    assert results["settings"]["max_new_tokens"] == 3 and results["settings"]["seed"] == 0
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["versions"].keys() >= {"python", "transformers", "accelerate", "llava_next_ar"}
+    assert len(results["model"]["weights_sha256"]) == len(results["data"]["sha256"]) == 64
+
+
+def test_an_untrained_head_is_exactly_the_copy_baseline(folder):
+    results = evaluate.evaluate(
+        settings_for(folder, model=str(folder / "base"), generation=False, likelihood=False), progress=False
+    )
+    frames = results["reconstruction"]
+    assert frames["mse"] == frames["copy_mse"] > 0 and frames["skill"] == 0
+    assert "exact" not in results["question_answering"]["all"]
+
+
+def test_the_command_in_the_output_repeats_it(folder):
+    settings = settings_for(folder, likelihood=False, trust_remote_code=True, frame_order="reversed", num_frames=4)
+    _, script, *words = command_line(settings).split()
+    assert script == "scripts/evaluate.py"
+    options = vars(make_parser("").parse_args(words))
+    for name in ("output", "resume", "no_report"):
+        options.pop(name)
+    assert EvaluationSettings(**options) == settings
+
+
+def test_a_mistake_is_one_sentence(folder, tmp_path, capsys):
+    entries = entries_of(folder)
+    entries[0]["conversations"][1]["value"] = "sideways"
+    data = tmp_path / "test.json"
+    data.write_text(json.dumps(entries))
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["--model", str(folder / "base"), "--data", str(data), "--video-root", str(folder / "clips")])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert entries[0]["id"] in message and "'sideways'" in message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_size": 0}, {"dtype": "float33"}, {"max_samples": -1}, {"max_bad_samples": -1}, {"frame_order": "none"}],
+)
+def test_settings_out_of_range_are_refused(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name} is .*{value}"):
+        EvaluationSettings(model="", data="", **options)
+
+
+def test_a_model_on_the_hub_is_named_by_its_commit(folder, tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = Path(os.environ["HF_HOME"]) / "hub" / "models--user--tiny"
+    shutil.copytree(folder / "base", cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    try:
+        settings = settings_for(folder, model="user/tiny", max_samples=1, generation=False, likelihood=False)
+        results = evaluate.evaluate(settings, progress=False)
+    finally:
+        shutil.rmtree(cache)
+    assert results["settings"]["revision"] == results["model"]["revision"] == commit
+    assert f"--revision {commit}" in results["command"]
+    with pytest.raises(ValueError, match="revision is 'main'"):
+        resolved_revision(str(folder / "base"), "main")
+
+
+# -- Killed and resumed
+
+
+def test_a_resumed_run_gives_what_an_uninterrupted_one_gives(folder, checkpoint, tmp_path, monkeypatch):
+    settings = settings_for(folder, batch_size=3)
+    expected = evaluate.evaluate(settings, *checkpoint, progress=False)
+    output = tmp_path / "results.json"
+    measure, measured = evaluate.measure_batch, []
+
+    def measure_until(limit: int):
+        def measure_batch(*args):
+            if len(measured) == limit:
+                raise KeyboardInterrupt
+            measured.append([question.id for question in args[3]])
+            return measure(*args)
+
+        return measure_batch
+
+    monkeypatch.setattr(evaluate, "measure_batch", measure_until(2))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(settings, *checkpoint, progress=False, output=output)
+    records = tmp_path / "results.records-0.jsonl"
+    header, *lines = records.read_text().splitlines(keepends=True)
+    assert len(lines) == 2
+    # As if two processes had shared the work, and one of them had been killed while it wrote.
+    (tmp_path / "results.records-1.jsonl").write_text(header + lines[1])
+    records.write_text(header + lines[0] + lines[1][:-40])
+
+    with pytest.raises(ValueError, match="--resume"):
+        evaluate.evaluate(settings, *checkpoint, progress=False, output=output)
+    for options in ({"max_new_tokens": 4}, {"batch_size": 4}, {"frame_order": "reversed"}):
+        ((name, value),) = options.items()
+        with pytest.raises(ValueError, match=f"{name} is {value!r} here, but {getattr(settings, name)!r} there"):
+            other = dataclasses.replace(settings, **options)
+            evaluate.evaluate(other, *checkpoint, progress=False, output=output, resume=True)
+
+    monkeypatch.setattr(evaluate, "measure_batch", measure_until(9))
+    resumed = evaluate.evaluate(settings, *checkpoint, progress=False, output=output, resume=True)
+    assert numbers_of(resumed) == numbers_of(expected)
+    assert resumed["run"]["num_resumed_questions"] == 6
+    assert sum(measured, []) == [entry["id"] for entry in entries_of(folder)]  # each once, before the kill or after it
+    # What is on disk now is complete: the cut line was not built upon.
+    again = evaluate.evaluate(settings, *checkpoint, progress=False, output=output, resume=True)
+    assert len(measured) == 3 and numbers_of(again) == numbers_of(expected)
+
+
+def test_threads_are_a_setting_and_not_what_the_launcher_leaves(folder, checkpoint, monkeypatch):
+    """On this tiny model, two threads instead of one change a digit of a likelihood."""
+    seen = []
+
+    def measure_batch(*args):
+        seen.append(torch.get_num_threads())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "measure_batch", measure_batch)
+    before = torch.get_num_threads()
+    for number in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.evaluate(settings_for(folder, cpu_threads=number), *checkpoint, progress=False)
+    assert seen == [1, 2] and torch.get_num_threads() == before
+
+
+def test_records_of_another_model_or_data_are_refused(tmp_path):
+    provenance = {
+        "settings": {"seed": 0, "num_workers": 0},
+        "versions": {"torch": "2"},
+        "model": {"weights_sha256": "ab"},
+        "data": {"sha256": "cd"},
+    }
+    files = RecordFiles(tmp_path / "r.json", 0)
+    files.open(provenance)
+    files.append(4, [{"id": "a", "exact": True}])
+    files.close()
+    assert files.read(provenance) == {4: [{"id": "a", "exact": True}]}
+    assert files.read({**provenance, "settings": {"seed": 0, "num_workers": 2}})  # changes no number
+    for part, name in (("settings", "seed"), ("versions", "torch"), ("model", "weights_sha256"), ("data", "sha256")):
+        with pytest.raises(ValueError, match=f"{name} is 'other' here"):
+            files.read({**provenance, part: {**provenance[part], name: "other"}})
+    with open(files.own, "a") as file:
+        file.write("{broken\n" + json.dumps({"batch": 5, "records": []}) + "\n")
+    with pytest.raises(ValueError, match="line 3 of .*damaged"):
+        files.read(provenance)
+    files.remove()
+    assert not files.existing()
+
+
+# -- Bad samples
+
+
+def test_an_entry_that_cannot_be_read_is_named_and_never_left_out_silently(folder, checkpoint, tmp_path):
+    shutil.copytree(folder / "clips", tmp_path / "clips")
+    entries = entries_of(folder)
+    broken, missing = list(dict.fromkeys(entry["video"] for entry in entries))[1:3]
+    (tmp_path / "clips" / broken).write_bytes(b"no video")
+    (tmp_path / "clips" / missing).unlink()
+    bad = [entry["id"] for entry in entries if entry["video"] in (broken, missing)]
+
+    def run(**options):
+        data = str(tmp_path / "clips" / "test.json")
+        return evaluate.evaluate(settings_for(folder, data=data, batch_size=1, **options), *checkpoint, progress=False)
+
+    with pytest.raises(ValueError, match=missing):
+        run()
+    with pytest.raises(ValueError, match=f"{len(bad)} bad samples, more than max_bad_samples={len(bad) - 1}"):
+        run(max_bad_samples=len(bad) - 1)
+    results = run(max_bad_samples=len(bad))
+    assert results["num_bad_samples"] == len(bad)
+    assert sorted(record["id"] for record in results["bad_samples"]) == sorted(bad)
+    assert {broken in record["problem"] or missing in record["problem"] for record in results["bad_samples"]} == {True}
+    whole = evaluate.evaluate(settings_for(folder, batch_size=1), *checkpoint, progress=False)
+    assert results["answers"] == [answer for answer in whole["answers"] if answer["id"] not in bad]
+    assert results["videos"] == [video for video in whole["videos"] if video["id"] not in bad]
+    assert results["question_answering"]["all"]["num_questions"] == len(entries) - len(bad)
+    assert f"NOTE: {len(bad)} entries could not be read" in format_results(results)
+
+
+# -- What the model says
+
+
+def test_likelihoods_equal_those_of_each_choice_read_alone(folder, checkpoint):
+    """Left-padded prompts of different length, read once, against one unpadded sequence for each choice."""
+    model, processor = checkpoint
+    results = evaluate.evaluate(settings_for(folder, batch_size=5), model, processor, progress=False)
+    dataset = LlavaVideoDataset(str(folder / "clips" / "test.json"), processor)
+    lengths, checked = set(), 0
+    for question, record in zip(read_questions(dataset), results["answers"], strict=True):
+        for choice, measured in zip(question.choices, record["log_likelihoods"], strict=True):
+            messages = [*question.messages, {"role": "assistant", "content": [{"type": "text", "text": choice}]}]
+            inputs = processor.apply_chat_template(
+                messages, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+            )
+            spoken = inputs.pop("assistant_masks")[0].bool().nonzero()[:, 0]
+            with torch.no_grad():
+                logits = model(**inputs).logits[0].log_softmax(-1)
+            expected = logits[spoken - 1].gather(1, inputs["input_ids"][0, spoken, None]).sum().item()
+            assert measured == pytest.approx(expected, abs=1e-4)
+            lengths.add(len(spoken))
+            checked += 1
+    assert checked == 2 * 4 + 2 * 2 + 4 * 4
+    assert lengths == {2, 3}  # words, and the token that ends the turn
+
+
+def test_results_do_not_depend_on_the_batches(folder, checkpoint):
+    one, three = (
+        evaluate.evaluate(settings_for(folder, batch_size=size), *checkpoint, progress=False) for size in (1, 3)
+    )
+    for a, b in zip(one["answers"], three["answers"], strict=True):
+        assert a["generated"] == b["generated"]
+        assert a["log_likelihoods"] == pytest.approx(b["log_likelihoods"], abs=1e-4)
+    assert len({answer["generated"] for answer in one["answers"]}) > 1  # the model does not say the same to all
+    for name in ("mse", "copy_mse", "skill", "cosine", "temporal_consistency", "num_frames"):
+        assert one["reconstruction"][name] == pytest.approx(three["reconstruction"][name], rel=1e-4), name
+    assert one["reconstruction"]["mse"] != pytest.approx(one["reconstruction"]["copy_mse"], rel=1e-2)
+
+
+CHOICES = ("red", "dark red", "blue")
+
+
+@pytest.mark.parametrize(
+    ("text", "choices", "named"),
+    [
+        # the text itself
+        ("Red.", CHOICES, "red"),
+        (" dark red", CHOICES, "dark red"),
+        ("B", ("A", "B"), "B"),
+        # a letter, alone or as a label
+        ("b", CHOICES, "dark red"),
+        ("(C)", CHOICES, "blue"),
+        ("C.", CHOICES, "blue"),
+        ("A) dark red", CHOICES, "red"),
+        ("Answer: B", CHOICES, "dark red"),
+        ("The correct answer is (b).", CHOICES, "dark red"),
+        ("D", CHOICES, None),
+        # the choices' own labels
+        ("C", ("B. up", "C. down"), "C. down"),
+        ("up", ("B. up", "C. down"), "B. up"),
+        ("A", ("B. up", "C. down"), None),
+        # a word in a sentence
+        ("It is blue, I think", CHOICES, "blue"),
+        ("A dark red shape", CHOICES, "dark red"),
+        ("The answer is red", CHOICES, "red"),
+        ("A blue one", CHOICES, "blue"),  # an article, no letter
+        ("red or blue", CHOICES, None),
+        ("reddish", CHOICES, None),
+        ("", CHOICES, None),
+    ],
+)
+def test_which_choice_a_text_names(text, choices, named):
+    place = parse_choice(text, choices)
+    assert (None if place is None else choices[place]) == named
+
+
+def answer_record(answer: str, generated: str, question_type: str = "color", choices=("red", "blue")) -> dict:
+    exact = normalise_answer(generated) == normalise_answer(answer)
+    place = parse_choice(generated, choices)
+    return {
+        **{"question_type": question_type, "answer": answer, "choices": list(choices), "exact": exact},
+        "choice": None if place is None else choices[place],
+    }
+
+
+def test_accuracy_and_what_guessing_is_worth():
+    said = [("red", " Red."), ("red", "blue"), ("red", "it is red"), ("blue", "red blue")]
+    answers = [answer_record(*pair) for pair in said]
+    answers += [answer_record("up", "up", "direction", ("left", "right", "up", "down"))] * 2
+    summary = summarize_answers(answers, list(range(6)), SETTINGS)
+    color, direction = summary["by_type"]["color"], summary["by_type"]["direction"]
+    assert (color["exact"], color["chance"], color["best_guess"]) == (0.25, 0.5, 0.75)
+    assert (color["choice"], color["num_unparsable"]) == (0.5, 1)
+    assert (direction["exact"], direction["chance"], direction["best_guess"]) == (1.0, 0.25, 1.0)
+    assert (direction["exact_interval"], direction["num_unparsable"]) == ([1.0, 1.0], 0)
+    assert color["choice_interval"][0] < 0.5 < color["choice_interval"][1]
+    assert summary["all"]["exact"] == pytest.approx(3 / 6)
+    assert "likelihood" not in summary["all"]
+
+
+def test_questions_about_one_clip_are_no_independent_evidence():
+    answers = [answer_record("red", word) for word in ("red", "blue", "red", "red", "blue", "red")]
+    alone = summarize_answers(answers, list(range(6)), SETTINGS)["all"]
+    asked_thrice = summarize_answers(answers * 3, list(range(6)) * 3, SETTINGS)["all"]
+    as_if_independent = summarize_answers(answers * 3, list(range(18)), SETTINGS)["all"]
+    assert asked_thrice["exact_interval"] == alone["exact_interval"]
+    assert np.diff(as_if_independent["exact_interval"]) < np.diff(alone["exact_interval"])
+
+
+# -- What the head predicts
+
+
+def test_reconstruction_equals_predict_next_frames(folder, checkpoint):
+    model, processor = checkpoint
+    settings = settings_for(folder, generation=False, likelihood=False, num_frames=4)
+    results = evaluate.evaluate(settings, model, processor, progress=False)
+    videos = list(dict.fromkeys(entry["video"] for entry in entries_of(folder)))
+    for video, record in zip(videos, results["videos"], strict=True):
+        prediction, inputs = demo.predict(model, processor, folder / "clips" / video, num_frames=4)
+        measured = record["horizons"]["1"]
+        for name in ("mse", "copy_mse", "cosine", "temporal_consistency"):
+            assert measured[name] == pytest.approx(prediction.frame_metrics[name].tolist(), rel=1e-4), name
+        assert measured["frame"] == prediction.frame_index.tolist() == [1, 2, 3]
+        assert measured["gap"] == pytest.approx(inputs["video_timestamps"][0].diff().tolist())
+    whole = results["reconstruction"]
+    assert whole["mse"] == pytest.approx(np.mean([record["horizons"]["1"]["mse"] for record in results["videos"]]))
+    # Frames 0, 2, 4 and 7 of eight at 4 fps.
+    bins = whole["by_horizon"]["1"]["by_gap"]
+    assert [(entry["gap"], entry["num_frames"]) for entry in bins] == [(0.5, 8), (1.0, 4)]
+    assert measured["gap"] == [0.5, 0.5, 0.75]
+
+
+def test_bins_of_time_gaps():
+    for gap in (0.0625, 0.25, 1.0, 2.0, 32.0):
+        assert {gap_bin(gap * factor) for factor in (0.72, 0.9999, 1.0, 1.0001, 1.4)} == {gap}
+        assert gap_bin(gap * 0.7) == gap / 2 and gap_bin(gap * 1.42) == gap * 2
+    assert gap_bin(0.0) == 0.0
+
+
+def frames_of(gaps: list[float], mse: list[float], copy_mse: list[float]) -> dict[str, list[float]]:
+    places = {"video": [0] * len(gaps), "frame": list(range(1, len(gaps) + 1)), "gap": gaps}
+    constant = {name: [0.5] * len(gaps) for name in ("cosine", "temporal_consistency", "temporal_consistency_chance")}
+    return {**places, "mse": mse, "copy_mse": copy_mse, **constant}
+
+
+def test_skill_by_time_gap_and_horizon():
+    clips = [
+        {"1": frames_of([0.2, 0.3, 2.1], [1, 2, 6], [2, 4, 4])},
+        {"1": frames_of([0.25, 2.0], [3, 0], [6, 4]), "2": frames_of([4.0], [1], [5])},
+    ]
+    summary = summarize_frames(clips, SETTINGS)
+    near, far = summary["by_horizon"]["1"]["by_gap"]
+    assert (near["gap"], near["num_frames"], near["num_videos"]) == (0.25, 3, 2)
+    assert (near["mse"], near["copy_mse"], near["skill"], near["skill_interval"]) == (2, 4, 0.5, [0.5, 0.5])
+    assert (far["gap"], far["num_frames"], far["skill"]) == (2.0, 2, 0.25)
+    assert far["skill_interval"] == [-0.5, 1.0]  # that of either clip alone
+    assert (near["from"], near["to"]) == (0.1768, 0.3536)
+    assert summary["skill"] == summary["by_horizon"]["1"]["skill"] == pytest.approx(1 - 12 / 20)
+    assert summary["horizon"] == 1 and summary["num_frames"] == 5
+    two = summary["by_horizon"]["2"]
+    assert (two["num_frames"], two["skill"], two["by_gap"][0]["gap"]) == (1, 0.8, 4.0)
+    assert two["skill_interval"] is None  # one clip
+    still = summarize_frames([{"1": frames_of([0.0], [0.0], [0.0])}], SETTINGS)
+    assert still["skill"] is None and still["by_horizon"]["1"]["by_gap"][0]["gap"] == 0.0
+    assert summarize_frames([], SETTINGS) is None
+
+
+# -- Frames in another order
+
+
+def test_orders_of_frames():
+    assert frame_order(5, "natural", "a") == [0, 1, 2, 3, 4]
+    assert frame_order(5, "reversed", "a") == [4, 3, 2, 1, 0]
+    assert frame_order(5, "shuffled", "a") == frame_order(5, "shuffled", "a")
+    orders = {tuple(frame_order(3, "shuffled", str(key))) for key in range(50)}
+    assert len(orders) == 5 and (0, 1, 2) not in orders  # all but the natural one
+    assert frame_order(1, "shuffled", "a") == [0]
+
+
+def test_reversed_frames_are_shown_at_the_natural_times(folder, checkpoint):
+    model, processor = checkpoint
+    results = {
+        order: evaluate.evaluate(
+            settings_for(folder, frame_order=order, batch_size=4), model, processor, progress=False
+        )
+        for order in ("natural", "shuffled", "reversed")
+    }
+    for number, video in enumerate(dict.fromkeys(entry["video"] for entry in entries_of(folder))):
+        _, inputs = demo.predict(model, processor, folder / "clips" / video)
+        inputs["pixel_values_videos"] = inputs["pixel_values_videos"].flip(1)
+        with torch.inference_mode():
+            (prediction,) = model.predict_next_frames(**inputs)
+        measured = {order: own["videos"][number]["horizons"]["1"] for order, own in results.items()}
+        expected = prediction.frame_metrics["mse"].tolist()
+        assert measured["reversed"]["mse"] == pytest.approx(expected, rel=1e-4)
+        assert measured["natural"]["mse"] != pytest.approx(expected, rel=1e-3)
+        assert measured["shuffled"]["mse"] != pytest.approx(measured["natural"]["mse"], rel=1e-3)
+        assert measured["reversed"]["gap"] == measured["natural"]["gap"]
+    answers = [[answer["log_likelihoods"] for answer in own["answers"]] for own in results.values()]
+    assert answers[0] != answers[1] and answers[0] != answers[2]
+    assert "control" in format_results(results["shuffled"]) and "control" not in format_results(results["natural"])
+
+
+# -- The code in the folder
+
+
+def test_the_code_in_the_folder_gives_the_same_results(folder):
+    package, remote = (
+        evaluate.evaluate(settings_for(folder, trust_remote_code=trust), progress=False) for trust in (False, True)
+    )
+    for name in ("question_answering", "reconstruction", "answers"):
+        assert remote[name] == package[name]
+    model, _ = evaluate.load_checkpoint(str(folder / "base"), trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules")
+
+
+# -- For people
+
+
+def test_the_report_shows_what_was_wrong_and_how_to_repeat_it(folder, checkpoint, tmp_path):
+    results = evaluate.evaluate(settings_for(folder, frame_order="shuffled"), *checkpoint, progress=False)
+    results["answers"] = [
+        {
+            "id": f"<{n}>",
+            "question_type": "color",
+            "choices": [],
+            "answer": "red",
+            "generated": word,
+            "exact": word == "red",
+        }
+        for n, word in enumerate(["red"] + ["<b>blue</b>"] * (MAX_ROWS + 5))
+    ]
+    results["num_bad_samples"], results["bad_samples"] = 1, [{"id": "z", "problem": "z.mp4 is damaged"}]
+    write_report(results, tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 2
+    assert f"Wrong answers: {MAX_ROWS + 5} of {MAX_ROWS + 6}" in page
+    assert page.count("&lt;b&gt;blue&lt;/b&gt;") == MAX_ROWS and "<b>" not in page and "&lt;0&gt;" not in page
+    assert "shuffled order" in page and "z.mp4 is damaged" in page
+    assert "--frame-order shuffled" in page and torch.__version__ in page and "http" not in page
+    results["reconstruction"] = None
+    write_results(results, tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text()) == json.loads(json.dumps(results))
+    assert "not measured" in format_results(results)
+    write_report(results, tmp_path / "r.html")
