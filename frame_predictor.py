@@ -37,7 +37,7 @@ class ZeroInitializedLinear(nn.Linear):
 class FrameAttention(nn.Module):
     """Self-attention of patches over the visible frames. Linear in the number of frames for a fixed window."""
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -58,7 +58,7 @@ class FrameAttention(nn.Module):
 class FramePredictorBlock(GradientCheckpointingLayer):
     """Pre-norm transformer block."""
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(dim)
         self.attention = FrameAttention(dim, num_heads)
