@@ -11,12 +11,13 @@ PYTEST_ARGS ?=
 TORCH_PIP_ARGS ?=
 DEMO_ARGS ?=
 BENCHMARK_ARGS ?=
+VERSIONS_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo benchmark clean
+.PHONY: help setup test test-versions lint demo benchmark clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/\1\t\2/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
 
 setup: $(STAMP) ## create .venv and install the package with its tested dependencies (once)
 
@@ -29,6 +30,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: setup ## run the tests (PYTEST_ARGS="-m slow" for the slow ones)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+test-versions: setup ## run the core tests with the oldest and newest releases (VERSIONS_ARGS="--list" names them)
+	$(BIN)/python scripts/test_versions.py --torch-pip-args "$(TORCH_PIP_ARGS)" $(VERSIONS_ARGS)
 
 lint: setup ## check the style
 	$(BIN)/python -m ruff check .

@@ -144,7 +144,7 @@ class AutoregressiveReconstructionModule(nn.Module):
         vision_feature_layer: int | list[int] = -1,
         vision_feature_select_strategy: str = "full",
         vision_tower: nn.Module | None = None,
-    ):
+    ) -> None:
         super().__init__()
         self.config = config
         self.token_layout = token_layout

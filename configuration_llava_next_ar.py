@@ -172,7 +172,7 @@ class LlavaNextARAutoregressiveConfig(PreTrainedConfig):
     faster_token_stride: int | None = None
     separate_teacher: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         known = self._own_keys()
         inherited = {field.name for field in fields(PreTrainedConfig)} | _TRANSFORMERS_KEYS
         for key in set(kwargs) & ({field.name for field in fields(LlavaNextARConfig)} - inherited):
@@ -306,7 +306,7 @@ class LlavaNextARConfig(LlavaOnevisionConfig):
     mm_patch_merge_type: str = "spatial_unpad"
     unpad_rounding: UnpadRounding = "round"
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         known = {field.name for field in fields(self)} | set(self.attribute_map)
         # The head's keys one level too high are the likeliest mistake: say where they belong.
         for key in set(kwargs) & (LlavaNextARAutoregressiveConfig._own_keys() - known):
@@ -387,7 +387,7 @@ class LlavaNextARConfig(LlavaOnevisionConfig):
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LlavaNextARConfig":
         """As in transformers; values overridden by keyword are checked like those given at construction."""
         loaded = super().from_dict(config_dict, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded

@@ -48,7 +48,7 @@ class ZeroInitializedLinear(nn.Linear):
 class FrameAttention(nn.Module):
     """Self-attention of patches over the visible frames. Linear in the number of frames for a fixed window."""
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -74,7 +74,7 @@ class FramePredictorBlock(GradientCheckpointingLayer):
     None where all do. It returns the new states `[F, P, E]`.
     """
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(dim)
         self.attention = FrameAttention(dim, num_heads)

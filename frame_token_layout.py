@@ -158,7 +158,7 @@ class FrameTokenLayout:
     add_faster_video: bool = False
     faster_token_stride: int = 10
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("patches_height", "patches_width", "pool_stride", "faster_token_stride"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:

@@ -50,7 +50,7 @@ class ImageTokenLayout:
     merge_type: str = "spatial_unpad"
     unpad_rounding: UnpadRounding = "round"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not re.fullmatch(r"anyres(_max_[1-9]\d{0,5})?|pad|square", str(self.aspect_ratio)):
             raise ValueError(
                 f"vision_aspect_ratio must be anyres, anyres_max_N, pad or square, got {self.aspect_ratio!r}"

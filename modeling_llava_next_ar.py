@@ -7,9 +7,11 @@ head and its loss, and a loss over the supervised positions alone.
 """
 
 import math
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -96,7 +98,7 @@ class LlavaNextARModel(LlavaOnevisionModel):
     _can_compile_fullgraph = False
     _supports_context_parallel = False
 
-    def __init__(self, config: LlavaNextARConfig):
+    def __init__(self, config: LlavaNextARConfig) -> None:
         super().__init__(config)
         self.token_layout = config.frame_token_layout
         self.image_layout = config.image_token_layout
@@ -154,7 +156,7 @@ class LlavaNextARModel(LlavaOnevisionModel):
         video_layout: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> VideoFeatures:
         """Encodes, projects, pools and lays out videos.
 
@@ -308,7 +310,7 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
     _supports_context_parallel = False
     _no_split_modules = ["FramePredictorBlock"]  # transformers adds the layers of the tower and the language model
 
-    def __init__(self, config: LlavaNextARConfig):
+    def __init__(self, config: LlavaNextARConfig) -> None:
         super(LlavaOnevisionForConditionalGeneration, self).__init__(config)
         saved_as, own = config.auto_map["AutoModelForImageTextToText"], _class_reference(type(self))
         if saved_as not in (AUTO_MAP["AutoModelForImageTextToText"], own):
@@ -340,7 +342,9 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         _init_own_weights(module)
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(
+        cls, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> "LlavaNextARForConditionalGeneration":
         """As in transformers.
 
         Raises:
@@ -356,7 +360,9 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             )
         return (model, loading_info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, *, save_original_format: bool = False, **kwargs):
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs: Any
+    ) -> None:
         """As in transformers, but under the names that the model's own `state_dict` has.
 
         transformers would write the legacy names of LLaVA-OneVision, which `Trainer` does not translate when it resumes:
@@ -386,7 +392,7 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             self.autoregressive_module.prepare_teacher(self.model.vision_tower)
         return self
 
-    def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs) -> VideoFeatures:
+    def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs: Any) -> VideoFeatures:
         """See `LlavaNextARModel.get_video_features`."""
         return self.model.get_video_features(pixel_values_videos, **kwargs)
 
@@ -619,7 +625,7 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         return reconstruction, first_token
 
     @torch.no_grad()
-    def predict_next_frames(self, **inputs) -> list[NextFramePrediction]:
+    def predict_next_frames(self, **inputs: Any) -> list[NextFramePrediction]:
         """Predicts every frame of every video from the frames before it, and measures the predictions.
 
         Args:

@@ -86,20 +86,20 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
 
     def __init__(
         self,
-        image_processor=None,
-        tokenizer=None,
-        video_processor=None,
-        num_image_tokens=None,
-        vision_feature_select_strategy=None,
-        chat_template=None,
-        image_token=IMAGE_TOKEN,
-        video_token=VIDEO_TOKEN,
-        vision_aspect_ratio="anyres_max_9",
-        frame_token_layout=None,
-        add_time_instruction=False,
-        mm_patch_merge_type="spatial_unpad",
-        unpad_rounding="round",
-    ):
+        image_processor: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        video_processor: VideoProcessorMixin | None = None,
+        num_image_tokens: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
+        image_token: str = IMAGE_TOKEN,
+        video_token: str = VIDEO_TOKEN,
+        vision_aspect_ratio: str = "anyres_max_9",
+        frame_token_layout: FrameTokenLayout | dict[str, Any] | None = None,
+        add_time_instruction: bool = False,
+        mm_patch_merge_type: str = "spatial_unpad",
+        unpad_rounding: str = "round",
+    ) -> None:
         check_processor_settings(
             num_image_tokens=num_image_tokens,
             vision_feature_select_strategy=vision_feature_select_strategy,
@@ -252,7 +252,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
             ),
         ]
 
-    def check_argument_for_proper_class(self, argument_name, argument):
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type | tuple[type, ...]:
         """As in transformers, which crashes on any video processor when torchvision is absent."""
         if argument_name != "video_processor":
             return super().check_argument_for_proper_class(argument_name, argument)
@@ -260,7 +260,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
             raise TypeError(f"video_processor must be a video processor, got {type(argument).__name__}")
         return VideoProcessorMixin
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any):
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """Saves everything that a checkpoint needs beside the model: all parts, the chat template and the code.
 
         Raises:
@@ -307,7 +307,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         processor_kwargs: dict[str, Any] | None = None,
         return_assistant_tokens_mask: bool = False,
         **kwargs: Any,
-    ):
+    ) -> str | list[str] | BatchFeature:
         """Messages to a prompt, or with `tokenize=True, return_dict=True` to model inputs, as in transformers.
 
         A message's content is a string or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image", ...}`
@@ -359,7 +359,14 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
             raise ValueError(f"{type(self).__name__} takes no audio")
         return super().__call__(images=images, text=text, videos=videos, **kwargs)
 
-    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+    def prepare_inputs_layout(
+        self,
+        images: ImageInput | None = None,
+        text: "str | list[str] | None" = None,
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
         """As in transformers, with image paths as `Path` too, and files opened as the usual formats only.
 
         Raises:
@@ -368,7 +375,14 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         images = load_images(images)
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
-    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+    def validate_inputs(
+        self,
+        images: ImageInput | None = None,
+        text: "str | list[str] | None" = None,
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """Counts placeholders against media, prompt by prompt where the media are given so.
 
         Raises:
@@ -431,7 +445,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
             return told if len(told) == len(times) else times
         return times
 
-    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
+    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs: Any) -> str:
         """The placeholders of one video: as many as the layout has tokens for its frames."""
         if "video_frame_mask" in video_inputs:
             num_frames = int(video_inputs["video_frame_mask"][video_idx].sum())
@@ -442,7 +456,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
             frame_types = video_inputs["video_frame_types"][video_idx][:num_frames].tolist()
         return self.video_token * self._layout.num_tokens(num_frames, frame_types)
 
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The placeholders of one image: as many as its layout has tokens."""
         layout = self._image_layout(image_inputs["pixel_values"][0][0].shape[-1])
         counts = [int(count) for count in image_inputs["batch_num_images"]]

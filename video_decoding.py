@@ -94,7 +94,7 @@ _AV_REFORMAT_OPTIONS = {"threads": 1} if _AV_MAJOR >= 17 else {}  # else one thr
 class VideoReadError(ValueError):
     """A video cannot be read: `source` names it, `cause` says why."""
 
-    def __init__(self, source: str, cause: str):
+    def __init__(self, source: str, cause: str) -> None:
         super().__init__(f"cannot read video {source}: {cause}")
         self.source = source
         self.cause = cause
@@ -159,7 +159,7 @@ class PyAVReader:
         num_threads: groups of pictures that are decoded at once; threads within a group if there is but one.
     """
 
-    def __init__(self, file: str | bytes, name: str, num_threads: int):
+    def __init__(self, file: str | bytes, name: str, num_threads: int) -> None:
         self.name, self._file, self._num_threads = name, file, num_threads
         self._packets_are_frames = True
         self.missing = 0
@@ -455,7 +455,7 @@ class _RgbConverter:
 class DecordReader:
     """Reads a file with decord, from its start. See the module's docstring for what decord cannot do."""
 
-    def __init__(self, file: str | bytes, name: str, num_threads: int):
+    def __init__(self, file: str | bytes, name: str, num_threads: int) -> None:
         self.name, self.missing = name, 0
         head = _head(file)
         if head[4:8] not in _MP4_BOXES and head[:4] != _MATROSKA_MAGIC:

@@ -345,7 +345,7 @@ class MultiScaleVideoFrameLoader:
         resize_backend: ResizeBackend = "torch",
         allow_partial: bool = False,
         num_threads: int | None = None,
-    ):
+    ) -> None:
         self._options = {
             "backend": backend,
             "resize_backend": resize_backend,
@@ -488,7 +488,7 @@ def downloaded(url: str) -> Iterator[str]:
 class ImageReader:
     """Frames that are images already: arrays, PIL images, image paths. Evenly spaced in time."""
 
-    def __init__(self, images: Sequence[Any], name: str, fps: float | None):
+    def __init__(self, images: Sequence[Any], name: str, fps: float | None) -> None:
         if not len(images):
             raise VideoReadError(name, "it holds no frames")
         self.name, self.images, self.missing = name, images, 0

@@ -231,7 +231,7 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
     scale_factors = [1.0, 0.75, 0.5]
     allow_partial = False
 
-    def __init__(self, **kwargs: Unpack[LlavaNextARVideoProcessorKwargs]):
+    def __init__(self, **kwargs: Unpack[LlavaNextARVideoProcessorKwargs]) -> None:
         refuse_unknown(kwargs.keys() - _FILE_KEYS, self.valid_kwargs.__annotations__, type(self).__name__)
         options = {
             name: value
@@ -270,7 +270,7 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
         return {**super().to_dict(), "use_fast_slow_frames": self.use_fast_slow_frames}
 
     @classmethod
-    def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs):
+    def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs: Any) -> "LlavaNextARVideoProcessor":
         """As in transformers. Of another video processor's file the pixel options are taken, not how it samples."""
         values = dict(video_processor_dict)
         if values.get("video_processor_type", cls.__name__) != cls.__name__ or "image_processor_type" in values:

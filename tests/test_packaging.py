@@ -1,39 +1,66 @@
 """The wheel holds the root modules and nothing else, and what the package promises about itself is consistent."""
 
+import ast
+import importlib.metadata
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from tiny import tiny_model
+from tiny_processor import tiny_processor
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {path.name for path in ROOT.glob("*.py")}
+# Which extra a script needs; None: the package alone.
+EXTRA_OF_SCRIPT = {
+    "benchmark.py": "benchmark",
+    "checkpoint_conversion.py": None,
+    "convert.py": None,
+    "demo.py": "demo",
+    "evaluate.py": "eval",
+    "fetch_transformers_tests.py": "dev",
+    "original_checkpoint.py": None,
+    "recipes.py": "train",
+    "report.py": "demo",
+    "streamed_safetensors.py": None,
+    "synthetic_clips.py": "demo",
+    "test_versions.py": "dev",
+    "tiny_checkpoint.py": "demo",
+    "train.py": "train",
+}
+IMPORT_NAMES = {"pyyaml": "yaml", "pillow": "PIL", "opencv-python-headless": "cv2"}
 
 
-def run(*command: str, cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}"
+def run(*command: object, cwd: Path) -> str:
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """A wheel built from a copy of the checkout, so that no build folder is left in it."""
+def distributions(tmp_path_factory) -> tuple[Path, Path]:
+    """Source distribution and wheel; `build` makes the wheel from the former, so that holds all that it needs."""
+    # from a copy of the checkout, so that no build folder is left in it
     source = tmp_path_factory.mktemp("some other name") / "checkout"
     outputs = ("build", "dist", "*.egg-info", "__pycache__", "demo_output", "outputs", "runs")
     ignored = shutil.ignore_patterns(".git", ".venv", *outputs)
     shutil.copytree(ROOT, source, ignore=ignored)
-    output = source.parent / "wheels"
-    run(
-        *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"),
-        *("--wheel-dir", str(output), "."),
-        cwd=source,
-    )
-    (path,) = output.glob("*.whl")
-    return path
+    output = source.parent / "dist"
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", output, ".", cwd=source)
+    (archive,), (wheel,) = output.glob("*.tar.gz"), output.glob("*.whl")
+    return archive, wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(distributions) -> Path:
+    return distributions[1]
 
 
 def test_no_init_file_beside_the_modules():
@@ -42,10 +69,16 @@ def test_no_init_file_beside_the_modules():
     assert not (ROOT / "tests" / "__init__.py").exists()
 
 
-def test_wheel_holds_exactly_the_root_modules(wheel):
+def test_wheel_holds_exactly_the_root_modules_and_the_mark_that_they_are_typed(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     content = {name for name in names if ".dist-info/" not in name}
-    assert content == {f"llava_next_ar/{module}" for module in MODULES}
+    assert content == {f"llava_next_ar/{name}" for name in (*MODULES, "py.typed")}
+
+
+def test_source_distribution_holds_code_licence_and_page(distributions):
+    with tarfile.open(distributions[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names >= {*MODULES, "py.typed", "pyproject.toml", "README.md", "LICENSE"}
 
 
 def test_wheel_carries_the_licence(wheel):
@@ -66,6 +99,34 @@ def test_installed_wheel_finds_its_modules_from_any_folder(wheel, tmp_path):
     code += "import llava_next_ar.frame_token_layout as module; print(module.__file__)"
     path = run(sys.executable, "-I", "-c", code, cwd=elsewhere).strip()
     assert Path(path) == target / "llava_next_ar" / "frame_token_layout.py"
+
+
+@pytest.mark.slow
+def test_installed_wheel_loads_a_checkpoint(wheel, tmp_path):
+    """A fresh environment that holds the wheel and, from the current one, everything but this package."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "checkpoint")
+    tiny_processor(model.config).save_pretrained(tmp_path / "checkpoint")
+    run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    python = tmp_path / "venv" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    (torch_file,) = [file for file in importlib.metadata.files("torch") if str(file) == "torch/__init__.py"]
+    dependencies = torch_file.locate().parents[1]
+    code = f"""
+import importlib, sys
+sys.path.append({str(dependencies)!r})  # behind the wheel, and without the editable install's finder
+for name in {sorted(Path(module).stem for module in MODULES)}:
+    module = importlib.import_module(f"llava_next_ar.{{name}}")
+    assert "site-packages" in module.__file__ and {str(tmp_path / "venv")!r} in module.__file__, module.__file__
+from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
+from llava_next_ar.processing_llava_next_ar import LlavaNextARProcessor
+model, info = LlavaNextARForConditionalGeneration.from_pretrained("checkpoint", output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+LlavaNextARProcessor.from_pretrained("checkpoint").check_layout(model.config)
+print(sum(parameter.double().sum().item() for parameter in model.parameters()))
+"""
+    found = float(run(python, "-c", code, cwd=tmp_path).splitlines()[-1])
+    assert found == sum(parameter.double().sum().item() for parameter in model.parameters())
 
 
 def test_editable_install_is_this_checkout(tmp_path):
@@ -96,3 +157,82 @@ def test_all_extra_names_every_other_extra():
 
 def normalised(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+# --- what is promised to type checkers ------------------------------------------------------------------------
+
+
+def unannotated(body: list[ast.stmt], prefix: str = "", in_class: bool = False) -> Iterator[str]:
+    """Public functions and methods of a module or class with a parameter or a result that has no annotation."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from unannotated(node.body, f"{prefix}{node.name}.", in_class=True)
+        if not isinstance(node, ast.FunctionDef) or (node.name.startswith("_") and not node.name.endswith("__")):
+            continue
+        is_static = any(isinstance(mark, ast.Name) and mark.id == "staticmethod" for mark in node.decorator_list)
+        positional = [*node.args.posonlyargs, *node.args.args][int(in_class and not is_static) :]
+        parameters = [*positional, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+        missing = [parameter.arg for parameter in parameters if parameter is not None and parameter.annotation is None]
+        missing += ["return"] if node.returns is None else []
+        if missing:
+            yield f"{prefix}{node.name}: {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_public_signatures_are_annotated(module):
+    assert list(unannotated(ast.parse((ROOT / module).read_text()).body)) == []
+
+
+def test_the_search_for_annotations_finds_what_lacks_them():
+    code = "def f(a: int, *b) -> int: ...\nclass C:\n    def g(self): ...\n    def _h(self, a): ..."
+    assert list(unannotated(ast.parse(code).body)) == ["f: b", "C.g: return"]
+
+
+# --- what the extras promise ----------------------------------------------------------------------------------
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level packages that a file cannot do without, the standard library and the package itself left out."""
+    names, tree = set(), ast.parse(path.read_text())
+    optional = {node for tried in ast.walk(tree) if isinstance(tried, ast.Try) for node in ast.walk(tried)}
+    for node in set(ast.walk(tree)) - optional:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names - set(sys.stdlib_module_names) - {"llava_next_ar"}
+
+
+def import_names(requirements: list[str]) -> set[str]:
+    names = {normalised(Requirement(line).name) for line in requirements}
+    return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
+
+
+def covered_by(extra: str | None) -> set[str]:
+    """What is there to import once the package is installed with an extra."""
+    tomllib = pytest.importorskip("tomllib", reason="tomllib comes with Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted, extras = list(project["dependencies"]), [extra] if extra else []
+    while extras:
+        lines = project["optional-dependencies"][extras.pop()]
+        own = [line for line in lines if Requirement(line).name == project["name"]]
+        extras += [name for line in own for name in Requirement(line).extras]
+        wanted += [line for line in lines if line not in own]
+    always = [line for line in importlib.metadata.requires("transformers") if "extra ==" not in line]
+    return import_names([*wanted, *always])
+
+
+def test_the_package_alone_covers_what_its_modules_need():
+    needed = set().union(*(imported(ROOT / module) for module in MODULES))
+    assert needed - covered_by(None) == set()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)
+def test_the_extra_of_a_script_covers_what_it_imports(path):
+    assert path.name in EXTRA_OF_SCRIPT, "say above which extra a new script needs"
+    siblings = {other.stem for folder in ("scripts", "tests") for other in (ROOT / folder).glob("*.py")}
+    assert imported(path) - siblings - covered_by(EXTRA_OF_SCRIPT[path.name]) == set()
+
+
+def test_the_demo_can_train():
+    assert covered_by("demo") >= covered_by("train")  # it starts scripts/train.py
