@@ -52,7 +52,10 @@ _LEFT_OUT = (
     (r"checkpoint-\d+/.*", "an earlier checkpoint"),
     (r"(runs|logs|wandb)/.*|.*\.log|.*tfevents.*", "a log"),
     (r"optimizer.*|scheduler.*|scaler.*|rng_state.*|trainer_state\.json|training_args\.bin", "state of the training"),
-    (r"global_step.*|pytorch_model_fsdp.*|latest|zero_to_fp32\.py", "state of the training"),
+    (
+        r"progress_\d+\.json|checkpoint_files\.json|global_step.*|pytorch_model_fsdp.*|latest|zero_to_fp32\.py",
+        "state of the training",
+    ),
     (r".*\.(bin|pt|pth|ckpt|pkl|pickle)", "a pickle, which can run code when it is loaded"),
     (r".*\.py", "no module of the model's code"),
     (r".*\.safetensors(\.index\.json)?", "no part of the weights that are loaded"),

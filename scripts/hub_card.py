@@ -52,6 +52,8 @@ class CardOptions:
     def __post_init__(self) -> None:
         if self.relation not in (None, *RELATIONS):
             raise ValueError(f"relation is {self.relation!r}, expected one of {', '.join(RELATIONS)}")
+        if self.results is not None and not self.results.is_file():
+            raise ValueError(f"results are read from {self.results}, which is no file")
 
 
 def build_card(
@@ -65,10 +67,8 @@ def build_card(
         repo_id: what the code of the card loads.
         revision: the commit that it is pinned to; without one the card says how to pin.
     """
-    run = folder.parent if folder.name.startswith("checkpoint-") else folder
-    recipe = _read(run / RECIPE)
-    adapter, config = _read(folder / "adapter_config.json"), _read(folder / "config.json")
-    base_model = options.base_model or hub_id(adapter.get("base_model_name_or_path")) or hub_id(recipe.get("model"))
+    recipe, adapter, config = _recipe(folder), _read(folder / "adapter_config.json"), _read(folder / "config.json")
+    base_model = find_base_model(folder, options.base_model)
     relation = options.relation or _relation(adapter, config)
     results = _read(options.results or folder / RESULTS)
     tags = sorted({*MODEL_TAGS, *(["lora"] if adapter.get("peft_type") == "LORA" else [])})
@@ -103,6 +103,12 @@ def build_card(
     return card
 
 
+def find_base_model(folder: Path, given: str | None = None) -> str | None:
+    """The Hub id of what a checkpoint was made from, if `given` or the folder says so."""
+    adapter = _read(folder / "adapter_config.json")
+    return given or hub_id(adapter.get("base_model_name_or_path")) or hub_id(_recipe(folder).get("model"))
+
+
 def is_generated(text: str) -> bool:
     """Whether a card may be written anew: it is one of ours, or one that a library wrote for want of another."""
     return GENERATED in text or is_library_card(text)
@@ -120,6 +126,11 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     text = path.read_text(encoding="utf-8")
     return (yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)) or {}
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    run = folder.parent if folder.name.startswith("checkpoint-") else folder
+    return _read(run / RECIPE)
 
 
 def _relation(adapter: dict[str, Any], config: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hub_card import RELATIONS, CardOptions, build_card, is_generated
+from hub_card import RELATIONS, CardOptions, build_card, find_base_model, is_generated
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelInfo, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -91,7 +91,7 @@ def push(folder: Path, repo_id: str, options: argparse.Namespace) -> CommitInfo 
     repository = find_repository(api, repo_id, options.branch)
     if repository is not None and options.private and not repository.private:
         raise ValueError(f"{repo_id} is there already and is public: make it private on its page first")
-    license_of_base, base_revision = look_up_base(folder, options.base_model)
+    license_of_base, base_revision = look_up_base(find_base_model(folder, options.base_model))
     card = CardOptions(
         base_model=options.base_model,
         base_revision=base_revision,
@@ -119,11 +119,11 @@ def push(folder: Path, repo_id: str, options: argparse.Namespace) -> CommitInfo 
         api.create_repo(repo_id, private=options.private, exist_ok=True)
     where: dict[str, Any] = {"revision": options.branch, "create_pr": options.pull_request}
     commit = commit_files(repo_id, files, commit_message=options.message, **where)
+    print(f"pushed: {commit.pr_url or commit.commit_url}")
     if writes_card and not options.pull_request:
         pinned = str(build_card(folder, repo_id, card, revision=commit.oid)).encode()
         message = f"Model card: pin {commit.oid[:8]}"
         commit_files(repo_id, {"README.md": pinned}, commit_message=message, revision=options.branch)
-    print(f"pushed: {commit.pr_url or commit.commit_url}")
     pin = f'revision="{commit.oid}"'
     if "adapter_config.json" in files:  # `revision` is then that of the base
         pin = f'revision="{base_revision or "main"}", adapter_kwargs={{"revision": "{commit.oid}"}}'
@@ -131,9 +131,8 @@ def push(folder: Path, repo_id: str, options: argparse.Namespace) -> CommitInfo 
     return commit
 
 
-def look_up_base(folder: Path, base_model: str | None) -> tuple[str | None, str | None]:
+def look_up_base(base: str | None) -> tuple[str | None, str | None]:
     """License and newest commit of the base on the Hub; None for what cannot be found, or has a license of its own."""
-    base = build_card(folder, "user/model", CardOptions(base_model=base_model)).data.base_model
     commit = found = None
     try:
         if base is not None:
@@ -164,7 +163,12 @@ def main(argv: Sequence[str] | None = None) -> CommitInfo | None:
     card.add_argument(
         "--results", type=Path, help="JSON of scripts/evaluate.py; results.json of the folder by default"
     )
-    card.add_argument("--overwrite-card", "--overwrite_card", action="store_true", help="also one written by hand")
+    card.add_argument(
+        "--overwrite-card",
+        "--overwrite_card",
+        action="store_true",
+        help="replace one on the Hub that was written by hand",
+    )
     options = parser.parse_args(argv)
     if not options.dry_run and get_token() is None:
         sys.exit("push_to_hub.py: no token: run `hf auth login`, or set HF_TOKEN to one that can write")

@@ -292,6 +292,7 @@ def test_refusals_say_what_is_wrong(hub, folder, monkeypatch):
     push(folder, "ann/model", "--license", "apache-2.0")
     before = hub.repo("ann/model").resolve("main")
     assert "is public: make it private" in refused("ann/model", "--private")
+    assert "none.json, which is no file" in refused("ann/model", "--results", "none.json")
     assert '"license" must be one of the known licenses, got Apache 2' in refused("ann/model", "--license", "Apache 2")
     assert "is no folder" in str(pytest.raises(SystemExit, push, folder / "none", "ann/model").value)
     assert "repo_id" in refused("ann/mo--del")
