@@ -164,7 +164,7 @@ def test_videos(seeds, clips, table):
     while at < seeds.stop:
         command = [sys.executable, Path(__file__).with_name("fuzz_videos.py"), clips, at, seeds.stop - at]
         try:
-            done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=60 + 0.2 * len(seeds))
+            done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300 + len(seeds))
             output, end = done.stdout, f"ended with {done.returncode}: {done.stderr[-500:]}"
         except subprocess.TimeoutExpired as error:  # a hang that holds the interpreter: no signal gets through
             output, end = (error.stdout or b"").decode(), "hang"
