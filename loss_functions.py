@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
-from transformers.utils import is_liger_kernel_available
 
 from .reconstruction_metrics import Reconstruction
 
@@ -45,11 +44,13 @@ def summed_cross_entropy(lm_head: nn.Module, hidden_states: torch.Tensor, target
 @lru_cache
 def fused_cross_entropy(device_type: str) -> nn.Module | None:
     """Liger's kernel, `(weight, hidden_states, targets) -> sum`, or None where it cannot run."""
-    if device_type == "cuda" and is_liger_kernel_available():
+    if device_type != "cuda":
+        return None
+    try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        return LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)
-    return None
+    except ImportError:
+        return None
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)
 
 
 def _is_plain_linear_on(module: nn.Module, device: torch.device) -> bool:

@@ -271,10 +271,10 @@ def parse_arguments(
         with open(path, encoding="utf-8") as file:
             values.update(flatten_recipe(yaml.safe_load(file) or {}, str(path)))
     values.update(flatten_recipe(given, "the command line"))
-    if not torch.accelerator.is_available():
-        values.setdefault("use_cpu", True)  # else TrainingArguments refuses the recipes' bf16, which a CPU has too
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     words = []
+    if "use_cpu" not in values and not torch.accelerator.is_available():
+        words += ["--use_cpu", "true"]  # else TrainingArguments refuses the recipes' bf16, which a CPU has too
     for key, value in values.items():
         section, _, name = key.rpartition(".")
         if section:

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model, save_fsdp_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from tiny import IMAGE_SIZE, IMAGE_TOKEN, collate, make_sample, tiny_model
 from torch import distributed
@@ -92,7 +92,7 @@ def shard(model: torch.nn.Module) -> torch.nn.Module:
         wait_for_everyone=distributed.barrier,
     )
     model = fsdp2_prepare_model(accelerator, model)
-    model.save_sharded = lambda folder: save_fsdp_model(plugin, accelerator, model, folder)
+    model.save_sharded = lambda folder, **more: save_fsdp_model(plugin, accelerator, model, folder, **more)
     return model
 
 
@@ -158,6 +158,12 @@ def main(folder: Path) -> None:
         save_file(state, folder / "full.safetensors")
         model.save_pretrained(folder / "saved", state_dict=state)  # as Trainer saves under FULL_STATE_DICT
         model.config.save_pretrained(folder / "checkpoint")
+    adapted = shard(build(tower_lora=True))
+    adapted.save_sharded(str(folder / "adapter"), adapter_only=True)
+    state = {name: full(tensor).contiguous() for name, tensor in get_peft_model_state_dict(adapted).items()}
+    if distributed.get_rank() == 0:
+        save_file(state, folder / "adapter.safetensors")
+        adapted.peft_config["default"].save_pretrained(folder / "adapter")
         (folder / "results.json").write_text(json.dumps(results))
     distributed.destroy_process_group()
 

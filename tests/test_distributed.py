@@ -14,6 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from sharded_runs import CASES, KINDS, batch_of, build
 from tiny import tiny_model, video_batch
@@ -38,7 +39,8 @@ def runs(tmp_path_factory) -> Path:
         [*command, str(TESTS / "sharded_runs.py"), str(folder)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    tiny_processor(tiny_model().config, num_frames=4).save_pretrained(folder / "checkpoint")
+    for name in ("checkpoint", "adapter"):
+        tiny_processor(tiny_model().config, num_frames=4).save_pretrained(folder / name)
     return folder
 
 
@@ -186,6 +188,18 @@ def test_a_sharded_checkpoint_becomes_a_folder_that_loads_anywhere(runs, tmp_pat
     batch = video_batch(model.config, ([4], [3]))
     one, other = model(**batch), saved(**batch)
     assert torch.equal(one.loss, other.loss) and torch.equal(one.logits, other.logits)
+
+
+def test_a_sharded_adapter_becomes_an_adapter(runs, tmp_path):
+    consolidate.consolidate(runs / "adapter", tmp_path / "adapter")
+    weights, expected = (
+        load_file(tmp_path / "adapter" / "adapter_model.safetensors"),
+        load_file(runs / "adapter.safetensors"),
+    )
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
+    model = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")
+    loaded = get_peft_model_state_dict(model)
+    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
 def test_consolidating_refuses_what_it_cannot_read(runs, tmp_path, monkeypatch):
