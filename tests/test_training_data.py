@@ -167,6 +167,25 @@ def test_mistakes_in_a_source(source, message, processor):
         load_training_data(source, processor)
 
 
+def test_a_data_set_on_the_hub_is_asked_for_as_the_source_says(entries, processor, root, monkeypatch):
+    asked = []
+
+    def load_dataset(path, **options):
+        asked.append((path, options))
+        return datasets.DatasetDict({"validation": datasets.Dataset.from_list(entries[:1])})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = {"path": "someone/clips", "name": "short", "revision": "abc", "video_root": str(root)}
+    data = load_training_data(source, processor)
+    assert len(data) == 1 and len(data[0]["input_ids"]) and data.name == "someone/clips name=short"
+    load_training_data({**source, "split": "validation"}, processor, streaming=True)
+    common = {"name": "short", "revision": "abc"}
+    assert asked == [
+        ("someone/clips", {"split": None, "streaming": False, **common}),
+        ("someone/clips", {"split": "validation", "streaming": True, **common}),
+    ]
+
+
 def test_a_source_that_is_not_there(processor, tmp_path):
     for name in ("gone.json", "gone.parquet", "gone"):
         with pytest.raises(FileNotFoundError, match=name):
@@ -551,6 +570,12 @@ def test_a_ledger_stops_training_above_its_bounds_and_counts_for_everyone(proces
     for bounds, message in (({}, "needs max_samples or max_share"), ({"max_share": 2}, "0 ... 1, got 2")):
         with pytest.raises(ValueError, match=message):
             BadSampleLedger(path, **bounds)
+
+
+def test_pixels_that_are_not_finite_after_processing_are_a_bad_sample(root):
+    processor = tiny_processor(tiny_model().config, num_frames=5, image_std=[1e-50] * 3)
+    with pytest.raises(BadSampleError, match="short.mp4.*: pixel_values_videos holds values that are not finite"):
+        LlavaVideoDataset([{"video": "short.mp4"}], processor, video_root=root)[0]
 
 
 def test_check_writes_malformed_entries_down(processor, tmp_path):
