@@ -359,7 +359,9 @@ class ResumableTrainer(Trainer):
 class StopOnSigterm(TrainerCallback):
     """On SIGTERM, training saves a checkpoint at the end of the step and stops, on all ranks after the same step.
 
-    Works with any Trainer. `stopped` tells whether it happened: the model is then not at the end of its training.
+    Works with any Trainer. `stopped` tells whether it happened: the model is then not at the end of its training. An
+    evaluation is finished first. torchrun passes the signal on to the ranks and kills them 30 seconds later.
+
     Transformers' own `enable_jit_checkpoint` saves in the middle of a step, where random states and losses have moved on
     already, and each rank by itself.
     """
