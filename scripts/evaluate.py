@@ -36,7 +36,8 @@ An entry that cannot be read is an error; with `--max-bad-samples N`, up to N ar
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -83,8 +84,10 @@ def evaluate(
     Args:
         model, processor: instead of those that `settings.model` names.
         progress: show a progress bar on stderr.
-        output: where the results will be written (by the caller): records are kept beside it as they come.
-        resume: take over the records of an interrupted run.
+        output: where the caller will write the results: records are kept beside it as they come, until the caller
+            deletes them (`RecordFiles.remove`).
+        resume: take over the records of an interrupted run, if there are any. Whether they are of the same weights is
+            checked for a model that `settings` names, not for one that was handed over.
 
     Returns:
         `settings`, `versions`, `model`, `data`, `command`, `question_answering` (`all`, and `by_type`), `reconstruction`
@@ -97,43 +100,27 @@ def evaluate(
             interrupted one that shall not be resumed.
     """
     start = time.perf_counter()
-    processes = PartialState(cpu=torch.device(settings.device).type == "cpu", timeout=_PATIENCE)
+    on_cpu = torch.device(settings.device).type == "cpu"
+    processes = PartialState(cpu=on_cpu, timeout=_PATIENCE)
     device = _device_of_process(settings.device, processes)
-    num_threads = torch.get_num_threads()
-    if torch.device(settings.device).type == "cpu":
-        torch.set_num_threads(settings.cpu_threads)
-    try:
-        torch.manual_seed(settings.seed)
-        identity = None
-        if model is None or processor is None:
-            revision = resolved_revision(settings.model, settings.revision) if processes.is_main_process else None
-            (revision,) = broadcast_object_list([revision])
-            settings = replace(settings, revision=revision)
-            model, processor = load_checkpoint(
-                settings.model,
-                trust_remote_code=settings.trust_remote_code,
-                device=device,
-                dtype=settings.dtype,
-                revision=settings.revision,
-            )
-            if processes.is_main_process:
-                identity = model_identity(settings.model, model, settings.revision)
-        (identity,) = broadcast_object_list([identity])
-        dataset = LlavaVideoDataset(
-            settings.data, processor, video_root=settings.video_root, allow_outside_root=settings.allow_outside_root
-        )
-        questions = read_questions(dataset, settings.max_samples, max_bad_samples=settings.max_bad_samples)
-        provenance = {
-            "settings": asdict(settings),
-            "versions": versions(),
-            "model": identity or {"id": settings.model, "revision": None, "weights_sha256": None},
-            "data": {"path": settings.data, "sha256": entries_sha256(dataset.entries[: settings.max_samples])},
-        }
+    torch.manual_seed(settings.seed)
+    identity: dict[str, Any] = {"id": settings.model, "revision": None, "weights_sha256": None}
+    if model is None or processor is None:
+        settings, model, processor, identity = _load(settings, device, processes)
+    dataset = LlavaVideoDataset(
+        settings.data, processor, video_root=settings.video_root, allow_outside_root=settings.allow_outside_root
+    )
+    questions = read_questions(dataset, settings.max_samples, max_bad_samples=settings.max_bad_samples)
+    provenance = {
+        "settings": asdict(settings),
+        "versions": versions(),
+        "model": identity,
+        "data": {"path": settings.data, "sha256": entries_sha256(dataset.entries[: settings.max_samples])},
+    }
+    with _threads(settings.cpu_threads if on_cpu else torch.get_num_threads()):
         batches, num_resumed = _measure(
             settings, model, processor, questions, provenance, processes, output, resume, progress
         )
-    finally:
-        torch.set_num_threads(num_threads)
     if not processes.is_main_process:
         return None
     records = [record for number in sorted(batches) for record in batches[number]]
@@ -141,11 +128,14 @@ def evaluate(
     bad = [record for record in records if "problem" in record]
     answers = [{name: value for name, value in r.items() if name != "horizons"} for r, _ in answered]
     videos = [{"id": r["id"], "horizons": r["horizons"]} for r, _ in answered if "horizons" in r]
+    with _threads(1):  # the mean over many frames is a sum, too
+        answering = summarize_answers(answers, [q.media for _, q in answered], settings)
+        frames = summarize_frames([video["horizons"] for video in videos], settings)
     return {
         **provenance,
         "command": command_line(settings),
-        "question_answering": summarize_answers(answers, [q.media for _, q in answered], settings),
-        "reconstruction": summarize_frames([video["horizons"] for video in videos], settings),
+        "question_answering": answering,
+        "reconstruction": frames,
         "num_bad_samples": len(bad),
         "bad_samples": bad,
         "seconds": round(time.perf_counter() - start, 2),
@@ -157,6 +147,35 @@ def evaluate(
         "answers": answers,
         "videos": videos,
     }
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """For a while; threads change the order in which a sum is rounded."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _load(
+    settings: EvaluationSettings, device: str | torch.device, processes: PartialState
+) -> tuple[EvaluationSettings, Any, Any, dict[str, Any]]:
+    """The settings with the commit of the model, model, processor, and which model it is; the same on all processes."""
+    is_main = processes.is_main_process
+    (revision,) = broadcast_object_list([resolved_revision(settings.model, settings.revision) if is_main else None])
+    settings = replace(settings, revision=revision)
+    model, processor = load_checkpoint(
+        settings.model,
+        trust_remote_code=settings.trust_remote_code,
+        device=device,
+        dtype=settings.dtype,
+        revision=revision,
+    )
+    (identity,) = broadcast_object_list([model_identity(settings.model, model, revision) if is_main else None])
+    return settings, model, processor, identity
 
 
 def _device_of_process(device: str, processes: PartialState) -> str | torch.device:

@@ -372,11 +372,11 @@ def test_which_choice_a_text_names(text, choices, named):
 
 def answer_record(answer: str, generated: str, question_type: str = "color", choices=("red", "blue")) -> dict:
     exact = normalise_answer(generated) == normalise_answer(answer)
-    place = parse_choice(generated, choices)
-    return {
-        **{"question_type": question_type, "answer": answer, "choices": list(choices), "exact": exact},
-        "choice": None if place is None else choices[place],
-    }
+    record = {"question_type": question_type, "answer": answer, "choices": list(choices), "exact": exact}
+    if choices:
+        place = parse_choice(generated, choices)
+        record["choice"] = None if place is None else choices[place]
+    return record
 
 
 def test_accuracy_and_what_guessing_is_worth():
@@ -392,6 +392,16 @@ def test_accuracy_and_what_guessing_is_worth():
     assert color["choice_interval"][0] < 0.5 < color["choice_interval"][1]
     assert summary["all"]["exact"] == pytest.approx(3 / 6)
     assert "likelihood" not in summary["all"]
+
+
+def test_open_questions_have_a_best_guess_but_no_chance_level():
+    said = [("A dog.", "a dog"), ("a dog", "cat"), ("cat", "dog")]
+    answers = [answer_record(*pair, "open", ()) for pair in said] + [answer_record("red", "red")]
+    summary = summarize_answers(answers, list(range(4)), SETTINGS)
+    opened = summary["by_type"]["open"]
+    assert (opened["exact"], opened["best_guess"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert not {"chance", "choice", "num_unparsable"} & opened.keys()
+    assert "chance" not in summary["all"] and summary["all"]["choice"] == 1.0  # of the one with choices
 
 
 def test_questions_about_one_clip_are_no_independent_evidence():
