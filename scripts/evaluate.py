@@ -50,7 +50,7 @@ from evaluation_measures import load_checkpoint, measure_batch
 from evaluation_metrics import summarize_answers, summarize_frames
 from evaluation_questions import PromptCollator, Prompts, Question, read_questions
 from evaluation_records import Batches, RecordFiles
-from evaluation_report import format_results, write_report, write_results
+from evaluation_report import write_report
 from evaluation_settings import (
     EvaluationSettings,
     command_line,
@@ -61,6 +61,7 @@ from evaluation_settings import (
     resolved_revision,
     versions,
 )
+from evaluation_tables import format_results, write_results
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 

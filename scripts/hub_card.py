@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from evaluate import format_results
+from evaluation_tables import format_results
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from llava_next_ar.hub_files import MODEL_TAGS, hub_id, is_library_card

@@ -17,8 +17,9 @@ from demo_folder import NUM_FRAMES, entries_of, make_demo_folder
 from evaluation_metrics import gap_bin, summarize_answers, summarize_frames
 from evaluation_questions import frame_order, normalise_answer, parse_choice, read_questions
 from evaluation_records import RecordFiles
-from evaluation_report import MAX_ROWS, format_results, write_report, write_results
+from evaluation_report import write_report
 from evaluation_settings import EvaluationSettings, command_line, make_parser, resolved_revision
+from evaluation_tables import MAX_ROWS, format_results, write_results
 
 from llava_next_ar.training_data import LlavaVideoDataset
 

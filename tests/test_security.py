@@ -97,9 +97,11 @@ def test_the_search_finds_what_it_looks_for():
 
 
 # A user of a checkpoint has these: torch and transformers, and what they bring. What is missing stops the import.
-REQUIRED = {"PIL", "huggingface_hub", "jinja2", "numpy", "packaging", "tokenizers", "torch", "transformers"}
+REQUIRED = {
+    *("PIL", "huggingface_hub", "jinja2", "numpy", "packaging", "safetensors", "tokenizers", "torch", "transformers"),
+}
 # These are tried, and told of when something that needs them is called.
-OPTIONAL = {"av", "decord", "matplotlib"}
+OPTIONAL = {"av", "datasets", "decord", "liger_kernel", "matplotlib", "transformers", "trl"}
 
 
 def third_party(source: str) -> tuple[set[str], set[str]]:

@@ -1,0 +1,100 @@
+"""Results of an evaluation as JSON, and as tables for people; used by scripts/evaluate.py and scripts/hub_card.py."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evaluation_metrics import is_right
+
+# Rows of the tables of wrong answers and of bad samples in a report; the JSON file holds all.
+MAX_ROWS = 50
+
+
+def write_results(results: dict[str, Any], path: Path) -> None:
+    """JSON, with one line for each entry of a list of records."""
+    parts = []
+    for name, value in results.items():
+        if isinstance(value, list) and value:
+            text = "[\n" + ",\n".join("  " + json.dumps(record) for record in value) + "\n ]"
+        else:
+            text = json.dumps(value, indent=1).replace("\n", "\n ")
+        parts.append(f" {json.dumps(name)}: {text}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+
+
+# -- Tables
+
+
+def _number(summary: dict[str, Any], name: str) -> str:
+    """A number with three digits and, where there is one, its interval."""
+    if summary.get(name) is None:
+        return "-"
+    interval = summary.get(f"{name}_interval")
+    return f"{summary[name]:.3f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+
+
+def answer_rows(answering: dict[str, Any]) -> list[list[str]]:
+    rows = [["question type", "questions", "exact", "choice", "likelihood", "chance", "best guess", "unparsable"]]
+    types = answering["by_type"] if len(answering["by_type"]) > 1 else {}
+    for name, summary in [*types.items(), ("all", answering["all"])]:
+        numbers = [_number(summary, key) for key in ("exact", "choice", "likelihood", "chance", "best_guess")]
+        rows.append([name, str(summary["num_questions"]), *numbers, str(summary.get("num_unparsable", "-"))])
+    return rows
+
+
+def frame_rows(frames: dict[str, Any]) -> list[list[str]]:
+    """For each horizon all predictions, then each bin of time gaps."""
+    names = ("mse", "copy_mse", "skill", "cosine", "temporal_consistency", "temporal_consistency_chance")
+    rows = [["frames ahead", "seconds", "predictions", "videos", *names[:4], "temporal consistency", "blind guess"]]
+    for horizon, summary in frames["by_horizon"].items():
+        bins = [(f"{entry['from']:.3g} to {entry['to']:.3g}", entry) for entry in summary["by_gap"]]
+        for gap, entry in [("all", summary), *bins]:
+            counts = [str(entry["num_frames"]), str(entry["num_videos"])]
+            rows.append([horizon, gap, *counts, *(_number(entry, name) for name in names)])
+    return rows
+
+
+def wrong_answers(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that the generated text, or without it the likelihood, has wrong."""
+    kinds = [next((n for n in ("choice", "exact", "likelihood") if n in answer), None) for answer in answers]
+    return [answer for answer, kind in zip(answers, kinds, strict=True) if kind and not is_right(answer, kind)]
+
+
+def _as_text(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]  # fmt: skip
+
+
+def remarks(results: dict[str, Any]) -> list[str]:
+    """What a reader must know before any number."""
+    remarks = []
+    if results["settings"]["frame_order"] != "natural":
+        remarks.append(f"a control: the frames of each video were shown in {results['settings']['frame_order']} order")
+    if results["num_bad_samples"]:
+        first = results["bad_samples"][0]["problem"]
+        remarks.append(
+            f"{results['num_bad_samples']} entries could not be read and are in no number; the first: {first}"
+        )
+    return remarks
+
+
+def format_results(results: dict[str, Any]) -> str:
+    """The results as tables for people."""
+    lines = _as_text(answer_rows(results["question_answering"])) + [""]
+    frames = results["reconstruction"]
+    if frames is None:
+        lines.append("next frame: not measured (no head, or no video with two frames)")
+    else:
+        lines.append(
+            f"predicted frames, {frames['num_frames']} in {frames['num_videos']} videos (skill 0 = copying the last frame)"
+        )
+        lines += _as_text(frame_rows(frames))
+    return "\n".join([*(f"NOTE: {remark}" for remark in remarks(results)), *lines])
+
+
+# -- The page
