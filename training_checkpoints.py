@@ -389,7 +389,8 @@ class StopOnSigterm(TrainerCallback):
             torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
             requested = bool(anywhere.item())
         if requested and not control.should_training_stop:
-            logger.warning(f"SIGTERM: saving a checkpoint after step {state.global_step} and stopping")
+            if state.is_world_process_zero:
+                logger.warning(f"SIGTERM: saving a checkpoint after step {state.global_step} and stopping")
             self.stopped = control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # there may be no time
 
