@@ -381,7 +381,7 @@ class LlavaNextARConfig(LlavaOnevisionConfig):
         self.validate()
         self._check_consistency()
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As in transformers, but what could not be loaded again is refused before anything is written; see `check`."""
         self.check()
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
