@@ -37,7 +37,7 @@ An entry that cannot be read is an error; with `--max-bad-samples N`, up to N ar
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -168,13 +168,15 @@ def _load(
     is_main = processes.is_main_process
     (revision,) = broadcast_object_list([resolved_revision(settings.model, settings.revision) if is_main else None])
     settings = replace(settings, revision=revision)
-    model, processor = load_checkpoint(
-        settings.model,
-        trust_remote_code=settings.trust_remote_code,
-        device=device,
-        dtype=settings.dtype,
-        revision=revision,
-    )
+    # Code of a checkpoint is copied to a cache before it runs: by one process, and not under the hands of another.
+    with processes.local_main_process_first() if settings.trust_remote_code else nullcontext():
+        model, processor = load_checkpoint(
+            settings.model,
+            trust_remote_code=settings.trust_remote_code,
+            device=device,
+            dtype=settings.dtype,
+            revision=revision,
+        )
     (identity,) = broadcast_object_list([model_identity(settings.model, model, revision) if is_main else None])
     return settings, model, processor, identity
 
