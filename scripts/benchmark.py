@@ -7,6 +7,7 @@
     python scripts/benchmark.py training-step                      # two CPU cores
     python scripts/benchmark.py training-step --device cuda --bf16 --shape 7b --frames 32 --lora --activation-checkpointing
     python scripts/benchmark.py head
+    python scripts/benchmark.py load-time --repeats 5
 
 video-loading: four ways from a file to `num_frames` uniformly sampled frames,
 
@@ -23,6 +24,11 @@ the float32 result, which alone takes most of the time for small pictures (113 M
 memory: resident memory while many clips are loaded, one process for each back end.
 
 training-step and head: see scripts/benchmark_training.py.
+
+load-time: `from_pretrained` of a saved checkpoint, each time in a fresh process, ours (the installed class, and the code that
+the checkpoint carries through an auto class) and transformers' LlavaOnevisionForConditionalGeneration on the same weights,
+in turns. `load` is the call alone, `whole` the process from its start, imports included; the fastest of the repeats counts.
+Ours holds the reconstruction head besides.
 
 A part is a function that takes its options and prints; PARTS at the end lists them.
 """
@@ -249,6 +255,95 @@ def _resident_memory(paths: list[Path], backend: str, loads: int) -> list[float]
     return used
 
 
+# Ways to load for `load-time`.
+_LOADS = {
+    "OneVision": (
+        "from transformers import LlavaOnevisionForConditionalGeneration as Model",
+        "Model.from_pretrained({onevision!r})",
+    ),
+    "ours": (
+        "from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration as Model",
+        "Model.from_pretrained({ours!r})",
+    ),
+    "ours, remote code": (
+        "from transformers import AutoModelForImageTextToText as Model",
+        "Model.from_pretrained({ours!r}, trust_remote_code=True)",
+    ),
+}
+_LOADING_PROGRAM = """
+import time
+import torch
+{imports}
+start = time.perf_counter()
+model = {load}
+print(time.perf_counter() - start)
+"""
+# What the package aims at: times of OneVision's.
+LOAD_TIME = 1.1
+
+
+def load_time(options: argparse.Namespace) -> None:
+    ways = list(_LOADS)
+    print(f"seconds, fastest of {options.repeats}; each load in a fresh process, in turns")
+    print(f"{'checkpoint':<12}{'way':<20}{'load':>8}{'ratio':>8}{'whole':>8}{'ratio':>8}")
+    for size in options.sizes:
+        with tempfile.TemporaryDirectory() as temporary:
+            folders = _write_checkpoints(Path(temporary), **_CHECKPOINT_SIZES[size])
+            environ = {**os.environ, "HF_MODULES_CACHE": str(Path(temporary) / "modules"), "HF_HUB_OFFLINE": "1"}
+            load, whole = ({way: float("inf") for way in ways} for _ in range(2))
+            # One round first that does not count: it fills the disk's cache and the cache of remote code.
+            rounds = [(way, repeat) for repeat in range(options.repeats + 1) for way in ways]
+            for way, repeat in tqdm(rounds, desc=size, unit="load", disable=None):
+                imports, call = _LOADS[way]
+                program = _LOADING_PROGRAM.format(imports=imports, load=call.format(**folders))
+                start = time.perf_counter()
+                done = subprocess.run(
+                    [sys.executable, "-c", program], env=environ, check=True, capture_output=True, text=True
+                )
+                if repeat:
+                    whole[way] = min(whole[way], time.perf_counter() - start)
+                    load[way] = min(load[way], float(done.stdout.split()[-1]))
+        for way in ways:
+            line = f"{size:<12}{way:<20}"
+            for seconds in (load, whole):
+                line += f"{seconds[way]:>8.2f}{seconds[way] / seconds['OneVision']:>8.2f}"
+            print(line, flush=True)
+    print(f"aim: ratios of at most {LOAD_TIME:g}")
+
+
+# Widths of language model and vision tower, their layers, and the vocabulary.
+_CHECKPOINT_SIZES = {
+    "tiny": {"width": 64, "layers": 2, "vocabulary": 1000},
+    "large": {"width": 768, "layers": 12, "vocabulary": 32000},
+}
+
+
+def _write_checkpoints(folder: Path, width: int, layers: int, vocabulary: int) -> dict[str, str]:
+    """One with the reconstruction head, one without it as OneVision's; the weights that both have are the same."""
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+    from llava_next_ar.configuration_llava_next_ar import LlavaNextARConfig
+    from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
+
+    shared = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    vision = {"model_type": "siglip_vision_model", "num_attention_heads": 8, "vision_use_head": False}
+    text = {"model_type": "qwen2", "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": vocabulary}
+    ids = {"image_token_index": vocabulary - 2, "video_token_index": vocabulary - 1}
+    keys = {"vision_config": {**vision, **shared}, "text_config": {**text, **shared}, **ids}
+    ours = LlavaNextARForConditionalGeneration(LlavaNextARConfig(**keys))
+    onevision = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(**keys))
+    onevision.load_state_dict({name: ours.state_dict()[name] for name in onevision.state_dict()})
+    folders = {"ours": str(folder / "ours"), "onevision": str(folder / "onevision")}
+    ours.save_pretrained(folders["ours"])
+    onevision.save_pretrained(folders["onevision"])
+    return folders
+
+
+def _load_time_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sizes", nargs="+", choices=tuple(_CHECKPOINT_SIZES), default=list(_CHECKPOINT_SIZES))
+
+
 def _video_loading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, nargs="+", default=[8, 32, 64])
     parser.add_argument("--repeats", type=int, default=3)
@@ -269,6 +364,7 @@ PARTS = {
     "memory": (memory, _memory_options),
     "training-step": (training_step, training_step_options),
     "head": (head, head_options),
+    "load-time": (load_time, _load_time_options),
 }
 
 

@@ -64,6 +64,7 @@ OLDEST = (
     "datasets==3.0.0",
     "safetensors==0.8.0",
     "numpy==1.26.0",
+    "pyarrow<26",  # 26 needs NumPy 2 and does not say so to pip
     "pillow==10.1.0",
     "av==17.0.0",
 )
