@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset, Sampler
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 
 from .training_checkpoints import ResumableTrainer, StopOnSigterm, last_complete_checkpoint
@@ -133,11 +133,11 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
         return super().train(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """As in Trainer, for data sets that know their lengths without decoding, or change with the epoch."""
+        """As in Trainer, with an order that depends on seed and epoch alone, and lengths that need no decoding."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
         strategy = self.args.train_sampling_strategy
         is_grouped = strategy == "group_by_length" and hasattr(dataset, "lengths")
-        if not is_grouped and not (strategy == "random" and hasattr(dataset, "set_epoch")):
+        if not (is_grouped or strategy == "random") or not has_length(dataset):
             return super()._get_train_sampler(train_dataset)
         args = self.args
         sampler = EpochSampler(

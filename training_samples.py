@@ -18,7 +18,7 @@ from transformers.image_utils import load_image
 from .bad_samples import BadSampleError
 from .frame_sampling import SampledFrames
 from .training_entries import MediaFolders, entry_to_messages, media_names
-from .video_frames import VideoFrames, video_length
+from .video_frames import VideoFrames, open_image, video_length
 
 SAMPLE_NAME = "sample_name"  # of a sample: a short text by which a person finds it
 
@@ -221,7 +221,7 @@ def _open_media(media: Any, kind: str) -> Any:
     """Opens what the processor does not take: frames saved by numpy, and the bytes of an image file."""
     if kind == "video" and isinstance(media, str) and media.lower().endswith(".npy"):
         return np.load(media, allow_pickle=False)
-    return Image.open(io.BytesIO(media)) if kind == "image" and isinstance(media, bytes) else media
+    return open_image(io.BytesIO(media)) if kind == "image" and isinstance(media, bytes) else media
 
 
 def _upright_size(media: Any) -> tuple[int, int]:
@@ -231,6 +231,6 @@ def _upright_size(media: Any) -> tuple[int, int]:
     elif isinstance(media, str) and ("://" in media or media.startswith("data:")):
         image = load_image(media)
     else:
-        image = Image.open(io.BytesIO(media) if isinstance(media, bytes) else media)
+        image = open_image(io.BytesIO(media) if isinstance(media, bytes) else media)
     is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     return image.size[::-1] if is_turned else image.size

@@ -9,7 +9,8 @@
                   taken for a fused kernel (queries, keys, values and the result) unless it is eager. As much
                   as one layer keeps is added for the gradients that pass through it. With activation checkpointing, of
                   each layer its input, and all of one layer
-    logits        targets x vocabulary x (two copies in 16 bits, if there are such, and three in float32)
+    logits        targets x vocabulary x (two copies in 16 bits, if there are such, and three in float32), of the chunk of
+                  targets that `LOGITS_AT_A_TIME` lets exist at a time
     inputs        the pixels of the batch in float32
 
     total = weights + gradients + optimizer + copies + max(activations + logits + inputs, the tower as it runs frozen,
@@ -27,6 +28,8 @@ from unittest import mock
 
 import torch
 from torch import nn
+
+from llava_next_ar.loss_functions import LOGITS_AT_A_TIME
 
 # Bytes per trained parameter, for names that begin so; the first that fits. None: as many as two copies of it.
 OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0.1, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion": 4}
@@ -101,7 +104,8 @@ def step_memory(
     if cast.autoregressive_module is not None and num_frames:
         activations += _saved(cast.autoregressive_module, lambda: _run_head(cast, num_frames, patches, compute_dtype))
     parts["activations"] = activations
-    parts["logits"] = num_targets * text.vocab_size * (12 + (2 * size if is_mixed else 0))
+    num_logits = min(num_targets * text.vocab_size, LOGITS_AT_A_TIME)
+    parts["logits"] = num_logits * (12 + (2 * size if is_mixed else 0))
     parts["inputs"] = 4 * num_frames * vision.num_channels * vision.image_size**2
     passing = num_frames * patches * (2 * vision.intermediate_size + 6 * vision.hidden_size) * size + parts["inputs"]
     fixed = sum(parts[name] for name in ("weights", "gradients", "optimizer", "copies"))
