@@ -8,7 +8,9 @@ folder, and no file that is saved holds the token.
 
 import copy
 import json
+import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from transformers.utils.hub import PushInProgress
 from .hub_files import MODEL_TAGS, commit_files, hub_id, is_library_card, portable_adapter_config, read_hub_folder
 
 logger = logging.get_logger(__name__)
+
+_SNAPSHOT = "_pushing_"  # a folder's name begins so
 
 
 class HubTrainer(Trainer):
@@ -121,21 +125,24 @@ class HubTrainer(Trainer):
         if is_busy and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if not is_busy:
+            for left_over in output.glob(f"{_SNAPSHOT}*"):  # of a run that was killed
+                shutil.rmtree(left_over)
+        snapshot = _snapshot(checkpoint, output)
         try:
-            # Copied, since the checkpoint may be deleted while it goes up.
-            for name, path in read_hub_folder(checkpoint).files.items():
-                if name != "README.md":
-                    shutil.copy(path, output / name)
-            files, replaced = self._files_to_push(output), None
+            files, replaced = self._files_to_push(snapshot), None
         except ValueError as error:  # training goes on; FSDP's sharded checkpoints, for one, are no Hub folders
             logger.warning(f"{checkpoint.name} is not pushed: {error}")
+            shutil.rmtree(snapshot)
             return
+        if (output / "README.md").is_file():
+            files["README.md"] = output / "README.md"
         step, epoch = self.state.global_step, int(self.state.epoch)
         progress = f"step {step}" if self.args.save_strategy == SaveStrategy.STEPS else f"epoch {epoch}"
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             replaced = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
-            for path in (p for p in checkpoint.rglob("*") if p.is_file()):
-                files[f"{replaced}/{path.relative_to(checkpoint).as_posix()}"] = path
+            for path in (p for p in snapshot.rglob("*") if p.is_file()):
+                files[f"{replaced}/{path.relative_to(snapshot).as_posix()}"] = path
         job = HfApi().run_as_future(
             commit_files,
             self.hub_model_id,
@@ -145,6 +152,7 @@ class HubTrainer(Trainer):
             revision=self.args.hub_revision,
             replaced_folder=replaced,
         )
+        job.add_done_callback(lambda _: shutil.rmtree(snapshot, ignore_errors=True))
         if is_busy:
             self.push_in_progress.jobs.append(job)
         else:
@@ -156,6 +164,19 @@ class HubTrainer(Trainer):
             if job.exception() is not None:
                 logger.warning(f"a push during the training failed: {job.exception()}")
         self.push_in_progress = None
+
+
+def _snapshot(checkpoint: Path, output: Path) -> Path:
+    """The files of a checkpoint under other names, which stay while it goes up, whatever becomes of the checkpoint."""
+    snapshot = Path(tempfile.mkdtemp(prefix=_SNAPSHOT, dir=output))
+    for path in (p for p in checkpoint.rglob("*") if p.is_file()):
+        target = snapshot / path.relative_to(checkpoint)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, target)  # takes neither time nor space
+        except OSError:  # where the file system has no hard links
+            shutil.copy(path, target)
+    return snapshot
 
 
 def _card(path: Path) -> ModelCard:

@@ -162,7 +162,7 @@ def horizon_records(
 
     Args:
         reconstruction: predictions one frame ahead, for the videos of the batch.
-        timestamps: `[N, T]` seconds of the frames of the batch's videos.
+        timestamps: `[N, T]` nanoseconds of the frames of the batch's videos, as the collator gives them.
 
     Returns:
         `video` (which of the question's), `frame` (that is predicted), `gap` (seconds since the last frame that was seen)
@@ -172,14 +172,14 @@ def horizon_records(
     owners = [(question, video) for question, number in enumerate(num_videos) for video in range(number)]
     metrics = {name: values.tolist() for name, values in reconstruction.frame_metrics().items()}
     of_batch, frames = reconstruction.frame_video.tolist(), reconstruction.frame_index.tolist()
-    times = timestamps.double().tolist()
+    times = timestamps.tolist()
     records: list[dict[str, list[float]]] = [{} for _ in questions]
     for place, (video, frame) in enumerate(zip(of_batch, frames, strict=True)):
         question, number = owners[video]
         values = {
             "video": number,
             "frame": frame,
-            "gap": round(times[video][frame] - times[video][frame - 1], 6),
+            "gap": round((times[video][frame] - times[video][frame - 1]) / 1e9, 6),
             **{name: own[place] for name, own in metrics.items()},
             # Nearest to a copy is always the frame before, so copying is no baseline here; a blind guess is one.
             "temporal_consistency_chance": 1 / (of_batch.count(video) + 1),

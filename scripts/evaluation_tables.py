@@ -72,15 +72,15 @@ def _as_text(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def remarks(results: dict[str, Any]) -> list[str]:
     """What a reader must know before any number."""
-    remarks = []
+    notes = []
     if results["settings"]["frame_order"] != "natural":
-        remarks.append(f"a control: the frames of each video were shown in {results['settings']['frame_order']} order")
+        notes.append(f"a control: the frames of each video were shown in {results['settings']['frame_order']} order")
     if results["num_bad_samples"]:
         first = results["bad_samples"][0]["problem"]
-        remarks.append(
+        notes.append(
             f"{results['num_bad_samples']} entries could not be read and are in no number; the first: {first}"
         )
-    return remarks
+    return notes
 
 
 def format_results(results: dict[str, Any]) -> str:
@@ -95,6 +95,3 @@ def format_results(results: dict[str, Any]) -> str:
         )
         lines += _as_text(frame_rows(frames))
     return "\n".join([*(f"NOTE: {remark}" for remark in remarks(results)), *lines])
-
-
-# -- The page

@@ -66,11 +66,18 @@ def build_card(
             `results.json` if there are any.
         repo_id: what the code of the card loads.
         revision: the commit that it is pinned to; without one the card says how to pin.
+
+    Raises:
+        ValueError: if the results are those of a control.
     """
     recipe, adapter, config = _recipe(folder), _read(folder / "adapter_config.json"), _read(folder / "config.json")
     base_model = find_base_model(folder, options.base_model)
     relation = options.relation or _relation(adapter, config)
     results = _read(options.results or folder / RESULTS)
+    if results and results["settings"]["frame_order"] != "natural":
+        raise ValueError(
+            f"{options.results or folder / RESULTS} holds a control (frame_order), not what the model can do"
+        )
     tags = sorted({*MODEL_TAGS, *(["lora"] if adapter.get("peft_type") == "LORA" else [])})
     data = ModelCardData(
         license=options.license,

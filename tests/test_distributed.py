@@ -226,6 +226,7 @@ def test_a_checkpoint_of_sharded_weights_has_all_but_the_weights(tmp_path):
     trainer.accelerator = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=SimpleNamespace(state_dict_type="StateDictType.SHARDED_STATE_DICT")),
         unwrap_model=lambda wrapped: wrapped,
+        wait_for_everyone=lambda: None,
     )
     trainer.save_model(tmp_path / "checkpoint-1")
     assert (

@@ -316,17 +316,23 @@ def test_what_cannot_be_loaded_is_named(hub, folder, monkeypatch, auto_class):
 
 # ---- the card -------------------------------------------------------------------------------------------------------
 
+FRAMES = {
+    **{"num_videos": 2, "num_frames": 6, "mse": 0.5, "copy_mse": 1.0, "skill": 0.5, "cosine": 0.9},
+    **{"temporal_consistency": 0.3, "temporal_consistency_chance": 0.125},
+}
 RESULTS = {
-    "settings": {"data": "clips/test.json", "dtype": "float32", "num_frames": None, "max_samples": None},
+    "settings": {
+        **{"data": "clips/test.json", "dtype": "float32", "num_frames": None, "max_samples": None},
+        "frame_order": "natural",
+    },
     "versions": {"python": "3.11", "torch": "2.13", "transformers": "5.23"},
     "question_answering": {
         "all": {"num_questions": 4, "chance": 0.25, "best_guess": 0.5, "exact": 0.75, "exact_interval": [0.5, 1.0]},
         "by_type": {},
     },
-    "reconstruction": {
-        **{"num_videos": 2, "num_frames": 6, "horizon": 1, "mse": 0.5, "copy_mse": 1.0, "skill": 0.5, "cosine": 0.9},
-        **{"temporal_consistency": 0.3, "temporal_consistency_chance": 0.125},
-    },
+    "reconstruction": {**FRAMES, "horizon": 1, "by_horizon": {"1": {**FRAMES, "by_gap": []}}},
+    "num_bad_samples": 0,
+    "bad_samples": [],
     "seconds": 1.0,
     "answers": [],
 }

@@ -198,7 +198,7 @@ def watched(tmp_path_factory):
     model.save_pretrained(folder / "saved")
     tiny_processor(model.config).save_pretrained(folder / "saved")
     modules = " ".join(path.stem for path in MODULES)
-    third_party = " ".join(sorted(REQUIRED | OPTIONAL)) + " matplotlib.pyplot"
+    third_party = " ".join(sorted(REQUIRED | OPTIONAL)) + " matplotlib.pyplot trl.trainer.sft_trainer"
     command = [sys.executable, "-c", WATCH, str(folder / "saved"), str(ROOT), modules, third_party]
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_MODULES_CACHE": str(folder / "modules")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=environment)

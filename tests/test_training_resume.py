@@ -22,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from llava_next_ar import training_checkpoints
 from llava_next_ar.hub_code import __file__ as hub_code_file
 from llava_next_ar.training_checkpoints import checkpoint_problem, replace_model
+from llava_next_ar.training_hub import HubTrainer
 from llava_next_ar.training_llava_next_ar import StopOnSigterm, last_complete_checkpoint
 
 TESTS = Path(__file__).resolve().parent
@@ -241,7 +242,7 @@ def test_only_complete_checkpoints_are_pushed(tmp_path, monkeypatch):
     trainer.args.push_to_hub = True
     pushed = []
     monkeypatch.setattr(
-        Trainer, "_push_from_checkpoint", lambda self, folder: pushed.append((folder, checkpoint_problem(folder)))
+        HubTrainer, "_push_from_checkpoint", lambda self, folder: pushed.append((folder, checkpoint_problem(folder)))
     )
     trainer.train()
     assert pushed == [(str(tmp_path / "checkpoint-2"), None)]
