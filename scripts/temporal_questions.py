@@ -96,12 +96,13 @@ def count(draw: Draw) -> list[Draft]:
 def _bouncing(draw: Draw, x: float, number: int, radius: float) -> np.ndarray:
     """A ball that touches the ground so many times and loses no height: `[T, 2]`.
 
-    The clip lasts for as many periods, from any phase on. So at every moment the ball is at each height equally often,
-    whatever the number; and if the number of steps from frame to frame has no factor in common with it, the frames as a
-    set are those of any other number (for 13 steps and 4 bounces, phases 0, 4/13, 8/13, 12/13, 3/13...).
+    The clip lasts for as many periods, from any of as many phases as it has steps. So at every moment the ball is at
+    each height equally often, whatever the number; and if the number of steps has no factor in common with it, the
+    frames as a set are those of any other number (for 13 steps and 4 bounces, phases 0, 4/13, 8/13, 12/13, 3/13...).
     """
     height, period = draw.uniform(0.4, 0.6), draw.last / number
-    first = draw.uniform(0.08, 0.92) * period  # when it touches the ground: not so near an end that none could tell
+    # The first contact; between two frames even where both are near it, so that one can tell.
+    first = (draw.rng.integers(draw.last) + draw.uniform(0.4, 0.6)) / draw.last * period
     gravity = 8 * height / period**2
     rise = period / 2 - first  # time until it is at its highest (since then, if negative)
     start = (x, GROUND - radius - height + gravity / 2 * rise**2)
@@ -199,7 +200,9 @@ def arrow(draw: Draw) -> list[Draft]:
         stop, distance = draw.uniform(0.6, 0.9) * draw.last, draw.uniform(0.4, 0.7)
         friction = 2 * distance / stop**2
         place, pace = draw.rng.uniform(size=2), friction * stop * draw.heading()
-        motion = simulate([place], [pace], radius=RADIUS, num_frames=draw.num_frames, friction=friction)
+        motion = simulate(
+            [place], [pace], radius=RADIUS, num_frames=draw.num_frames, friction=friction, steps_per_frame=16
+        )
         bodies.append(draw.body(color, motion.positions[:, 0]))
     scene = draw.open_scene(bodies, boxes=draw.post())
     text = "Here friction slows down whatever slides. Is the clip played forward or backward?"

@@ -95,13 +95,14 @@ def simulate(
         for step in range(steps_per_frame if frame < num_frames - 1 else 0):
             now = frame + (step + 1) * dt
             for i in range(n):
-                x[i] += u[i] * dt
-                y[i] += v[i] * dt + 0.5 * gravity * dt * dt
-                v[i] += gravity * dt
+                kept = 1.0
                 if friction:
                     speed = (u[i] ** 2 + v[i] ** 2) ** 0.5
                     kept = max(0.0, 1 - friction * dt / speed) if speed else 0.0
-                    u[i], v[i] = u[i] * kept, v[i] * kept
+                x[i] += 0.5 * (1 + kept) * u[i] * dt
+                y[i] += 0.5 * (1 + kept) * v[i] * dt + 0.5 * gravity * dt * dt
+                u[i] *= kept
+                v[i] = v[i] * kept + gravity * dt
                 if ground is not None and y[i] + radius > ground and v[i] > 0:
                     # Back to the moment of the contact, and on from there: no height is won or lost, and no time.
                     depth = y[i] + radius - ground
