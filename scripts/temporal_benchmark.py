@@ -28,15 +28,17 @@ What is asked (and the best accuracy that is to be had from one frame | from all
     possible   could this happen, or is it impossible?                   2 choices    chance | all
     color      the color of a shape: the easy control                    4 choices    all    | all
 
-`count` is at chance without order if the number of frames less one has no factor 2 or 3 (12, 14, 18, 20 and 24 frames),
-and else leaves something to see. `possible` clips come in pairs that are identical, in the decoded pixels too, before
-`event_frame`; see temporal_events.py. The controls measure the table for a model instead of taking it from here: train
-and test on shuffled frames (`--control-splits train test`) shows what a model learns without order.
+No single frame says anything about an answer, `color` apart, and where it says chance, neither do all frames without
+their order; how that is brought about is told in temporal_questions.py and, for `possible`, in temporal_events.py.
+`count` needs the order if the number of frames less one has no factor 2 or 3 (12, 14, 18, 20 and 24 frames); else the
+frames repeat themselves more often for some numbers. The controls measure the table for a model instead of taking it
+from here: trained and tested on shuffled frames (`--control-splits train test`), it shows what can be learned without
+order. The clips of a pair of `possible` are identical before `event_frame`, in the decoded pixels too.
 
-Answers are balanced exactly: in every type, level and split, each choice is right equally often, by its place and, for
-fixed choices, by its text. Levels (easy, medium, hard) differ in distractors, range and difference of speeds, texture,
-camera motion and screens; see `LEVELS`. Half of a test split's looks may show combinations of color and shape that no
-training or validation clip shows; their entries say `"held_out": true`.
+Answers are balanced exactly: in every type, level and split, each place among the choices is right equally often.
+Levels (easy, medium, hard) differ in distractors, range and difference of speeds, texture, camera motion and screens;
+see `LEVELS`. Some combinations of color and shape are in test clips only; entries whose clip shows one say
+`"held_out": true`.
 
 Keys of an entry beside LLaVA's: `question_type`, `choices`, `difficulty`, `held_out`, and where they apply `pair` (the
 same for both clips of a pair), `event`, `event_frame`, `event_places`, `event_hidden`, `cut_frame`; in the controls
@@ -117,7 +119,7 @@ def make_clips(
             raise ValueError(f"{what} {', '.join(names) or 'missing'}, expected some of {', '.join(known)}")
     wanted = {"direction" if name == "color" else name for name in question_types}
     clips = []
-    for level in levels:
+    for level in [name for name in LEVELS if name in levels]:
         for kind in [kind for kind in CLIP_KINDS if kind in wanted]:
             # Every kind has a generator of its own: what else is asked for changes nothing about it.
             rng = np.random.default_rng([seed, *f"{split} {level} {kind}".encode()])
@@ -291,7 +293,7 @@ def preview(levels: Sequence[str] = tuple(LEVELS), *, seed: int = 0, size: int =
     The frame of an event or a cut has a red frame.
     """
     rows: list[BenchmarkClip] = []
-    for level in levels:
+    for level in [name for name in LEVELS if name in levels]:
         clips = make_clips(BALANCE * len(EVENTS), split="test", seed=seed, levels=[level])
         firsts = [clip for clip in clips if clip.name.endswith("0001") and not clip.pair]
         rows += firsts + [clip for clip in clips if clip.pair and int(clip.name[-4:]) % BALANCE < 2]

@@ -9,6 +9,7 @@ from synthetic_clips import COLORS, SHAPES, Question
 from temporal_scenes import DOWNWARDS, PATTERNS, Body, Box, Look, Scene, still_camera
 
 RADIUS = 0.08  # of every shape
+GROUND = 0.88  # y of the ground of a stage that is seen from the side
 # Combinations of color and shape that only test clips show.
 HELD_OUT = frozenset({("red", "triangle"), ("green", "diamond"), ("blue", "square"), ("yellow", "triangle")})
 
@@ -91,10 +92,8 @@ def panel(width: float) -> Box:
     return Box(kind="screen", center=(0.5, 0.22 + 0.5), half=(width / 2, 0.5))
 
 
-GROUND = 0.88  # y of the ground of a stage that is seen from the side
-
-
 def ground_box() -> Box:
+    """All below `GROUND`."""
     return Box(kind="ground", center=(0.5, GROUND + 0.5), half=(2.0, 0.5))
 
 
@@ -207,6 +206,7 @@ class Draw:
         return self._scene(tuple(bodies), boxes, camera, wraps=True)
 
     def gliding(self, velocity: np.ndarray) -> np.ndarray:
+        """A camera that starts anywhere in a world that wraps: `[T, 3]`."""
         camera = still_camera(self.num_frames)
         camera[:, :2] = self.rng.uniform(size=2) + (self.t - self.last / 2)[:, None] * velocity
         return camera

@@ -46,7 +46,7 @@ def possible(draw: Draw) -> list[Draft]:
             break
         # The event is seen when the shape ought to come out: wholly hidden in one frame, seen in the next.
         out = away + reach - width / 2  # how far it sticks out
-        event_frame = int(np.argmax((draw.t > moment) & (out > 0.4 * pace)))
+        event_frame = int(np.argmax((draw.t > moment) & (out > 0.6 * pace)))
         if out[event_frame - 1] <= 0:
             break
     x = 0.5 + draw.rng.choice([-1, 1]) * (away if event == "solid" else pace * (draw.t - moment))
