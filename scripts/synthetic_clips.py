@@ -296,14 +296,20 @@ def render_clip(clip: Clip, size: int = 96) -> np.ndarray:
     return np.clip(np.rint(frames), 0, 255).astype(np.uint8)
 
 
-def write_video(frames: np.ndarray, path: Path | str, fps: float) -> None:
-    """Encode `[T, H, W, 3]` uint8 RGB frames as H.264; `H` and `W` must be even."""
+def write_video(frames: np.ndarray, path: Path | str, fps: float, *, causal: bool = False) -> None:
+    """Encode `[T, H, W, 3]` uint8 RGB frames as H.264; `H` and `W` must be even.
+
+    With `causal`, no frame is encoded with a look at later ones: clips that are equal up to some frame are decoded
+    equal up to that frame. It makes the files larger.
+    """
     num_frames, height, width, _ = frames.shape
     if height % 2 or width % 2:
         raise ValueError(f"frames are {height} x {width}, expected even sizes (the chroma planes have half of each)")
     with av.open(str(path), "w") as container:
         # A constant quantizer, since with crf the rate control (x264's mbtree) may give other bits in another run.
         options = {"qp": "16", "preset": "veryfast", "threads": "1"}
+        if causal:
+            options["tune"] = "zerolatency"
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for frame in frames:
