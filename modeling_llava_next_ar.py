@@ -35,7 +35,7 @@ from .hub_code import AUTO_MAP, MODEL_AUTO_CLASSES
 from .hub_files import MODEL_TAGS, PushableModel
 from .loss_functions import reduce_video_losses, summed_cross_entropy
 from .reconstruction_metrics import NextFramePrediction, Reconstruction
-from .transformers_compat import hidden_states_to_keep, slice_logits_to_keep
+from .transformers_compat import check_prefill, hidden_states_to_keep, slice_logits_to_keep
 
 logger = logging.get_logger(__name__)
 
@@ -391,6 +391,10 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         if mode and self.autoregressive_module is not None:
             self.autoregressive_module.prepare_teacher(self.model.vision_tower)
         return self
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        check_prefill(generation_config)
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs: Any) -> VideoFeatures:
         """See `LlavaNextARModel.get_video_features`."""

@@ -7,6 +7,8 @@ Each entry names the release that brought it, and goes away when `MINIMUM_TRANSF
 import re
 
 import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import utils as generation_utils
 from transformers.utils import output_capturing
 
 try:  # 5.21
@@ -25,10 +27,34 @@ except ImportError:
     MARKED_CONTROL_TOKEN = re.compile("(?!)")  # matches nothing: no control token of a user's text is marked
 
 _CAN_SELECT_HIDDEN_STATES = hasattr(output_capturing, "select_hidden_states")  # 5.23
+_CAN_PREFILL_IN_CHUNKS = hasattr(generation_utils, "_slice_mm_encoder_output")  # 5.23
 
-__all__ = ["MARKED_CONTROL_TOKEN", "hidden_states_to_keep", "slice_logits_to_keep"]
+# The argument of `TrainingArguments`; 5.23 brought this name, and warns about the old one.
+_CAN_NAME_ACTIVATIONS = hasattr(PreTrainedModel, "activation_checkpointing_enable")
+ACTIVATION_CHECKPOINTING = "activation_checkpointing" if _CAN_NAME_ACTIVATIONS else "gradient_checkpointing"
+
+__all__ = [
+    "ACTIVATION_CHECKPOINTING",
+    "MARKED_CONTROL_TOKEN",
+    "check_prefill",
+    "hidden_states_to_keep",
+    "slice_logits_to_keep",
+]
 
 
 def hidden_states_to_keep(layer: int | list[int]) -> bool | int | list[int]:
     """The `output_hidden_states` of a vision tower of which `layer` is read: that layer, or all if it must be."""
     return layer if _CAN_SELECT_HIDDEN_STATES else True
+
+
+def check_prefill(generation_config: GenerationConfig) -> None:
+    """Refuses a prefill in chunks where `generate` would give each chunk the features of the first: wrong tokens, silently.
+
+    Raises:
+        ValueError: if there is a `prefill_chunk_size` that this release cannot do.
+    """
+    if generation_config.prefill_chunk_size is not None and not _CAN_PREFILL_IN_CHUNKS:
+        raise ValueError(
+            f"prefill_chunk_size={generation_config.prefill_chunk_size} needs transformers>=5.23: earlier ones give every "
+            "chunk the images and videos of the first; leave it at None"
+        )

@@ -22,6 +22,7 @@ from llava_next_ar.bad_samples import BadSampleError
 from llava_next_ar.frame_sampling import SAMPLING_POLICIES
 from llava_next_ar.training_samples import read_sample
 from llava_next_ar.training_stream import UnreadSample
+from llava_next_ar.transformers_compat import ACTIVATION_CHECKPOINTING
 
 BAR_WIDTH = 40  # characters of the longest bar of a histogram
 NUM_BINS = 8
@@ -256,7 +257,7 @@ def describe_memory(
         f"memory per device     of a batch of {batch_size} x {batch['length']} tokens, {batch['num_frames']} frames and "
         f"{batch['num_targets']} targets, nothing sharded:"
     )
-    is_on = bool(training_args.activation_checkpointing or training_args.gradient_checkpointing)
+    is_on = bool(getattr(training_args, ACTIVATION_CHECKPOINTING))
     for checkpointing in (False, True):
         parts = step_memory(model, **batch, **options, checkpointing=checkpointing)
         title = f"{'with' if checkpointing else 'without'} checkpointing{' (this recipe)' * (checkpointing == is_on)}"

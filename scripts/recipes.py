@@ -16,6 +16,7 @@ from transformers import HfArgumentParser, LlavaOnevisionConfig, TrainingArgumen
 
 from llava_next_ar.configuration_llava_next_ar import LlavaNextARAutoregressiveConfig, LlavaNextARConfig
 from llava_next_ar.training_guards import BadStepPolicy
+from llava_next_ar.transformers_compat import ACTIVATION_CHECKPOINTING
 
 TRAINABLE = ("full", "projector_and_head", "head", "lora")
 TRAINER_TYPE = "autoregressive_trainer"
@@ -209,6 +210,8 @@ def resolve_key(key: str, source: str) -> str:
         ValueError: if there is no such key, or two.
     """
     key = key.removeprefix("model_config.") if key.startswith("model_config.autoregressive_config.") else key
+    if key.startswith("activation_checkpointing"):  # also its `_kwargs`
+        key = key.replace("activation_checkpointing", ACTIVATION_CHECKPOINTING)
     section, _, name = key.rpartition(".")
     if section in SECTIONS and name in SECTIONS[section]:
         return key

@@ -25,7 +25,7 @@ from llava_next_ar.configuration_llava_next_ar import (
 from llava_next_ar.frame_token_layout import FrameTokenLayout
 from llava_next_ar.hub_code import AUTO_MAP
 
-ROOT = Path(configuration_module.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 # a head, a layout and a tower that share no value with the defaults
 OTHER = {

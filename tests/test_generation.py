@@ -18,6 +18,7 @@ from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.integrations import flex_attention as flex_integration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from llava_next_ar import transformers_compat
 from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration, LlavaNextARModel
 
 LENGTHS = [[4], [2, 3], [1]]
@@ -263,6 +264,13 @@ def test_a_prefill_in_chunks_changes_nothing(chunk, layout):
     model = tiny_model(**LAYOUTS[layout])
     inputs = prompts(model)
     assert_same(generate(model, inputs, prefill_chunk_size=chunk), generate(model, inputs))
+
+
+def test_a_prefill_in_chunks_is_refused_where_transformers_cannot_do_it(monkeypatch):
+    monkeypatch.setattr(transformers_compat, "_CAN_PREFILL_IN_CHUNKS", False)
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"prefill_chunk_size=7 needs transformers>=5\.23"):
+        generate(model, prompts(model), prefill_chunk_size=7)
 
 
 @two_layouts

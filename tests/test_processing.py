@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from golden_data import golden_cases, parametrize_golden
+from packaging import version
 from PIL import Image
 from release_marks import since_transformers
 from tiny import LAYOUTS, ONEVISION, tiny_config, tiny_model
@@ -275,7 +277,11 @@ def test_image_tiles_of_the_original(case):
     processor = make_processor(config=config)
     image = case.tensor(f"{case.name}/uint8_hwc").numpy()
     found = processor(text="<image>", images=Image.fromarray(image), return_tensors="pt")["pixel_values"][0]
-    assert torch.equal(found, case.tensor(f"{case.name}/anyres_pixel_values"))
+    # The reference data is Pillow 13's, which resizes a tall picture's height first; earlier ones always resize the width
+    # first, and round to other levels in between.
+    levels = 0 if version.parse(PIL.__version__) >= version.parse("13") else 3.01
+    tolerance = levels / 255 / min(processor.image_processor.image_std)
+    torch.testing.assert_close(found, case.tensor(f"{case.name}/anyres_pixel_values"), rtol=0, atol=tolerance)
 
 
 # -- Masks for training

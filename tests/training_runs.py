@@ -16,6 +16,7 @@ from tiny import collate, make_sample, tiny_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer, LlavaVideoCollator
+from llava_next_ar.transformers_compat import ACTIVATION_CHECKPOINTING
 
 # Frames of the videos of each sample: unequal, several, of one frame (nothing to predict), none.
 FRAMES = ([2], [], [5, 3], [7, 1], [1], [3], [4], [6])
@@ -108,7 +109,7 @@ def one_step(
             use_cpu=True,
             disable_tqdm=True,
             ddp_find_unused_parameters=False,
-            activation_checkpointing=checkpointing,
+            **{ACTIVATION_CHECKPOINTING: checkpointing},
         )
         run = TRAINERS[trainer](
             model=model,
