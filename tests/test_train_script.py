@@ -285,6 +285,13 @@ def test_the_command_line_wins_over_the_recipe():
     assert sections["autoregressive_config"] == {"loss_weight": 0.5, "num_hist": 7, "num_layers": 3, "num_heads": 8}
 
 
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_recipes_name_activation_checkpointing_as_the_installed_transformers_does(name, monkeypatch):
+    monkeypatch.setattr(recipes, "ACTIVATION_CHECKPOINTING", name)
+    document = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+    assert recipes.flatten_recipe(document, "recipe") == {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
