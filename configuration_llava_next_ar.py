@@ -12,14 +12,15 @@ from dataclasses import fields
 from typing import Any, Literal
 
 import transformers
-from packaging import version
+from packaging.specifiers import SpecifierSet
 
-# Before the other imports: an older transformers lacks some of the names, and its own error would not say why.
+# Before the other imports: an unsupported transformers lacks some of the names, and its own error would not say why.
 MINIMUM_TRANSFORMERS = "5.20.0"
-if version.parse(transformers.__version__) < version.parse(MINIMUM_TRANSFORMERS):
+SUPPORTED_TRANSFORMERS = f">={MINIMUM_TRANSFORMERS},<6"
+if not SpecifierSet(SUPPORTED_TRANSFORMERS).contains(transformers.__version__, prereleases=True):
     raise ImportError(
-        f"LLaVA-NeXT-AR needs transformers>={MINIMUM_TRANSFORMERS}, found {transformers.__version__}: "
-        f"pip install -U 'transformers>={MINIMUM_TRANSFORMERS}'"
+        f"LLaVA-NeXT-AR needs transformers{SUPPORTED_TRANSFORMERS}, found {transformers.__version__}: "
+        f"pip install -U 'transformers{SUPPORTED_TRANSFORMERS}'"
     )
 
 from huggingface_hub.dataclasses import strict  # noqa: E402
