@@ -15,7 +15,7 @@ import transformers
 from packaging.specifiers import SpecifierSet
 
 # Before the other imports: an unsupported transformers lacks some of the names, and its own error would not say why.
-MINIMUM_TRANSFORMERS = "5.20.0"
+MINIMUM_TRANSFORMERS = "5.20.0"  # brought `SubConfigSpec`, without which the configuration could not be typed
 SUPPORTED_TRANSFORMERS = f">={MINIMUM_TRANSFORMERS},<6"
 if not SpecifierSet(SUPPORTED_TRANSFORMERS).contains(transformers.__version__, prereleases=True):
     raise ImportError(
