@@ -131,11 +131,17 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         is refused before anything is written.
 
         Raises:
-            ValueError: if the configuration or the generation configuration has become invalid.
+            ValueError: if the configuration or the generation configuration has become invalid, or the class has no file
+                that could travel along.
         """
         # FSDP2 gives a model a class made by torch, whose file would be saved as the model's code.
         sharded_class = type(self)
         model_class = next(kind for kind in sharded_class.__mro__ if not kind.__module__.startswith("torch."))
+        if model_class.__module__ == "__main__":
+            raise ValueError(
+                f"{model_class.__name__} is defined in __main__, whose code cannot be saved: put it into a file beside those "
+                "of this package"
+            )
         self.config.check()
         with tempfile.TemporaryDirectory() as scratch:
             self.generation_config.save_pretrained(scratch)
