@@ -88,6 +88,8 @@ def read_hub_folder(folder: str | os.PathLike) -> HubFolder:
         raise ValueError(f"{folder} is no folder")
     kind = "adapter" if (folder / "adapter_config.json").is_file() else "model"
     config = _read_json(folder / "config.json")
+    if kind == "adapter" and any(_MODEL_WEIGHTS.fullmatch(path.name) for path in folder.iterdir()):
+        raise ValueError(f"{folder} holds a model and an adapter: delete adapter_config.json or the model's weights")
     needed = _needed_weights(folder, kind)
     if kind == "adapter" or config.get("model_type") == "llava_next_ar":
         needed["processor_config.json"] = "the processor; save it with processor.save_pretrained"
@@ -199,6 +201,11 @@ def _replacing_weights(folder: Path) -> Iterator[None]:
     """
     before = _weight_stats(folder)
     yield
+    if (folder / "adapter_config.json").is_file():
+        logger.warning(
+            f"{folder} holds an adapter too, and from_pretrained loads that instead of the model saved now: delete "
+            "adapter_config.json, or save to another folder"
+        )
     after = _weight_stats(folder)
     for name in stale_files(after, [name for name in after if before.get(name) != after[name]]):
         logger.info(f"deleting {folder / name}, which this save replaces")
@@ -263,7 +270,8 @@ def portable_adapter_config(config: Mapping[str, Any], base_model: str | None = 
             f"the adapter's base is {where}. Others load it by its Hub id: push the base first, and give its id as "
             "base_model"
         )
-    return {**config, "base_model_name_or_path": found}
+    # `auto_mapping` names the module that the class had on this computer; AutoModel does not need it.
+    return {**config, "base_model_name_or_path": found, "auto_mapping": None}
 
 
 # ---- the commit -----------------------------------------------------------------------------------------------------
@@ -292,11 +300,11 @@ def commit_files(
             with an error of its own. A pull request is tried once: the first may have been opened without an answer.
 
     Raises:
-        ValueError: if an adapter is to replace its own base.
+        ValueError: if an adapter is to replace its own base, or its base is not on the Hub.
         huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
     """
     if "adapter_config.json" in files:
-        _check_not_own_base(repo_id, files["adapter_config.json"])
+        _check_base(HfApi(token=token), repo_id, files["adapter_config.json"])
     api = HfApi(token=token)
     if revision is not None and not create_pr and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -338,7 +346,11 @@ def _file(file: str | os.PathLike | bytes) -> str | bytes:
     return file if isinstance(file, bytes) else os.fspath(file)
 
 
-def _check_not_own_base(repo_id: str, adapter_config: str | os.PathLike | bytes) -> None:
+def _check_base(api: HfApi, repo_id: str, adapter_config: str | os.PathLike | bytes) -> None:
     content = adapter_config if isinstance(adapter_config, bytes) else Path(adapter_config).read_bytes()
-    if json.loads(content).get("base_model_name_or_path") == repo_id:
+    base = json.loads(content).get("base_model_name_or_path")
+    if base == repo_id:
         raise ValueError(f"{repo_id} is the base of the adapter, which would replace it: push to another repository")
+    if base is not None and not os.path.isdir(base) and not api.repo_exists(base):
+        # A relative path looks like an id. Who owns that name on the Hub would run code wherever the adapter is loaded.
+        raise ValueError(f"the adapter's base {base!r} is not on the Hub, or not to be seen with this token")

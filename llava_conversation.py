@@ -169,3 +169,35 @@ def llava_conversation_to_messages(
                 content.append({"type": "text", "text": piece})
         messages.append({"role": role, "content": content or [{"type": "text", "text": ""}]})
     return messages
+
+
+def check_placeholders(kind: str, token: str, in_text: list[int], counts: "list[int] | int | None") -> None:
+    """Refuses prompts whose placeholders are not as many as their media.
+
+    Args:
+        kind: `image | video`.
+        token: its placeholder.
+        in_text: how many of it each prompt holds.
+        counts: media of each prompt where they are given so, else their total.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    total = counts if isinstance(counts, int) else sum(counts or ())
+    if sum(in_text) != total:
+        hint = ""
+        if sum(in_text) > total:
+            hint = (
+                f". A literal {token} in a user's text counts as a placeholder too: give the {kind} as a content part "
+                f"{{'type': '{kind}', 'path': ...}}, or pass sanitize_control_tokens=True to encode the word as text"
+            )
+        elif not sum(in_text):
+            hint = f"; {kind}_token is {token!r}"
+        given = f"{total or 'no'} {kind}{' was' if total == 1 else 's were'}"
+        raise ValueError(
+            f"the number of {token} tokens in the prompts should be the same as the number of {kind}s, but the "
+            f"prompts hold {sum(in_text)} and {given} passed{hint}"
+        )
+    if isinstance(counts, list) and len(counts) == len(in_text) and counts != in_text:
+        index = next(index for index, count in enumerate(counts) if count != in_text[index])
+        raise ValueError(f"prompt {index} holds {in_text[index]} {token} placeholders for {counts[index]} {kind}s")

@@ -29,7 +29,7 @@ from .frame_sampling import llava_video_times, time_instruction
 from .frame_token_layout import FrameTokenLayout
 from .hub_code import AUTO_MAP
 from .image_token_layout import ImageTokenLayout
-from .llava_conversation import DEFAULT_CHAT_TEMPLATE, IMAGE_TOKEN, VIDEO_TOKEN, check_messages
+from .llava_conversation import DEFAULT_CHAT_TEMPLATE, IMAGE_TOKEN, VIDEO_TOKEN, check_messages, check_placeholders
 from .option_checks import (
     SETTINGS,
     check_image_processor,
@@ -400,7 +400,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
             ("image", self.image_token, image_counts),
             ("video", self.video_token, video_counts),
         ):
-            _check_placeholders(kind, token, [prompt.count(token) for prompt in text], counts)
+            check_placeholders(kind, token, [prompt.count(token) for prompt in text], counts)
 
     def _merge_kwargs(self, ModelProcessorKwargs=None, tokenizer_init_kwargs=None, **kwargs):
         modalities = {
@@ -584,27 +584,6 @@ def _count_images(images: Any) -> list[int] | int:
     if isinstance(images, (list, tuple)) and images and all(isinstance(item, (list, tuple)) for item in images):
         return [len(item) for item in images]
     return len(make_flat_list_of_images(images))
-
-
-def _check_placeholders(kind: str, token: str, in_text: list[int], counts: "list[int] | int | None") -> None:
-    total = counts if isinstance(counts, int) else sum(counts or ())
-    if sum(in_text) != total:
-        hint = ""
-        if sum(in_text) > total:
-            hint = (
-                f". A literal {token} in a user's text counts as a placeholder too: give the {kind} as a content part "
-                f"{{'type': '{kind}', 'path': ...}}, or pass sanitize_control_tokens=True to encode the word as text"
-            )
-        elif not sum(in_text):
-            hint = f"; {kind}_token is {token!r}"
-        given = f"{total or 'no'} {kind}{' was' if total == 1 else 's were'}"
-        raise ValueError(
-            f"the number of {token} tokens in the prompts should be the same as the number of {kind}s, but the "
-            f"prompts hold {sum(in_text)} and {given} passed{hint}"
-        )
-    if isinstance(counts, list) and len(counts) == len(in_text) and counts != in_text:
-        index = next(index for index, count in enumerate(counts) if count != in_text[index])
-        raise ValueError(f"prompt {index} holds {in_text[index]} {token} placeholders for {counts[index]} {kind}s")
 
 
 __all__ = ["LlavaNextARProcessor"]

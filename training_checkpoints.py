@@ -25,6 +25,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import nested_gather
 from transformers.utils import logging
 
+from .hub_files import stale_files
+
 logger = logging.get_logger(__name__)
 
 UNFINISHED = "_unfinished"  # Trainer's own uploads leave out what starts with an underscore
@@ -76,19 +78,34 @@ def replace_model(new: str | os.PathLike, folder: str | os.PathLike) -> None:
     """Moves a saved model, with all that was saved beside it, over the one in `folder`.
 
     The old weights go first and the file that makes the new ones loadable comes last. So a kill leaves the old model, the
-    new one, or none; never the weights of one with the configuration or the shards of the other.
+    new one, or none; never the weights of one with the configuration or the shards of the other. Of an adapter that is
+    replaced by a model, or the other way round, nothing stays that would be loaded instead.
+
+    Raises:
+        ValueError: if an adapter is to replace its own base; it then stays in `new`.
     """
     new, folder = Path(new), Path(folder)
-    names = [path.relative_to(new) for path in _files(new)]  # none, where FSDP saves shards in checkpoints only
+    names = [path.relative_to(new) for path in _files(new)]
+    _refuse_own_base(new, folder)
     _flush(new)
-    for path in list(folder.iterdir()) if names else []:
-        if _WEIGHTS.fullmatch(path.name):
-            path.unlink()
+    if any(_is_entry(name.name) for name in names):  # FSDP may save shards in checkpoints only
+        existing = [path.name for path in folder.iterdir() if path.is_file()]
+        stale = stale_files(existing, [name.as_posix() for name in names])
+        for name in sorted({*stale, *filter(_WEIGHTS.fullmatch, existing)}):
+            (folder / name).unlink()
     for name in sorted(names, key=lambda name: (_is_entry(name.name), str(name))):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(new / name, folder / name)
     _flush_one(folder)
     shutil.rmtree(new)
+
+
+def _refuse_own_base(adapter: Path, folder: Path) -> None:
+    """Raises ValueError if `folder` is the base of a saved adapter, whose weights would be replaced by it."""
+    config = adapter / "adapter_config.json"
+    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") if config.is_file() else None
+    if base and os.path.isdir(base) and Path(base).resolve() == folder.resolve():
+        raise ValueError(f"{folder} is the base of the adapter, which would replace its weights: save it elsewhere")
 
 
 def _is_entry(name: str) -> bool:

@@ -60,8 +60,12 @@ class HubTrainer(Trainer):
         if getattr(base, "_auto_class", None) is not None:
             custom_object_save(base, path.parent)
         config = json.loads(path.read_text(encoding="utf-8"))
-        if hub_id(config["base_model_name_or_path"]) is not None:
-            path.write_text(json.dumps(portable_adapter_config(config), indent=2, sort_keys=True), encoding="utf-8")
+        base_path = config["base_model_name_or_path"]
+        if hub_id(base_path) is not None:
+            config = portable_adapter_config(config)
+        elif base_path and os.path.isdir(base_path):
+            config["base_model_name_or_path"] = os.path.abspath(base_path)  # found from any folder
+        path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
     def create_model_card(self, *args: Any, tags: str | list[str] | None = None, **kwargs: Any) -> None:
         """As in transformers, unless there is a card already that no library wrote: that of scripts/train.py says more."""
@@ -126,8 +130,9 @@ class HubTrainer(Trainer):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if not is_busy:
+            self._finish_current_push()  # tells of one that failed
             for left_over in output.glob(f"{_SNAPSHOT}*"):  # of a run that was killed
-                shutil.rmtree(left_over)
+                shutil.rmtree(left_over, ignore_errors=True)
         snapshot = _snapshot(checkpoint, output)
         try:
             files, replaced = self._files_to_push(snapshot), None
@@ -136,7 +141,7 @@ class HubTrainer(Trainer):
             shutil.rmtree(snapshot)
             return
         if (output / "README.md").is_file():
-            files["README.md"] = output / "README.md"
+            files["README.md"] = (output / "README.md").read_bytes()
         step, epoch = self.state.global_step, int(self.state.epoch)
         progress = f"step {step}" if self.args.save_strategy == SaveStrategy.STEPS else f"epoch {epoch}"
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):

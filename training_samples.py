@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import ExifTags, Image
-from transformers.image_utils import load_image
 
 from .bad_samples import BadSampleError
 from .frame_sampling import SampledFrames
 from .training_entries import MediaFolders, entry_to_messages, media_names
 from .video_frames import VideoFrames, open_image, video_length
+from .video_inputs import load_images
 
 SAMPLE_NAME = "sample_name"  # of a sample: a short text by which a person finds it
 
@@ -220,7 +220,7 @@ def _with_media(message: dict[str, Any], replace: Callable[[Any, str], Any]) -> 
 def _open_media(media: Any, kind: str) -> Any:
     """Opens what the processor does not take: frames saved by numpy, and the bytes of an image file."""
     if kind == "video" and isinstance(media, str) and media.lower().endswith(".npy"):
-        return np.load(media, allow_pickle=False)
+        return np.load(media, mmap_mode="r", allow_pickle=False)  # reads what is sampled, whatever the header claims
     return open_image(io.BytesIO(media)) if kind == "image" and isinstance(media, bytes) else media
 
 
@@ -229,7 +229,7 @@ def _upright_size(media: Any) -> tuple[int, int]:
     if isinstance(media, Image.Image):
         image = media
     elif isinstance(media, str) and ("://" in media or media.startswith("data:")):
-        image = load_image(media)
+        image = load_images(media)
     else:
         image = open_image(io.BytesIO(media) if isinstance(media, bytes) else media)
     is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5

@@ -72,6 +72,8 @@ class AutoregressiveSFTTrainer(AutoregressiveTrainer, SFTTrainer):
             data_collator=partial(_collate, data_collator),
             **kwargs,
         )
+        # Only TRL's own checks ask for data sets of `datasets`: names, lengths and epochs are those of the real ones.
+        self.train_dataset, self.eval_dataset, self.data_collator = train_dataset, eval_dataset, data_collator
 
 
 def _as_hf_dataset(samples: Any) -> Any:

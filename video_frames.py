@@ -21,11 +21,11 @@ import re
 import shutil
 import tempfile
 import threading
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
@@ -477,10 +477,10 @@ def downloaded(url: str) -> Iterator[str]:
         try:
             with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, open(path, "wb") as file:
                 shutil.copyfileobj(response, file)
-                announced = response.headers.get("Content-Length")
-        except (urllib.error.URLError, OSError) as error:
+                announced = int(response.headers.get("Content-Length") or -1)
+        except (HTTPException, OSError, ValueError) as error:
             raise VideoReadError(url, f"download failed: {error}") from error
-        if announced is not None and int(announced) != os.path.getsize(path):
+        if announced not in (-1, os.path.getsize(path)):
             raise VideoReadError(url, f"download stopped after {os.path.getsize(path)} of {announced} bytes")
         yield path
 

@@ -7,6 +7,8 @@ Nothing is dropped: what is no video is an error that names its place.
 Shape letters: T frames, C channels, H x W pixels.
 """
 
+import base64
+import io
 import os
 import urllib.parse
 from collections.abc import Mapping, Sequence
@@ -145,10 +147,19 @@ def load_images(images: Any) -> Any:
         if _is_url(source):
             with downloaded(source) as path, open_image(path) as opened:
                 return load_image(opened)
-        return load_image(open_image(source) if os.path.isfile(source) else source)
+        content = source if os.path.isfile(source) else io.BytesIO(_from_base64(source))
+        return load_image(open_image(content))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         cause = error.cause if isinstance(error, VideoReadError) else error
         raise ValueError(f"cannot load image {source[:200]!r}: {cause}") from error
+
+
+def _from_base64(text: str) -> bytes:
+    encoded = text.partition(",")[2] if text.startswith("data:image/") else text
+    try:
+        return base64.b64decode("".join(encoded.split()), validate=True)
+    except ValueError as error:
+        raise ValueError("there is no such file, and it is no base64") from error
 
 
 # -- Nesting

@@ -171,13 +171,18 @@ def resolved_revision(model: str, revision: str | None) -> str | None:
 
 def model_identity(name: str, model: Any, revision: str | None) -> dict[str, str | None]:
     """Which model this is: the commit of one on the Hub, a hash of the weight files of one in a folder."""
-    files = sorted(path for pattern in _WEIGHT_FILES for path in Path(name).glob(pattern))
     return {
         "id": name,
         "revision": revision,
-        "weights_sha256": sha256_of(files) if files else None,
+        "weights_sha256": weights_sha256(name),
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
     }
+
+
+def weights_sha256(folder: str | Path) -> str | None:
+    """Of all files of weights in a folder; None if it is none, or holds none."""
+    files = sorted(path for pattern in _WEIGHT_FILES for path in Path(folder).glob(pattern))
+    return sha256_of(files) if files else None
 
 
 def entries_sha256(entries: Sequence[Any]) -> str:

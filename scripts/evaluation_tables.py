@@ -70,21 +70,19 @@ def _as_text(rows: Sequence[Sequence[str]]) -> list[str]:
     ]  # fmt: skip
 
 
-def remarks(results: dict[str, Any]) -> list[str]:
-    """What a reader must know before any number."""
+def remarks(results: dict[str, Any], *, problems: bool = True) -> list[str]:
+    """What a reader must know before any number; without `problems`, no path of this computer is among it."""
     notes = []
     if results["settings"]["frame_order"] != "natural":
         notes.append(f"a control: the frames of each video were shown in {results['settings']['frame_order']} order")
     if results["num_bad_samples"]:
-        first = results["bad_samples"][0]["problem"]
-        notes.append(
-            f"{results['num_bad_samples']} entries could not be read and are in no number; the first: {first}"
-        )
+        first = f"; the first: {results['bad_samples'][0]['problem']}" if problems else ""
+        notes.append(f"{results['num_bad_samples']} entries could not be read and are in no number{first}")
     return notes
 
 
-def format_results(results: dict[str, Any]) -> str:
-    """The results as tables for people."""
+def format_results(results: dict[str, Any], *, problems: bool = True) -> str:
+    """The results as tables for people, with the remarks."""
     lines = _as_text(answer_rows(results["question_answering"])) + [""]
     frames = results["reconstruction"]
     if frames is None:
@@ -94,4 +92,4 @@ def format_results(results: dict[str, Any]) -> str:
             f"predicted frames, {frames['num_frames']} in {frames['num_videos']} videos (skill 0 = copying the last frame)"
         )
         lines += _as_text(frame_rows(frames))
-    return "\n".join([*(f"NOTE: {remark}" for remark in remarks(results)), *lines])
+    return "\n".join([*(f"NOTE: {remark}" for remark in remarks(results, problems=problems)), *lines])

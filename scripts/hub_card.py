@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from evaluation_settings import weights_sha256
 from evaluation_tables import format_results
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.utils import logging
 
 from llava_next_ar.hub_files import MODEL_TAGS, hub_id, is_library_card
+
+logger = logging.get_logger(__name__)
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_card.md"
 PIPELINE_TAG = "video-text-to-text"
@@ -68,16 +72,14 @@ def build_card(
         revision: the commit that it is pinned to; without one the card says how to pin.
 
     Raises:
-        ValueError: if the results are those of a control.
+        ValueError: if the relation is not the folder's, or the results given are not of this model, or of a control.
     """
     recipe, adapter, config = _recipe(folder), _read(folder / "adapter_config.json"), _read(folder / "config.json")
     base_model = find_base_model(folder, options.base_model)
     relation = options.relation or _relation(adapter, config)
-    results = _read(options.results or folder / RESULTS)
-    if results and results["settings"]["frame_order"] != "natural":
-        raise ValueError(
-            f"{options.results or folder / RESULTS} holds a control (frame_order), not what the model can do"
-        )
+    if (relation == "adapter") != bool(adapter):
+        raise ValueError(f"relation is {relation!r}, but {folder} holds {'an adapter' if adapter else 'a model'}")
+    results = _results(folder, options.results)
     tags = sorted({*MODEL_TAGS, *(["lora"] if adapter.get("peft_type") == "LORA" else [])})
     data = ModelCardData(
         license=options.license,
@@ -101,7 +103,9 @@ def build_card(
         relation=relation,
         base_model=base_model,
         base_revision=options.base_revision,
-        has_head=HEAD in (adapter.get("modules_to_save") or ()) if adapter else config["enable_autoregressive"],
+        has_head=HEAD in (adapter.get("modules_to_save") or ())
+        if adapter
+        else config.get("enable_autoregressive", False),
         recipe=_recipe_text(recipe),
         evaluation=_table(results),
         evaluation_settings=_settings_text(results),
@@ -154,6 +158,31 @@ def _recipe_text(recipe: dict[str, Any]) -> str:
 # -- Evaluation
 
 
+def _results(folder: Path, given: Path | None) -> dict[str, Any]:
+    """The evaluation of the model in a folder; nothing if there is none.
+
+    Raises:
+        ValueError: if the file was not written by scripts/evaluate.py, holds a control, or was given and is of other
+            weights. One that lies in the folder and is older than its weights is left out.
+    """
+    path = given or folder / RESULTS
+    results = _read(path)
+    if not results:
+        return {}
+    needed = {"settings", "versions", "model", "question_answering", "reconstruction", "num_bad_samples"}
+    if not needed <= results.keys() or "frame_order" not in results["settings"]:
+        raise ValueError(f"{path} was not written by this release's scripts/evaluate.py")
+    if results["settings"]["frame_order"] != "natural":
+        raise ValueError(f"{path} holds a control (frame_order), not what the model can do")
+    measured, here = results["model"]["weights_sha256"], weights_sha256(folder)
+    if None not in (measured, here) and measured != here:
+        if given is not None:
+            raise ValueError(f"{path} holds results of other weights than those in {folder}")
+        logger.warning(f"{path} is left out of the card: it holds results of other weights than those beside it")
+        return {}
+    return results
+
+
 def _data_name(results: dict[str, Any], datasets: Sequence[str]) -> tuple[str, str]:
     """Identifier and pretty name of the data that was evaluated on."""
     path = Path(results["settings"]["data"])
@@ -169,19 +198,24 @@ def _eval_results(results: dict[str, Any], datasets: Sequence[str]) -> Iterator[
     answering = results["question_answering"]
     types = answering["by_type"] if len(answering["by_type"]) > 1 else {}
     for kind, summary in {"all": answering["all"], **types}.items():
-        for measure, title in (("exact", "Exact match"), ("likelihood", "Accuracy by likelihood")):
+        for measure, title in (
+            ("exact", "Exact match"),
+            ("choice", "Accuracy by named choice"),
+            ("likelihood", "Accuracy by likelihood"),
+        ):
             if measure in summary:
                 title = title if kind == "all" else f"{title}, {kind}"
                 value = round(summary[measure], 4)
                 yield EvalResult(**common, metric_type="accuracy", metric_name=title, metric_value=value)
     for measure, value in (results["reconstruction"] or {}).items():
-        if measure in ("mse", "copy_mse", "skill", "cosine", "temporal_consistency"):
+        # The skill of clips in which nothing moves is None.
+        if measure in ("mse", "copy_mse", "skill", "cosine", "temporal_consistency") and value is not None:
             title = f"Next frame, {measure.replace('_', ' ')}"
             yield EvalResult(**common, metric_type=measure, metric_name=title, metric_value=round(value, 4))
 
 
 def _table(results: dict[str, Any]) -> str:
-    return f"```\n{format_results(results)}\n```" if results else ""
+    return f"```\n{format_results(results, problems=False)}\n```" if results else ""
 
 
 def _settings_text(results: dict[str, Any]) -> str:

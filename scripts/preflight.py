@@ -94,7 +94,11 @@ def examine(
     num_samples: int,
     on_bad_sample: str = "raise",
     max_bad_samples: int | None = None,
+    max_bad_share: float | None = None,
     compute_dtype: torch.dtype = torch.float32,
+    num_quantized: int = 0,
+    makes_mask: bool = False,
+    is_sharded: bool = False,
 ) -> Findings:
     """Looks at a sample of the data and at the step that it makes.
 
@@ -102,8 +106,11 @@ def examine(
         model: on the meta device, with what trains set to train.
         data: what `load_training_data` returned, without a ledger.
         num_samples: how many samples are decoded, at most.
-        on_bad_sample, max_bad_samples: as in the recipe.
+        on_bad_sample, max_bad_samples, max_bad_share: as in the recipe.
         compute_dtype: of autocast, or of the weights.
+        num_quantized: weights that will be loaded in 4 bits.
+        makes_mask: whether the attention of a packed row has a mask of all its tokens.
+        is_sharded: whether the devices share the weights.
     """
     findings = Findings()
     samples = choose_samples(data, num_samples, training_args.seed)
@@ -116,10 +123,12 @@ def examine(
         *describe_frames(processor),
         *describe_samples(facts, model, samples[0].reader.max_length),
     ]
-    describe_problems(facts, findings, on_bad_sample, max_bad_samples)
+    num_entries = len(data) if hasattr(data, "__len__") else None
+    describe_problems(facts, findings, on_bad_sample, max_bad_samples, max_bad_share, num_entries)
     findings.lines += describe_steps(data, training_args)
     if usable:
-        describe_memory(usable, model, training_args, compute_dtype, findings)
+        options = {"compute_dtype": compute_dtype, "num_quantized": num_quantized, "makes_mask": makes_mask}
+        describe_memory(usable, model, training_args, findings, is_sharded, **options)
     else:
         findings.failures.append(f"none of the {len(facts)} samples can be used")
     return findings
@@ -203,7 +212,12 @@ def histogram(values: np.ndarray) -> list[str]:
 
 
 def describe_problems(
-    facts: list[SampleFacts], findings: Findings, on_bad_sample: str, max_bad_samples: int | None
+    facts: list[SampleFacts],
+    findings: Findings,
+    on_bad_sample: str,
+    max_bad_samples: int | None,
+    max_bad_share: float | None,
+    num_entries: int | None,
 ) -> None:
     """Failures by cause, with examples; a cause is told by its class and its words without names and numbers."""
     bad = [one for one in facts if one.problem is not None]
@@ -218,6 +232,11 @@ def describe_problems(
         findings.failures.append(f"{bad[0].name} cannot be used ({bad[0].problem}), and on_bad_sample is raise")
     if max_bad_samples is not None and on_bad_sample == "skip" and len(bad) > max_bad_samples:
         findings.failures.append(f"{len(bad)} bad samples alone are more than max_bad_samples={max_bad_samples}")
+    if max_bad_share is not None and num_entries is not None and on_bad_sample == "skip":
+        if len(bad) > max_bad_share * num_entries:
+            findings.failures.append(
+                f"{len(bad)} bad samples alone are more than max_bad_share={max_bad_share} of {num_entries}"
+            )
 
 
 def describe_steps(data: Any, training_args: Any) -> list[str]:
@@ -239,7 +258,14 @@ def describe_steps(data: Any, training_args: Any) -> list[str]:
 
 
 def describe_memory(
-    usable: list[SampleFacts], model: Any, training_args: Any, compute_dtype: torch.dtype, findings: Findings
+    usable: list[SampleFacts],
+    model: Any,
+    training_args: Any,
+    findings: Findings,
+    is_sharded: bool,
+    *,
+    makes_mask: bool,
+    **options: Any,
 ) -> None:
     """The step with the longest of the samples in every row."""
     batch_size = training_args.per_device_train_batch_size
@@ -249,10 +275,8 @@ def describe_memory(
         "num_frames": batch_size * max(one.frames for one in usable),
         "num_targets": batch_size * max(one.targets for one in usable),
     }
-    options = {
-        "optimizer": str(getattr(training_args.optim, "value", training_args.optim)),
-        "compute_dtype": compute_dtype,
-    }
+    options["optimizer"] = str(getattr(training_args.optim, "value", training_args.optim))
+    options["masked_length"] = batch_size * batch["length"] if makes_mask else 0
     findings.lines.append(
         f"memory per device     of a batch of {batch_size} x {batch['length']} tokens, {batch['num_frames']} frames and "
         f"{batch['num_targets']} targets, nothing sharded:"
@@ -266,7 +290,6 @@ def describe_memory(
         fixed = sum(parts[name] for name in ("weights", "gradients", "optimizer"))
     if torch.cuda.is_available() and training_args.device.type == "cuda":
         available = torch.cuda.get_device_properties(training_args.device).total_memory
-        is_sharded = bool(training_args.fsdp or training_args.deepspeed)
         if fixed > available and not is_sharded:
             findings.failures.append(
                 f"weights, gradients and optimizer take {_readable(fixed)}, the device has "

@@ -285,6 +285,8 @@ def parse_arguments(
         elif value is not None:  # null stands for the default
             # As on a command line: the parser gives each value the type of its field (1e-5 is text to YAML).
             texts = value if isinstance(value, list) else [value]
+            if value is False and key.endswith("_strategy"):
+                texts = ["no"]  # which YAML reads as false
             words += [f"--{key}", *(json.dumps(t) if isinstance(t, (dict, bool)) else str(t) for t in texts)]
     try:
         model_args, data_args, guard_args, training_args = make_parser().parse_args_into_dataclasses(words)
@@ -295,8 +297,10 @@ def parse_arguments(
             raise ValueError(f"--{name} is missing: give it in the recipe or on the command line")
     if data_args.on_bad_sample not in ("raise", "skip"):
         raise ValueError(f"on_bad_sample is {data_args.on_bad_sample!r}, expected raise or skip")
-    if data_args.streaming and training_args.max_steps <= 0 and not data_args.check:
+    if data_args.streaming and training_args.max_steps <= 0:
         raise ValueError("streaming: true needs max_steps, as a stream has no end")
+    if data_args.streaming and training_args.train_sampling_strategy == "group_by_length":
+        raise ValueError("train_sampling_strategy: group_by_length needs all lengths, which a stream does not know")
     if data_args.check_samples < 1:
         raise ValueError(f"check_samples must be at least 1, got {data_args.check_samples}")
     if model_args.trainable not in TRAINABLE:

@@ -1,6 +1,6 @@
 """What a training step needs of a device's memory, from a model on the meta device, without a weight.
 
-    weights       every parameter in its precision (the frozen copy of a trained tower included)
+    weights       every parameter in its precision (the frozen copy of a trained tower included), or in four bits
     gradients     every parameter that trains, in its precision
     optimizer     two moments of each such parameter with Adam(W), half a byte to none with others (`OPTIMIZER_BYTES`)
     copies        16-bit copies of float32 matrices, with bf16 or fp16
@@ -12,9 +12,10 @@
     logits        targets x vocabulary x (two copies in 16 bits, if there are such, and three in float32), of the chunk of
                   targets that `LOGITS_AT_A_TIME` lets exist at a time
     inputs        the pixels of the batch in float32
+    mask          of a packed row, where attention needs one (sdpa, eager): tokens x tokens, as it is and as it is added
 
-    total = weights + gradients + optimizer + copies + max(activations + logits + inputs, the tower as it runs frozen,
-            the optimizer's own copy of the gradients)
+    total = weights + gradients + optimizer + copies + max(activations + logits + inputs + mask, the tower as it runs
+            frozen, the optimizer's own copy of the gradients)
 
 Not in it: what a framework takes for itself, fragments, buffers of communication. Sharding by FSDP or ZeRO divides the
 first three (ZeRO-2: gradients and optimizer) by the number of devices.
@@ -33,6 +34,7 @@ from llava_next_ar.loss_functions import LOGITS_AT_A_TIME
 
 # Bytes per trained parameter, for names that begin so; the first that fits. None: as many as two copies of it.
 OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0.1, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion": 4}
+QUANTIZED_BYTES = 0.516  # of a weight in four bits, with a scale of eight bits for each 64 of them
 
 
 def step_memory(
@@ -45,6 +47,8 @@ def step_memory(
     optimizer: str = "adamw_torch_fused",
     compute_dtype: torch.dtype = torch.float32,
     checkpointing: bool = False,
+    num_quantized: int = 0,
+    masked_length: int = 0,
 ) -> dict[str, int]:
     """Bytes by part, and their `total`; see the module.
 
@@ -56,13 +60,16 @@ def step_memory(
         optimizer: name of a transformers optimizer.
         compute_dtype: of autocast, or of the weights.
         checkpointing: of activations.
+        num_quantized: weights of linear layers that will be loaded in 4 bits.
+        masked_length: tokens of a row whose attention has a mask of all of them.
     """
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     is_mixed = compute_dtype != torch.float32
     per_parameter = next((n for name, n in OPTIMIZER_BYTES.items() if optimizer.startswith(name)), None)
+    saved = round(num_quantized * (compute_dtype.itemsize - QUANTIZED_BYTES))
     parts = {
-        "weights": sum(map(_bytes, parameters)),
+        "weights": sum(map(_bytes, parameters)) - saved,
         "gradients": sum(map(_bytes, trained)),
         "optimizer": sum(
             2 * _bytes(p) if per_parameter is None else round(per_parameter * p.numel()) for p in trained
@@ -109,7 +116,9 @@ def step_memory(
     parts["inputs"] = 4 * num_frames * vision.num_channels * vision.image_size**2
     passing = num_frames * patches * (2 * vision.intermediate_size + 6 * vision.hidden_size) * size + parts["inputs"]
     fixed = sum(parts[name] for name in ("weights", "gradients", "optimizer", "copies"))
-    working = max(parts["activations"] + parts["logits"] + parts["inputs"], passing, parts["gradients"])
+    parts["mask"] = masked_length**2 * (1 + size)
+    forward = sum(parts[name] for name in ("activations", "logits", "inputs", "mask"))
+    working = max(forward, passing, parts["gradients"])
     return {**parts, "total": fixed + working}
 
 

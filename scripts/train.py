@@ -25,6 +25,7 @@ later.
 
 import dataclasses
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -44,10 +45,12 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import is_bitsandbytes_available
 
 from llava_next_ar.bad_samples import BadSampleLedger
 from llava_next_ar.configuration_llava_next_ar import LlavaNextARConfig
+from llava_next_ar.hub_files import hub_id
 from llava_next_ar.llava_conversation import DEFAULT_CHAT_TEMPLATE
 from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from llava_next_ar.processing_llava_next_ar import LlavaNextARProcessor
@@ -207,12 +210,24 @@ def add_adapters(model: Any, args: ModelArguments) -> Any:
     return get_peft_model(model, lora)
 
 
-def check_adapter_base(args: ModelArguments, changed: dict[str, tuple[Any, Any]]) -> None:
-    """An adapter is loaded on the checkpoint as it is: it must not need another configuration.
+def check_adapter_base(
+    args: ModelArguments, changed: dict[str, tuple[Any, Any]], training_args: TrainingArguments
+) -> None:
+    """An adapter is loaded on the checkpoint as it is: that must stay, be found, and need no other configuration.
 
     Raises:
-        ValueError: naming the keys that the adapter would lose.
+        ValueError: naming the keys that the adapter would lose, or the folder that would be lost or not be found.
     """
+    if not args.merge_lora and Path(args.model).resolve() == Path(training_args.output_dir).resolve():
+        raise ValueError(
+            f"output_dir {training_args.output_dir} is the adapter's base itself, whose weights it would replace: choose "
+            "another folder"
+        )
+    if training_args.push_to_hub and hub_id(args.model) is None:
+        raise ValueError(
+            f"others cannot load an adapter whose base is the folder {args.model}: push the base first, and give its id as "
+            "model"
+        )
     changed = {key: pair for key, pair in changed.items() if key != "loss_weight"}  # means nothing after training
     if changed and not args.merge_lora:
         keys = ", ".join(f"{key} ({old!r} there, {new!r} here)" for key, (old, new) in sorted(changed.items()))
@@ -311,6 +326,11 @@ def check(
             model = LlavaNextARForConditionalGeneration._from_config(config, dtype=dtype)
         else:
             model = AutoModelForImageTextToText.from_config(config, trust_remote_code=True, dtype=dtype)
+        num_quantized = 0
+        if args.load_in_4bit:
+            skipped = quantization_config(dtype).llm_int8_skip_modules
+            linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+            num_quantized = sum(m.weight.numel() for name, m in linear.items() if should_convert_module(name, skipped))
         model = choose_trainable(model, args, training_args)
     compute_dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else dtype
     data_args = dataclasses.replace(data_args, check_data=False)  # the sample is looked through, and no more
@@ -325,7 +345,11 @@ def check(
         num_samples=data_args.check_samples,
         on_bad_sample=data_args.on_bad_sample,
         max_bad_samples=data_args.max_bad_samples,
+        max_bad_share=data_args.max_bad_share,
         compute_dtype=compute_dtype,
+        num_quantized=num_quantized,
+        makes_mask=data_args.packing and args.attn_implementation in (None, "sdpa", "eager"),
+        is_sharded=bool(sharding_asked_for(training_args)),
     )
 
 
@@ -406,9 +430,11 @@ def main(argv: list[str]) -> None:
 
     config, changed = load_config(args, sections)
     if args.trainable == "lora":
-        check_adapter_base(args, changed)
+        check_adapter_base(args, changed, training_args)
     processor = load_processor(args, data_args, config)
     if data_args.check:
+        if not is_main:
+            sys.exit()
         findings = check(args, data_args, training_args, config, processor)
         print(findings, flush=True)
         sys.exit(bool(findings.failures))
@@ -463,13 +489,14 @@ def main(argv: list[str]) -> None:
     if args.trainable == "lora" and args.merge_lora:
         if is_main:
             merged = Path(training_args.output_dir) / UNFINISHED
+            shutil.rmtree(merged, ignore_errors=True)
             trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(merged)
             processor.save_pretrained(merged)
             replace_model(merged, training_args.output_dir)
     else:
         if trainer.is_fsdp_enabled:  # whatever checkpoints hold, the final folder loads as it is
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # pushed below, with its card
     if is_main:
         folder = Path(training_args.output_dir)
         write_card(folder, trainer.hub_model_id or f"user/{folder.resolve().name}")

@@ -65,7 +65,7 @@ def test_python_blocks_run_in_order(document, workplace, monkeypatch, capsys):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_name_files_and_targets_that_exist(document):
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for block in code_blocks(document, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)

@@ -10,7 +10,7 @@ from tiny_processor import tiny_processor
 from training_runs import KeepGradients, difference, make_samples, one_step
 from transformers import AutoModelForImageTextToText, TrainingArguments
 
-from llava_next_ar import modeling_llava_next_ar
+from llava_next_ar import modeling_llava_next_ar, video_language_model
 from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer, LlavaVideoCollator
 
 trl = pytest.importorskip("trl", reason="TRL is not installed (pip install trl)")
@@ -50,7 +50,8 @@ def make_trainer(model: Any, args: Any, **more: Any) -> Any:
 def warnings(monkeypatch) -> list[str]:
     """What the model warns of, again and again."""
     seen: list[str] = []
-    monkeypatch.setattr(modeling_llava_next_ar.logger, "warning_once", seen.append)
+    for module in (modeling_llava_next_ar, video_language_model):
+        monkeypatch.setattr(module.logger, "warning_once", seen.append)
     return seen
 
 
