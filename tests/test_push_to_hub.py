@@ -326,6 +326,7 @@ RESULTS = {
         "frame_order": "natural",
     },
     "versions": {"python": "3.11", "torch": "2.13", "transformers": "5.23"},
+    "model": {"id": "out", "revision": None, "weights_sha256": None},
     "question_answering": {
         "all": {"num_questions": 4, "chance": 0.25, "best_guess": 0.5, "exact": 0.75, "exact_interval": [0.5, 1.0]},
         "by_type": {},
