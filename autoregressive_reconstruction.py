@@ -27,7 +27,14 @@ from transformers.utils import logging
 
 from .configuration_llava_next_ar import LlavaNextARAutoregressiveConfig
 from .frame_masks import FrameLevelMaskGenerator
-from .frame_predictor import FramePredictorBlock, ZeroInitializedLinear, resample_states, sinusoids, stack_padded
+from .frame_predictor import (
+    FramePredictorBlock,
+    PredictorMemory,
+    ZeroInitializedLinear,
+    resample_states,
+    sinusoids,
+    stack_padded,
+)
 from .frame_token_layout import FrameTokenLayout, FrameType, VideoTokens
 from .reconstruction_metrics import Reconstruction
 from .transformers_compat import hidden_states_to_keep
@@ -63,16 +70,24 @@ def _trains(vision_tower: nn.Module, adapters: list[nn.Module]) -> bool:
     return any(p.requires_grad and id(p) not in of_adapters for p in vision_tower.parameters())
 
 
-def _seconds_since_first(times: torch.Tensor) -> torch.Tensor:
-    """`[T]` seconds, or integers of nanoseconds -> `[T]` float32 seconds since the first frame."""
+def seconds_since(first: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    """Seconds, or integers of nanoseconds, as float32 seconds since the first frame of the clip."""
     if not times.is_floating_point():
-        return (times - times[0]).float() * 1e-9
+        return (times - first).float() * 1e-9
     if times.dtype in (torch.bfloat16, torch.float16):
         logger.warning_once(
             f"frame times came as {times.dtype}, which is too coarse for seconds: keep video_timestamps in float32, or "
             "give them as int64 nanoseconds, which nothing casts"
         )
-    return times.float() - times[0].float()
+    return times.float() - first.float()
+
+
+def _seconds_and_gaps(times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Times of a clip's frames `[T]` -> seconds since the first, and seconds to the frame after each."""
+    seconds = seconds_since(times[0], times)
+    gaps = seconds.diff()
+    # The frame after the last has no time; its gap is taken to be the last one.
+    return seconds, torch.cat([gaps, gaps[-1:]]) if len(gaps) else torch.ones_like(seconds)
 
 
 class _Unregistered:
@@ -171,6 +186,10 @@ class AutoregressiveReconstructionModule(nn.Module):
 
     # ---- teacher ---------------------------------------------------------------------------------------------------
 
+    def is_own_teacher(self, vision_tower: nn.Module) -> bool:
+        """Whether what is predicted are the very features that the projector reads."""
+        return self.teacher is None and not _adapter_layers(vision_tower)
+
     def prepare_teacher(self, vision_tower: nn.Module) -> None:
         """Makes the frozen copy if the tower is about to train. Call before wrapping the model (DDP, FSDP).
 
@@ -190,7 +209,8 @@ class AutoregressiveReconstructionModule(nn.Module):
         self.config.separate_teacher = True
         logger.info("the vision tower trains: a frozen copy of it is kept as the teacher of the reconstruction head")
 
-    def _run_tower(self, tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    def run_tower(self, tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Features of frames `[F, 3, H, W]` at the layer that the projector reads: `[F, P, Dv]`."""
         dtype = next(tower.parameters()).dtype
         # Naming the layer keeps the tower from storing the hidden states of all the others.
         kept = hidden_states_to_keep(self.vision_feature_layer)
@@ -217,7 +237,7 @@ class AutoregressiveReconstructionModule(nn.Module):
             RuntimeError: if the tower trains but no copy was made before, or trains beside its adapters.
         """
         if self.teacher is not None:
-            return self._run_tower(self.teacher, pixel_values)
+            return self.run_tower(self.teacher, pixel_values)
         adapters = _adapter_layers(vision_tower)
         if self.training and _trains(vision_tower, adapters):
             raise RuntimeError(
@@ -229,40 +249,39 @@ class AutoregressiveReconstructionModule(nn.Module):
             )
         if adapters:
             with _adapters_off(adapters):
-                return self._run_tower(vision_tower, pixel_values)
+                return self.run_tower(vision_tower, pixel_values)
         if tower_features is not None:
             return tower_features.detach()
-        return self._run_tower(vision_tower, pixel_values)
+        return self.run_tower(vision_tower, pixel_values)
 
     # ---- prediction ------------------------------------------------------------------------------------------------
 
-    def _place_features(self, clips: Sequence[VideoTokens], timestamps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Where and when each patch is: `[num_patches, features]` float32, in the order of the hidden states."""
-        device = timestamps[0].device
+    def _place_features(self, clip: VideoTokens, seconds: torch.Tensor, gaps: torch.Tensor) -> torch.Tensor:
+        """Where and when each patch of a clip is: `[num_patches, features]` float32, in the order of the hidden states.
+
+        `seconds` `[T]` since the first frame, and `gaps` `[T]` to the frame after, which is the one to be predicted.
+        """
+        device = seconds.device
+        offsets = clip.patch_offsets
+        frame = clip.frame[offsets].to(device)
+        grid = torch.tensor(clip.frame_grids, device=device)[frame]  # [patches, 2]
+        place = torch.stack([clip.row[offsets], clip.column[offsets]], dim=1).to(device)
+        place = (place + 0.5) / grid
         time_wavelengths = self.TIME_WAVELENGTHS.to(device)
-        position_wavelengths = self.POSITION_WAVELENGTHS.to(device)
-        places = []
-        for clip, times in zip(clips, timestamps, strict=True):
-            times = _seconds_since_first(times)
-            gaps = times.diff()
-            # The frame after the last has no time; its gap is taken to be the last one.
-            gaps = torch.cat([gaps, gaps[-1:]]) if len(gaps) else torch.ones_like(times)
-            offsets = clip.patch_offsets
-            frame = clip.frame[offsets].to(device)
-            grid = torch.tensor(clip.frame_grids, device=device)[frame]  # [patches, 2]
-            place = torch.stack([clip.row[offsets], clip.column[offsets]], dim=1).to(device)
-            place = (place + 0.5) / grid
-            places.append(
-                torch.cat(
-                    [
-                        sinusoids(place, position_wavelengths).flatten(1),
-                        sinusoids(times, time_wavelengths)[frame],
-                        sinusoids(gaps, time_wavelengths)[frame],
-                    ],
-                    dim=1,
-                )
-            )
-        return torch.cat(places)
+        return torch.cat(
+            [
+                sinusoids(place, self.POSITION_WAVELENGTHS.to(device)).flatten(1),
+                sinusoids(seconds, time_wavelengths)[frame],
+                sinusoids(gaps, time_wavelengths)[frame],
+            ],
+            dim=1,
+        )
+
+    def _embed(self, hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """`[num_patches, hidden]` and their `_place_features` -> what the first block reads, `[num_patches, E]`."""
+        dtype = self.input_projection.weight.dtype
+        x = self.input_projection(self.input_norm(hidden_states.to(dtype)))
+        return x + self.place_projection(places.to(dtype))
 
     def _visible_frames(
         self, clips: Sequence[VideoTokens], frame_types: Sequence[Sequence[int] | None]
@@ -296,9 +315,12 @@ class AutoregressiveReconstructionModule(nn.Module):
     ) -> list[torch.Tensor]:
         """Runs the predictor: hidden states `[num_patches, hidden]` -> for each frame `[h * w, E]`."""
         counts = [height * width for clip in clips for height, width in clip.frame_grids]
-        device, dtype = hidden_states.device, self.input_projection.weight.dtype
-        x = self.input_projection(self.input_norm(hidden_states.to(dtype)))
-        x = x + self.place_projection(self._place_features(clips, timestamps).to(dtype))
+        device = hidden_states.device
+        places = [
+            self._place_features(clip, *_seconds_and_gaps(times))
+            for clip, times in zip(clips, timestamps, strict=True)
+        ]
+        x = self._embed(hidden_states, torch.cat(places))
         visible, valid = self._visible_frames(clips, frame_types)
         visible, valid = visible.to(device), valid.to(device)
         key_mask = valid[:, :, None].expand(-1, -1, max(counts))  # [F, K, P]
@@ -314,7 +336,44 @@ class AutoregressiveReconstructionModule(nn.Module):
         x = self.output_norm(x)
         return [frame[:count] for frame, count in zip(x, counts, strict=True)]
 
-    def _targets(self, features: torch.Tensor, frame_type: FrameType) -> torch.Tensor:
+    def open_memory(self) -> PredictorMemory:
+        """What `step` keeps of the frames of one clip.
+
+        Raises:
+            ValueError: if frames see later ones (`use_frame_causal_mask` off): then nothing can be said frame by frame.
+        """
+        if not self.config.use_frame_causal_mask:
+            raise ValueError("use_frame_causal_mask is off: this head reads the frames that it should predict")
+        return PredictorMemory(len(self.blocks), self.config.num_hist)
+
+    def step(
+        self,
+        hidden_states: torch.Tensor,
+        frame: VideoTokens,
+        seconds: torch.Tensor,
+        gap: torch.Tensor,
+        frame_type: int | None,
+        memory: PredictorMemory,
+    ) -> torch.Tensor:
+        """One frame further than the frames that went through `memory`: what `forward` would make of it.
+
+        Args:
+            hidden_states: `[h * w, hidden_size]` of the frame.
+            frame: its token map, as a clip of one frame.
+            seconds, gap: float32 scalars: seconds since the first frame, and until the frame that is to be predicted.
+            frame_type: what `frame_types` of `forward` says of it.
+
+        Returns:
+            `[h * w, E]`, for `predict`.
+        """
+        x = self._embed(hidden_states, self._place_features(frame, seconds[None], gap[None]))
+        return self.output_norm(memory.run(self.blocks, x, frame_type if self.config.use_fast_slow_frames else None))
+
+    def predict(self, states: torch.Tensor, copies: torch.Tensor) -> torch.Tensor:
+        """This frame's features `copies` `[..., P, Dv]` plus a learned change, float32; `states` `[..., P, E]`, same grid."""
+        return copies + self.change(states).float()
+
+    def targets(self, features: torch.Tensor, frame_type: FrameType) -> torch.Tensor:
         """Teacher features `[T, P, Dv]` -> pooled and normalised targets `[T, h * w, Dv]`, float32."""
         pooled = self.target_layout.pool(features.float(), frame_type)
         return nn.functional.layer_norm(pooled, pooled.shape[-1:]) if self.config.target_norm else pooled
@@ -362,7 +421,7 @@ class AutoregressiveReconstructionModule(nn.Module):
             if length < 2:
                 continue
             kinds = self.target_layout.frame_types(length, frame_types[video])
-            frames_on_grid = {kind: self._targets(features, kind) for kind in set(kinds[1:])}
+            frames_on_grid = {kind: self.targets(features, kind) for kind in set(kinds[1:])}
             for frame in range(1, length):
                 on_grid = frames_on_grid[kinds[frame]]
                 grid = self.target_layout.frame_grid(kinds[frame])
@@ -374,8 +433,7 @@ class AutoregressiveReconstructionModule(nn.Module):
                 places.append((video, frame))
 
         copies, targets = stack_padded(copies), stack_padded(targets)
-        # This frame's features plus a learned change.
-        predictions = copies + self.change(stack_padded(predictions)).float()
+        predictions = self.predict(stack_padded(predictions), copies)
         counts = torch.tensor([height * width for height, width in grids], device=targets.device)
         patch_mask = torch.arange(targets.shape[1], device=targets.device) < counts[:, None]
         frame_loss = self._frame_loss(predictions, targets, patch_mask, grids)

@@ -48,14 +48,21 @@ class FrameLevelMaskGenerator:
         if not causal:
             return torch.ones(num_frames, num_frames, dtype=torch.bool)
         frame = torch.arange(num_frames)
-        distance = frame[:, None] - frame[None, :]
-        visible = distance >= 0
-        if window_size is not None:
-            near = distance < window_size
-            if frame_types is not None:
-                near |= (torch.tensor([int(t) for t in frame_types]) == FrameType.SLOW)[None, :]
-            visible &= near
-        return visible
+        return FrameLevelMaskGenerator.may_see(frame[:, None], frame[None, :], window_size, frame_types)
+
+    @staticmethod
+    def may_see(
+        frame: torch.Tensor | int,
+        others: torch.Tensor,
+        window_size: int | None = None,
+        types_of_others: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Whether a frame sees others, all by their numbers, under the rule of `frame_visibility`: bool, broadcast."""
+        distance = frame - others
+        near = torch.ones_like(distance, dtype=torch.bool) if window_size is None else distance < window_size
+        if types_of_others is not None:
+            near |= torch.tensor([int(kind) for kind in types_of_others]) == FrameType.SLOW
+        return near & (distance >= 0)
 
     @staticmethod
     def expand(visibility: torch.Tensor, num_patches_per_frame: int | Sequence[int]) -> torch.Tensor:

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .frame_masks import FrameLevelMaskGenerator
+
 
 def sinusoids(values: torch.Tensor, wavelengths: torch.Tensor) -> torch.Tensor:
     """`[...]` -> `[..., 2 * len(wavelengths)]`."""
@@ -84,3 +86,43 @@ class FramePredictorBlock(GradientCheckpointingLayer):
     def forward(self, x: torch.Tensor, visible: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x), visible, key_mask)
         return x + self.mlp(self.mlp_norm(x))
+
+
+class PredictorMemory:
+    """Runs the blocks frame by frame. What is kept is what a later frame may see, and not more: of each block its inputs at
+    the last `window_size - 1` frames, and at all slow ones where these stay visible. Blocks of any kind will do.
+    """
+
+    def __init__(self, num_layers: int, window_size: int) -> None:
+        self.window_size = window_size
+        self.num_frames = 0
+        self._frames: list[int] = []  # numbers of the frames that are kept
+        self._types: list[int] | None = None
+        self._inputs: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]  # by block and frame `[P, E]`
+
+    def run(self, blocks: Sequence[nn.Module], x: torch.Tensor, frame_type: int | None) -> torch.Tensor:
+        """The next frame's `[P, E]` through all blocks; `frame_type` slow (0) or fast (1) if slow frames stay visible."""
+        self._frames.append(self.num_frames)
+        if frame_type is not None:
+            self._types = [*(self._types or []), frame_type]
+        for block, inputs in zip(blocks, self._inputs, strict=True):
+            inputs.append(x)
+            x = self._run_block(block, inputs)
+        self.num_frames += 1
+        frames = torch.tensor(self._frames)
+        kept = FrameLevelMaskGenerator.may_see(self.num_frames, frames, self.window_size, self._types).tolist()
+        if not all(kept):
+            lists = (self._frames, *self._inputs, *([] if self._types is None else [self._types]))
+            for values in lists:
+                values[:] = [value for value, keeps in zip(values, kept, strict=True) if keeps]
+        return x
+
+    @staticmethod
+    def _run_block(block: nn.Module, frames: list[torch.Tensor]) -> torch.Tensor:
+        """The last of the frames, which sees them all. The others are run along, and what they become is not used."""
+        states = stack_padded(frames)
+        counts = torch.tensor([len(frame) for frame in frames], device=states.device)
+        exists = torch.arange(states.shape[1], device=states.device) < counts[:, None]  # [K, P]
+        everyone = torch.arange(len(frames), device=states.device).expand(len(frames), -1)
+        key_mask = None if bool(exists.all()) else exists.flatten().expand(len(frames), 1, 1, -1)
+        return block(states, everyone, key_mask)[-1, : len(frames[-1])]

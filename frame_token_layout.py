@@ -187,11 +187,12 @@ class FrameTokenLayout:
         return self.add_faster_video and self.newline_position == "grid"
 
     def frame_types(
-        self, num_frames: int, explicit: "torch.Tensor | list[int] | None" = None
+        self, num_frames: int, explicit: "torch.Tensor | list[int] | None" = None, *, first_frame: int = 0
     ) -> tuple[FrameType, ...]:
         """The type of each frame; `explicit` (slow 0, fast 1) wins over `faster_token_stride`.
 
-        Without slow and fast frames in the layout every frame is pooled alike, whatever `explicit` says.
+        Without slow and fast frames in the layout every frame is pooled alike, whatever `explicit` says. Frames that
+        continue a video are counted from `first_frame`.
 
         Raises:
             ValueError: if there is no frame, or `explicit` has another length or an unknown value.
@@ -209,7 +210,8 @@ class FrameTokenLayout:
         if explicit is not None:
             return tuple(FrameType(frame_type) for frame_type in explicit)
         return tuple(
-            FrameType.SLOW if frame % self.faster_token_stride == 0 else FrameType.FAST for frame in range(num_frames)
+            FrameType.SLOW if frame % self.faster_token_stride == 0 else FrameType.FAST
+            for frame in range(first_frame, first_frame + num_frames)
         )
 
     def _stride(self, frame_type: FrameType) -> int:

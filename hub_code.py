@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from .configuration_llava_next_ar import LlavaNextARConfig  # noqa: F401
     from .frame_masks import FrameLevelMaskGenerator  # noqa: F401
     from .frame_predictor import FramePredictorBlock  # noqa: F401
+    from .frame_rollout import imagine_videos  # noqa: F401
     from .frame_sampling import FrameSampling  # noqa: F401
+    from .frame_stream import FrameStream  # noqa: F401
+    from .frame_surprise import SurpriseStream  # noqa: F401
     from .frame_token_layout import FrameTokenLayout  # noqa: F401
     from .hub_files import commit_files  # noqa: F401
     from .image_token_layout import ImageTokenLayout  # noqa: F401

@@ -24,6 +24,8 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple, mer
 
 from .autoregressive_reconstruction import AutoregressiveReconstructionModule
 from .configuration_llava_next_ar import LlavaNextARConfig
+from .frame_rollout import ImaginedFrames, imagine_videos
+from .frame_surprise import SURPRISE_FLOOR, VideoSurprise, surprise_of_videos
 from .frame_token_layout import split_video_positions
 from .hub_code import AUTO_MAP, MODEL_AUTO_CLASSES
 from .hub_files import MODEL_TAGS, PushableModel
@@ -408,15 +410,54 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         Raises:
             ValueError: if the head is off or there is no video with two frames.
         """
+        return self._predict_videos(inputs).per_video()
+
+    @torch.no_grad()
+    def surprise(self, *, floor: float = SURPRISE_FLOOR, **inputs: Any) -> list[VideoSurprise]:
+        """How surprising each frame of every video is, and each of its patches: see `frame_surprise`.
+
+        Args:
+            floor: a share of the features' variance that is added to the copy baseline's error.
+            inputs: what the processor returned for prompts with videos.
+
+        Returns:
+            One `VideoSurprise` for each video with two frames or more, in the order of the batch. For videos that are still
+            going on there is `SurpriseStream`.
+
+        Raises:
+            ValueError: if the head is off, there is no video with two frames, or the floor is not positive.
+        """
+        return surprise_of_videos(self._predict_videos(inputs), inputs.get("video_timestamps"), floor)
+
+    @torch.no_grad()
+    def imagine(self, num_frames: int, *, hold_back: bool = False, **inputs: Any) -> list[ImaginedFrames]:
+        """Predicts several frames ahead, each from what was predicted before it: see `frame_rollout`.
+
+        Args:
+            num_frames: how many.
+            hold_back: the last `num_frames` frames of each video are kept from the model and predicted instead, at their own
+                times, so that predictions can be compared with them; without it, frames go on after the last one, as far
+                apart as the last two are.
+            inputs: what the processor returned for prompts of text and one video each.
+
+        Returns:
+            One `ImaginedFrames` for each video.
+
+        Raises:
+            ValueError: if the head is off, looks ahead or has a teacher other than the tower, a prompt holds anything else
+                than text and one video, or a video is too short.
+        """
+        return imagine_videos(self, num_frames, hold_back, inputs)
+
+    def _predict_videos(self, inputs: dict[str, Any]) -> Reconstruction:
         if self.autoregressive_module is None:
             raise ValueError("this model was built with enable_autoregressive=False and has no head to predict with")
-        inputs.pop("labels", None)
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
         # The logits of one position are the least that can be asked for.
         outputs = self(**inputs, return_reconstruction=True, logits_to_keep=1, use_cache=False)
-        reconstruction = outputs.reconstruction
-        if reconstruction is None:
-            raise ValueError("predict_next_frames needs at least one video with two frames or more")
-        return reconstruction.per_video()
+        if outputs.reconstruction is None:
+            raise ValueError("there is nothing to predict: this needs at least one video with two frames or more")
+        return outputs.reconstruction
 
 
 def _class_reference(model_class: type) -> str:

@@ -4,10 +4,11 @@
 Each entry names the release that brought it, and goes away when `MINIMUM_TRANSFORMERS` is raised to that.
 """
 
+import inspect
 import re
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LlavaOnevisionModel, PreTrainedModel
 from transformers.generation import utils as generation_utils
 from transformers.utils import output_capturing
 
@@ -33,8 +34,12 @@ _CAN_PREFILL_IN_CHUNKS = hasattr(generation_utils, "_slice_mm_encoder_output")  
 _CAN_NAME_ACTIVATIONS = hasattr(PreTrainedModel, "activation_checkpointing_enable")
 ACTIVATION_CHECKPOINTING = "activation_checkpointing" if _CAN_NAME_ACTIVATIONS else "gradient_checkpointing"
 
+# The argument of a language model that takes its cache; 5.24 brought the short name, and warns about the old one.
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlavaOnevisionModel.forward).parameters else "past_key_values"
+
 __all__ = [
     "ACTIVATION_CHECKPOINTING",
+    "CACHE_ARGUMENT",
     "MARKED_CONTROL_TOKEN",
     "check_prefill",
     "hidden_states_to_keep",

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from llava_next_ar.autoregressive_reconstruction import (
     AutoregressiveReconstructionModule,
+    _seconds_and_gaps,
     create_autoregressive_reconstruction_module,
 )
 from llava_next_ar.configuration_llava_next_ar import LlavaNextARAutoregressiveConfig
@@ -67,8 +68,9 @@ def dense_predictor(module, hidden_states, clips, timestamps, visibilities) -> t
     for clip, visibility in zip(clips, visibilities, strict=True):
         masks.append(Masks.expand(visibility, [height * width for height, width in clip.frame_grids]))
     mask = torch.block_diag(*masks).bool()
-    x = module.input_projection(module.input_norm(hidden_states))
-    x = x + module.place_projection(module._place_features(clips, timestamps))
+    times = map(_seconds_and_gaps, timestamps)
+    places = [module._place_features(clip, *own) for clip, own in zip(clips, times, strict=True)]
+    x = module._embed(hidden_states, torch.cat(places))
     for block in module.blocks:
         heads = block.attention.num_heads
         normed = block.attention_norm(x)

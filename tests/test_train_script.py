@@ -411,7 +411,7 @@ def tower_features(model, pixels: torch.Tensor) -> torch.Tensor:
     """What the projector would read, from whatever the tower now is."""
     head = model.autoregressive_module
     with torch.no_grad():
-        return head._run_tower(model.model.vision_tower, pixels)
+        return head.run_tower(model.model.vision_tower, pixels)
 
 
 def test_adapters_on_the_tower_move_its_features_and_never_the_targets(work, monkeypatch):

@@ -1,0 +1,191 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""Several frames ahead: what was predicted of a frame is fed back through the language model, and the next is predicted.
+
+The head predicts pooled and normalised features, the language model reads unpooled ones as the tower makes them. So what is
+fed back is the last frame with the predicted change added, in the scale of that frame: a head that predicts no change imagines
+the last frame again, exactly as the language model read it.
+
+Shape letters: K imagined frames, P patches of the vision tower, P' patches of a frame on the grid of its target, Dv vision
+features.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .autoregressive_reconstruction import seconds_since
+from .frame_predictor import stack_padded
+from .frame_stream import FramePrediction, FrameStream
+from .frame_token_layout import FrameTokenLayout, FrameType
+from .reconstruction_metrics import Reconstruction
+
+LAYER_NORM_EPS = 1e-5  # of the targets' normalisation
+
+
+@dataclass
+class ImaginedFrames:
+    """Frames of one video that the model has not seen. All lists have K entries; features are normalised as targets are.
+
+    Attributes:
+        frame_index: `[K]` int64, their numbers in the video.
+        seconds: `[K]` float32, their times since the first frame.
+        grids: `(h, w)` of each frame, with `h * w = P'`.
+        predictions: `[P', Dv]` float32 of each.
+        copies: `[P', Dv]` float32, the last frame that was seen, on the grid of each.
+        extrapolations: `[P', Dv]` float32, the last two frames that were seen, continued in a straight line to the time of
+            each; the copy where only one was seen.
+        targets: `[P', Dv]` float32, the true frames; None unless they were held back.
+        candidates: `[T, P', Dv]` float32, all frames of the video on the grid of each; None unless frames were held back.
+    """
+
+    frame_index: torch.Tensor
+    seconds: torch.Tensor
+    grids: list[tuple[int, int]]
+    predictions: list[torch.Tensor]
+    copies: list[torch.Tensor]
+    extrapolations: list[torch.Tensor]
+    targets: list[torch.Tensor] | None = None
+    candidates: list[torch.Tensor] | None = None
+
+    def frame_metrics(self) -> dict[str, torch.Tensor]:
+        """Metrics of each frame, each `[K]` float32: those of `Reconstruction`, and `linear_mse` of the extrapolation.
+
+        Raises:
+            ValueError: if no frames were held back to compare with.
+        """
+        if self.targets is None:
+            raise ValueError("there is nothing to compare with: imagine with hold_back=True")
+        counts = torch.tensor([len(target) for target in self.targets], device=self.targets[0].device)
+        metrics = Reconstruction(
+            predictions=stack_padded(self.predictions),
+            targets=stack_padded(self.targets),
+            copies=stack_padded(self.copies),
+            patch_mask=torch.arange(int(counts.max()), device=counts.device) < counts[:, None],
+            frame_index=self.frame_index,
+            candidates=tuple(self.candidates),
+        ).frame_metrics()
+        errors = [
+            (line - target).square().mean() for line, target in zip(self.extrapolations, self.targets, strict=True)
+        ]
+        return {**metrics, "linear_mse": torch.stack(errors)}
+
+
+@torch.no_grad()
+def imagine_videos(model: Any, num_frames: int, hold_back: bool, inputs: dict[str, Any]) -> list[ImaginedFrames]:
+    """What the model's `imagine` returns; see there."""
+    if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1:
+        raise ValueError(f"num_frames must be an integer of at least 1, got {num_frames!r}")
+    head = model.autoregressive_module
+    if head is not None and not head.is_own_teacher(model.model.vision_tower):
+        raise ValueError(
+            "the vision tower was trained, or has adapters: what the head predicts are features of its frozen teacher, which "
+            "the language model cannot read"
+        )
+    pixels = inputs.get("pixel_values_videos")
+    if pixels is None or len(pixels) != len(inputs["input_ids"]) or inputs.get("pixel_values") is not None:
+        given = f"{len(inputs['input_ids'])} prompts and {0 if pixels is None else len(pixels)} videos"
+        raise ValueError(f"imagine needs prompts of text and one video each, got {given}")
+    if inputs.get("video_layout") is not None:
+        for row in inputs["video_layout"].unique(dim=0).cpu():
+            model.config.frame_token_layout.check_same(FrameTokenLayout.from_tensor(row))
+    frame_mask = inputs.get("video_frame_mask")
+    times, types = inputs.get("video_timestamps"), inputs.get("video_frame_types")
+    rollouts = []
+    for video, frames in enumerate(pixels):
+        length = len(frames) if frame_mask is None else int(frame_mask[video].sum())
+        least = num_frames + 1 if hold_back else 1
+        if length < least:
+            raise ValueError(f"video {video} has {length} frames; to imagine {num_frames} it needs at least {least}")
+        is_video = inputs["input_ids"][video] == model.config.video_token_id
+        is_text = inputs["attention_mask"][video].bool() if "attention_mask" in inputs else torch.ones_like(is_video)
+        prompt = inputs["input_ids"][video][is_text & (is_video.cumsum(0) == 0)]
+        rollouts.append(
+            _imagine(
+                model,
+                prompt,
+                frames[:length],
+                torch.arange(length).float() if times is None else times[video, :length],
+                None if types is None else types[video, :length].tolist(),
+                num_frames,
+                hold_back,
+            )
+        )
+    return rollouts
+
+
+def _imagine(
+    model: Any,
+    prompt_ids: torch.Tensor,
+    pixel_values: torch.Tensor,
+    times: torch.Tensor,
+    frame_types: list[int] | None,
+    num_frames: int,
+    hold_back: bool,
+) -> ImaginedFrames:
+    """One video: its frames are read, then those that were imagined."""
+    head, stream = model.autoregressive_module, FrameStream(model, prompt_ids)
+    features, _ = stream.encode(pixel_values)
+    num_seen = len(features) - (num_frames if hold_back else 0)
+    seen, seen_times = features[:num_seen], times[:num_seen]
+    stream.read(seen, seen, seen_times, None if frame_types is None else frame_types[:num_seen])
+    if hold_back:
+        times, frame_types = times[num_seen:], None if frame_types is None else frame_types[num_seen:]
+    else:
+        times = _times_after(seen_times, num_frames)
+        frame_types = None if frame_types is None else [FrameType.FAST] * num_frames  # as the last ones of a clip are
+    last, predictions = seen[-1:], []
+    for number, time in enumerate(times):
+        own_type = None if frame_types is None else frame_types[number]
+        predictions.append(stream.predict(time, own_type))
+        last = last + _change(head, last, predictions[-1])
+        stream.read(last, last, time[None], None if own_type is None else [own_type])
+
+    seconds = [one.seconds for one in predictions]
+    kinds = [one.frame_type for one in predictions]
+    on_grid = {kind: head.targets(features, kind) for kind in set(kinds)}
+    last_seconds, gap = _last_gap(seen_times)
+    copies, extrapolations = [], []
+    for kind, when in zip(kinds, seconds, strict=True):
+        copy = on_grid[kind][num_seen - 1]
+        step = copy - on_grid[kind][num_seen - 2] if gap > 0 else torch.zeros_like(copy)
+        copies.append(copy)
+        extrapolations.append(copy + step * ((when - last_seconds) / gap if gap > 0 else 0.0))
+    index = torch.arange(num_seen, num_seen + num_frames)
+    return ImaginedFrames(
+        frame_index=index,
+        seconds=torch.tensor(seconds, dtype=torch.float32),
+        grids=[one.grid for one in predictions],
+        predictions=[one.prediction for one in predictions],
+        copies=copies,
+        extrapolations=extrapolations,
+        targets=[on_grid[kind][frame] for kind, frame in zip(kinds, index, strict=True)] if hold_back else None,
+        candidates=[on_grid[kind] for kind in kinds] if hold_back else None,
+    )
+
+
+def _last_gap(times: torch.Tensor) -> tuple[float, float]:
+    """Seconds of the last frame since the first, and since the frame before it (0 if there is none)."""
+    seconds = seconds_since(times[0], times)
+    return float(seconds[-1]), float(seconds[-1] - seconds[-2]) if len(times) > 1 else 0.0
+
+
+def _times_after(times: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """As far apart as the last two; one second, as the head takes it, where there is one alone."""
+    one_second = 1 if times.is_floating_point() else 10**9
+    gap = times[-1] - times[-2] if len(times) > 1 else torch.as_tensor(one_second, device=times.device)
+    return times[-1] + gap * torch.arange(1, num_frames + 1, device=times.device)
+
+
+def _change(head: Any, features: torch.Tensor, prediction: FramePrediction) -> torch.Tensor:
+    """A predicted change in the scale of the frame `[1, P, Dv]` that it starts from, on all of its patches."""
+    layout = head.target_layout
+    change = prediction.prediction - prediction.copy
+    if head.config.target_norm:
+        pooled = layout.pool(features.float(), prediction.frame_type)[0]
+        change = change * (pooled.var(-1, correction=0, keepdim=True) + LAYER_NORM_EPS).sqrt()
+    # Each pooled patch gives its change to all patches that it stands for, so that pooling gives it back.
+    change = change.T.unflatten(1, prediction.grid)[None]  # [1, Dv, h, w]
+    change = nn.functional.interpolate(change, size=[layout.patches_height, layout.patches_width], mode="nearest")
+    return change.flatten(2).transpose(1, 2).to(features.dtype)
