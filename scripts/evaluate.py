@@ -22,11 +22,13 @@ letter or by text (the rule: `parse_choice` in evaluation_questions.py; texts th
 that ends its turn included. All are reported for each `question_type` beside `chance` (one over the number of choices)
 and `best_guess` (always giving the most frequent answer, or the choice at the place that is most often right).
 
-Next-frame prediction, over the distinct videos, each counted once: `mse` and `copy_mse` (of copying the last frame),
-`skill = 1 - mse / copy_mse`, `cosine`, and `temporal_consistency` (how often the true next frame is the nearest of
-its clip to the prediction), by horizon and by the seconds between the last frame that was seen and the predicted one,
-in bins around powers of two: that of 0.25 s holds 0.177 to 0.354 s. Intervals are 95% bootstrap intervals; questions
-about the same video are drawn together.
+Next-frame prediction, over the distinct videos, each counted once: `mse`, `copy_mse` (of copying the last frame) and
+`linear_mse` (of continuing the last two in a straight line), `skill = 1 - mse / copy_mse`, `cosine`, and
+`temporal_consistency` (how often the true next frame is the nearest of its clip to the prediction), by horizon and by the
+seconds between the last frame that was seen and the predicted one, in bins around powers of two: that of 0.25 s holds 0.177 to
+0.354 s. With `--horizons N`, the last N frames of each video (where the prompt is text and this video alone) are held back and
+predicted from those before, each from the predictions before it; the horizons from 2 on are of these. Intervals are 95%
+bootstrap intervals; questions about the same video are drawn together.
 
 The JSON output holds the results, every answer, the numbers of every predicted frame, all settings, the versions, model
 and data that they were made with, and the command that repeats it. An HTML report lies beside it. Batches are the same

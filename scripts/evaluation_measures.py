@@ -152,7 +152,15 @@ def measure_batch(
         for record, question, own in zip(records, questions, frames, strict=True):
             if own and question.is_first_about_media:
                 record["horizons"] = {"1": own}
+        for row, own in rollout_records(model, batch, questions, settings.horizons).items():
+            records[row]["horizons"].update(own)
     return records
+
+
+def _owners(questions: Sequence[Question]) -> list[tuple[int, int]]:
+    """For each video of a batch its question, and which of the question's videos it is."""
+    num_videos = [sum(p["type"] == "video" for m in q.messages for p in media_parts(m)) for q in questions]
+    return [(question, video) for question, number in enumerate(num_videos) for video in range(number)]
 
 
 def horizon_records(
@@ -168,11 +176,11 @@ def horizon_records(
         `video` (which of the question's), `frame` (that is predicted), `gap` (seconds since the last frame that was seen)
         and the metrics.
     """
-    num_videos = [sum(p["type"] == "video" for m in q.messages for p in media_parts(m)) for q in questions]
-    owners = [(question, video) for question, number in enumerate(num_videos) for video in range(number)]
+    owners = _owners(questions)
     metrics = {name: values.tolist() for name, values in reconstruction.frame_metrics().items()}
     of_batch, frames = reconstruction.frame_video.tolist(), reconstruction.frame_index.tolist()
     times = timestamps.tolist()
+    metrics["linear_mse"] = linear_errors(reconstruction, timestamps).tolist()
     records: list[dict[str, list[float]]] = [{} for _ in questions]
     for place, (video, frame) in enumerate(zip(of_batch, frames, strict=True)):
         question, number = owners[video]
@@ -186,4 +194,51 @@ def horizon_records(
         }
         for name, value in values.items():
             records[question].setdefault(name, []).append(value)
+    return records
+
+
+def linear_errors(reconstruction: Any, timestamps: torch.Tensor) -> torch.Tensor:
+    """`[M]`: squared error of continuing the last two frames in a straight line, or of copying where there is one alone."""
+    errors = []
+    predicted = zip(reconstruction.frame_video.tolist(), reconstruction.frame_index.tolist(), strict=True)
+    for (video, frame), frames in zip(predicted, reconstruction.candidates, strict=True):
+        line, times = frames[frame - 1], timestamps[video].double()
+        if frame > 1 and times[frame - 1] > times[frame - 2]:
+            ratio = (times[frame] - times[frame - 1]) / (times[frame - 1] - times[frame - 2])
+            line = line + (line - frames[frame - 2]) * float(ratio)
+        errors.append((line - frames[frame]).square().mean())
+    return torch.stack(errors)
+
+
+def rollout_records(
+    model: Any, batch: dict[str, torch.Tensor], questions: Sequence[Question], num_frames: int
+) -> dict[int, dict[str, dict[str, list[float]]]]:
+    """By question and horizon (two and more), the entries of `horizon_records` for frames that were held back.
+
+    Of every first question about a video whose prompt is text and this video alone, and which is long enough.
+    """
+    if num_frames < 2:
+        return {}
+    owners, lengths = _owners(questions), batch["video_frame_mask"].sum(1).tolist()
+    media = [[part["type"] for message in q.messages for part in media_parts(message)] for q in questions]
+    records = {}
+    for video, (row, _) in enumerate(owners):
+        if media[row] != ["video"] or not questions[row].is_first_about_media or lengths[video] <= num_frames:
+            continue
+        text, length = batch["attention_mask"][row].bool(), lengths[video]
+        inputs = {name: value[video, None] for name, value in batch.items() if "video" in name}
+        inputs["input_ids"] = batch["input_ids"][row, None, text]
+        (own,) = model.imagine(num_frames, hold_back=True, **inputs)
+        metrics = {name: values.tolist() for name, values in own.frame_metrics().items()}
+        times = batch["video_timestamps"][video].tolist()
+        records[row] = {
+            str(ahead): {
+                "video": [0],
+                "frame": [int(own.frame_index[ahead - 1])],
+                "gap": [round((times[length - num_frames + ahead - 1] - times[length - num_frames - 1]) / 1e9, 6)],
+                **{name: [values[ahead - 1]] for name, values in metrics.items()},
+                "temporal_consistency_chance": [1 / length],
+            }
+            for ahead in range(2, num_frames + 1)
+        }
     return records

@@ -54,11 +54,13 @@ class EvaluationSettings:
     generation: bool = True
     likelihood: bool = True
     reconstruction: bool = True
+    horizons: int = 1
+    """How many frames ahead are predicted. Above 1, so many last frames of each video are held back and imagined."""
     bootstrap_samples: int = 1000
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_new_tokens", "max_samples", "num_frames", "cpu_threads"):
+        for name in ("batch_size", "max_new_tokens", "max_samples", "num_frames", "cpu_threads", "horizons"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
@@ -115,6 +117,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--frame-order", choices=FRAME_ORDERS, default=defaults.frame_order, help="a control: what needs no time"
+    )
+    parser.add_argument(
+        "--horizons", type=int, default=defaults.horizons, help="frames ahead, by feeding predictions back"
     )
     parser.add_argument("--bootstrap-samples", type=int, default=defaults.bootstrap_samples, help="0: no intervals")
     parser.add_argument("--seed", type=int, default=defaults.seed)

@@ -46,8 +46,9 @@ def answer_rows(answering: dict[str, Any]) -> list[list[str]]:
 
 def frame_rows(frames: dict[str, Any]) -> list[list[str]]:
     """For each horizon all predictions, then each bin of time gaps."""
-    names = ("mse", "copy_mse", "skill", "cosine", "temporal_consistency", "temporal_consistency_chance")
-    rows = [["frames ahead", "seconds", "predictions", "videos", *names[:4], "temporal consistency", "blind guess"]]
+    names = ("mse", "copy_mse", "linear_mse", "skill", "cosine", "temporal_consistency", "temporal_consistency_chance")
+    heads = ("mse", "copying", "straight line", "skill", "cosine", "temporal consistency", "blind guess")
+    rows = [["frames ahead", "seconds", "predictions", "videos", *heads]]
     for horizon, summary in frames["by_horizon"].items():
         bins = [(f"{entry['from']:.3g} to {entry['to']:.3g}", entry) for entry in summary["by_gap"]]
         for gap, entry in [("all", summary), *bins]:

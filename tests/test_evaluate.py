@@ -437,6 +437,33 @@ def test_reconstruction_equals_predict_next_frames(folder, checkpoint):
     assert measured["gap"] == [0.5, 0.5, 0.75]
 
 
+def test_frames_further_ahead_are_imagined_and_compared_with_both_baselines(folder, checkpoint):
+    model, processor = checkpoint
+    settings = settings_for(folder, generation=False, likelihood=False, num_frames=6, horizons=3)
+    results = evaluate.evaluate(settings, model, processor, progress=False)
+    videos = list(dict.fromkeys(entry["video"] for entry in entries_of(folder)))
+    for video, record in zip(videos, results["videos"], strict=True):
+        prediction, inputs = demo.predict(model, processor, folder / "clips" / video, num_frames=6)
+        (own,) = model.imagine(3, hold_back=True, **inputs)
+        seconds = inputs["video_timestamps"][0].tolist()
+        for ahead in (2, 3):
+            measured = record["horizons"][str(ahead)]
+            for name, values in own.frame_metrics().items():
+                assert measured[name] == pytest.approx([float(values[ahead - 1])], rel=1e-4), name
+            assert measured["frame"] == [2 + ahead]
+            assert measured["gap"] == pytest.approx([seconds[2 + ahead] - seconds[2]], abs=1e-6)
+        next_frame = record["horizons"]["1"]
+        assert next_frame["linear_mse"][0] == pytest.approx(next_frame["copy_mse"][0])  # one frame makes no line
+        frames = own.candidates[0]  # the same for each frame: this layout has no slow and fast ones
+        ratio = (seconds[4] - seconds[3]) / (seconds[3] - seconds[2])
+        line = frames[3] + (frames[3] - frames[2]) * ratio
+        assert next_frame["linear_mse"][3] == pytest.approx(float((line - frames[4]).square().mean()), rel=1e-4)
+    by_horizon = results["reconstruction"]["by_horizon"]
+    assert list(by_horizon) == ["1", "2", "3"]
+    assert by_horizon["3"]["mse"] == pytest.approx(np.mean([r["horizons"]["3"]["mse"] for r in results["videos"]]))
+    assert "straight line" in format_results(results)
+
+
 def test_bins_of_time_gaps():
     for gap in (0.0625, 0.25, 1.0, 2.0, 32.0):
         assert {gap_bin(gap * factor) for factor in (0.72, 0.9999, 1.0, 1.0001, 1.4)} == {gap}
