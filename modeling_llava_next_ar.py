@@ -25,7 +25,7 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple, mer
 from .autoregressive_reconstruction import AutoregressiveReconstructionModule
 from .configuration_llava_next_ar import LlavaNextARConfig
 from .frame_rollout import ImaginedFrames, imagine_videos
-from .frame_surprise import SURPRISE_FLOOR, VideoSurprise, surprise_of_videos
+from .frame_surprise import SURPRISE_FLOOR, SurpriseStream, VideoSurprise, surprise_of_videos
 from .frame_token_layout import split_video_positions
 from .hub_code import AUTO_MAP, MODEL_AUTO_CLASSES
 from .hub_files import MODEL_TAGS, PushableModel
@@ -421,13 +421,18 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             inputs: what the processor returned for prompts with videos.
 
         Returns:
-            One `VideoSurprise` for each video with two frames or more, in the order of the batch. For videos that are still
-            going on there is `SurpriseStream`.
+            One `VideoSurprise` for each video with two frames or more, in the order of the batch.
 
         Raises:
             ValueError: if the head is off, there is no video with two frames, or the floor is not positive.
         """
         return surprise_of_videos(self._predict_videos(inputs), inputs.get("video_timestamps"), floor)
+
+    def surprise_stream(
+        self, prompt_ids: torch.Tensor | None = None, *, floor: float = SURPRISE_FLOOR
+    ) -> SurpriseStream:
+        """The same for a video that is still going on, frame by frame: see `SurpriseStream`."""
+        return SurpriseStream(self, prompt_ids, floor=floor)
 
     @torch.no_grad()
     def imagine(self, num_frames: int, *, hold_back: bool = False, **inputs: Any) -> list[ImaginedFrames]:

@@ -7,6 +7,7 @@
     python scripts/benchmark.py training-step                      # two CPU cores
     python scripts/benchmark.py training-step --device cuda --bf16 --shape 7b --frames 32 --lora --activation-checkpointing
     python scripts/benchmark.py head
+    python scripts/benchmark.py stream
     python scripts/benchmark.py load-time --repeats 5
 
 video-loading: four ways from a file to `num_frames` uniformly sampled frames,
@@ -23,7 +24,7 @@ the float32 result, which alone takes most of the time for small pictures (113 M
 
 memory: resident memory while many clips are loaded, one process for each back end.
 
-training-step and head: see scripts/benchmark_training.py.
+training-step and head: see scripts/benchmark_training.py; stream: see scripts/benchmark_stream.py.
 
 load-time: `from_pretrained` of a saved checkpoint, each time in a fresh process, ours (the installed class, and the code that
 the checkpoint carries through an auto class) and transformers' LlavaOnevisionForConditionalGeneration on the same weights,
@@ -50,6 +51,7 @@ os.environ.setdefault("DECORD_EOF_RETRY_MAX", "1000000")
 import av  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from benchmark_stream import stream, stream_options  # noqa: E402
 from benchmark_training import head, head_options, training_step, training_step_options  # noqa: E402
 from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -364,6 +366,7 @@ PARTS = {
     "memory": (memory, _memory_options),
     "training-step": (training_step, training_step_options),
     "head": (head, head_options),
+    "stream": (stream, stream_options),
     "load-time": (load_time, _load_time_options),
 }
 

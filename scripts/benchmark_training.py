@@ -101,15 +101,15 @@ class _Clock(TrainerCallback):
         self.seconds: list[float] = []
 
     def on_step_begin(self, *args, **kwargs) -> None:
-        _wait()
+        wait()
         self.start = time.perf_counter()
 
     def on_step_end(self, *args, **kwargs) -> None:
-        _wait()
+        wait()
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def _wait() -> None:
+def wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -228,24 +228,24 @@ def head(options: argparse.Namespace) -> None:
         features = torch.randn(num_frames, 27 * 27, config.vision_feature_dim, device=options.device, dtype=dtype)
         seconds = float("inf")
         for _ in range(options.repeats):
-            _wait()
+            wait()
             start = time.perf_counter()
             module(hidden, [clip], features).loss_per_video.sum().backward()
-            _wait()
+            wait()
             seconds = min(seconds, time.perf_counter() - start)
         per_frame.append(seconds / num_frames)
         print(f"{num_frames:>7}{seconds * 1e3:>10.1f}{seconds / num_frames * 1e3:>10.2f}", flush=True)
     print(f"a frame of {options.frames[-1]} costs {per_frame[-1] / per_frame[0]:.2f} times one of {options.frames[0]}")
 
 
-def _common_options(parser: argparse.ArgumentParser) -> None:
+def common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--bf16", action="store_true")
 
 
 def training_step_options(parser: argparse.ArgumentParser) -> None:
-    _common_options(parser)
+    common_options(parser)
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3, help="after one to warm up")
@@ -256,6 +256,6 @@ def training_step_options(parser: argparse.ArgumentParser) -> None:
 
 
 def head_options(parser: argparse.ArgumentParser) -> None:
-    _common_options(parser)
+    common_options(parser)
     parser.add_argument("--frames", type=int, nargs="+", default=[8, 16, 32, 64, 128])
     parser.add_argument("--repeats", type=int, default=3)

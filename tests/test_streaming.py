@@ -8,7 +8,7 @@ from tiny import LAYOUTS, ONEVISION, VIDEO_TOKEN, tiny_model, video_batch
 
 from llava_next_ar.frame_rollout import ImaginedFrames
 from llava_next_ar.frame_stream import FrameStream
-from llava_next_ar.frame_surprise import SurpriseStream, VideoSurprise, measure_surprise
+from llava_next_ar.frame_surprise import VideoSurprise, measure_surprise
 
 TYPES = [0, 1, 1, 0, 1, 1, 1, 0, 1, 1]  # slow and fast, as a video processor may choose them
 
@@ -35,7 +35,7 @@ def prompt_of(inputs, row=0):
 
 def stream_surprise(model, inputs, sizes) -> VideoSurprise:
     """The first video of a batch, read in pieces of the given sizes."""
-    stream = SurpriseStream(model, prompt_of(inputs))
+    stream = model.surprise_stream(prompt_of(inputs))
     parts, first = [], 0
     for size in sizes:
         piece = slice(first, first + size)
@@ -128,7 +128,7 @@ def live_bytes() -> int:
 def bytes_over_frames(num_frames: int, every: int, **keys) -> list[int]:
     """Bytes of all tensors that live, after each `every` frames of an endless video."""
     model = moving_model(**keys)
-    stream = SurpriseStream(model)
+    stream = model.surprise_stream()
     generator, sizes = torch.Generator().manual_seed(0), []
     for frame in range(num_frames):
         stream.read(torch.randn(1, 3, 35, 35, generator=generator), torch.tensor([frame * 10**8]))
