@@ -2,9 +2,11 @@
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 from tiny import LAYOUTS, ONEVISION, VIDEO_TOKEN, tiny_model, video_batch
+from tiny_processor import tiny_processor
 
 from llava_next_ar.frame_rollout import ImaginedFrames
 from llava_next_ar.frame_stream import FrameStream
@@ -113,6 +115,33 @@ def test_each_video_of_a_batch_has_its_surprise():
     for row, length, expected in ((0, 5, first), (2, 8, last)):
         alone = {name: value[row : row + 1] for name, value in inputs.items()}
         assert_same_surprise(stream_surprise(model, alone, (1,) * length), expected)
+
+
+def test_a_stream_after_the_text_of_a_conversation_says_what_the_conversation_says():
+    """As the README does it."""
+    model = moving_model()
+    processor = tiny_processor(model.config)
+    frames = np.random.default_rng(0).integers(0, 255, (5, 40, 60, 3), dtype=np.uint8)
+    words = [
+        {"type": "text", "text": "Look: "},
+        {"type": "video", "video": frames},
+        {"type": "text", "text": "What now?"},
+    ]
+    conversation = [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": words},
+    ]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template(conversation, add_generation_prompt=True, **options)
+    (expected,) = model.surprise(**inputs)
+    text = processor.apply_chat_template(conversation, tokenize=False).partition(processor.video_token)[0]
+    assert "Be brief." in text and text.endswith("Look: ")
+    stream = model.surprise_stream(processor.tokenizer(text, return_tensors="pt").input_ids)
+    read = []
+    for frame, time in zip(frames, inputs["video_timestamps"][0], strict=True):
+        pixels = processor.video_processor(videos=[frame[None]], return_tensors="pt")["pixel_values_videos"][0]
+        read += stream.read(pixels, time[None]).frames.tolist()
+    assert read == pytest.approx(expected.frames.tolist(), rel=1e-5, abs=1e-5)
 
 
 def live_bytes() -> int:
