@@ -98,7 +98,13 @@ def imagine_videos(model: Any, num_frames: int, hold_back: bool, inputs: dict[st
         least = num_frames + 1 if hold_back else 1
         if length < least:
             raise ValueError(f"video {video} has {length} frames; to imagine {num_frames} it needs at least {least}")
+        own_types = None if types is None else types[video, :length].tolist()
         is_video = inputs["input_ids"][video] == model.config.video_token_id
+        num_tokens = model.config.frame_token_layout.num_tokens(length, own_types)
+        if int(is_video.sum()) != num_tokens:
+            raise ValueError(
+                f"prompt {video} holds {int(is_video.sum())} video placeholders, but its one video takes {num_tokens} tokens"
+            )
         is_text = inputs["attention_mask"][video].bool() if "attention_mask" in inputs else torch.ones_like(is_video)
         prompt = inputs["input_ids"][video][is_text & (is_video.cumsum(0) == 0)]
         rollouts.append(
@@ -107,7 +113,7 @@ def imagine_videos(model: Any, num_frames: int, hold_back: bool, inputs: dict[st
                 prompt,
                 frames[:length],
                 torch.arange(length).float() if times is None else times[video, :length],
-                None if types is None else types[video, :length].tolist(),
+                own_types,
                 num_frames,
                 hold_back,
             )

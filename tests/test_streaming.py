@@ -354,6 +354,9 @@ def test_what_cannot_be_imagined_is_said():
     two = video_batch(model.config, [[3, 3]])
     with pytest.raises(ValueError, match="text and one video each, got 1 prompts and 2 videos"):
         model.imagine(1, **two)
+    two = video_batch(model.config, [[3, 3], []])
+    with pytest.raises(ValueError, match="prompt 0 holds 56 video placeholders, but its one video takes 28 tokens"):
+        model.imagine(1, **two)
     with pytest.raises(ValueError, match="has no head"):
         tiny_model(enable_autoregressive=False).imagine(1, **inputs)
     with pytest.raises(ValueError, match="nothing to compare with"):
