@@ -22,6 +22,7 @@ MODULES = {path.name for path in ROOT.glob("*.py")}
 EXTRA_OF_SCRIPT = {
     "benchmark.py": "benchmark",
     "benchmark_training.py": "benchmark",
+    "benchmark_stream.py": "benchmark",
     "checkpoint_conversion.py": None,
     "consolidate.py": None,
     "convert.py": None,
