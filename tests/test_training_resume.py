@@ -290,6 +290,31 @@ def test_sigterm_saves_at_the_end_of_the_step_and_stops(finished, tmp_path):
     assert losses == [entry for entry in read_log(finished / "checkpoint-5") if "loss" in entry]
 
 
+def break_off(*args, **kwargs):
+    raise RuntimeError("broken off")
+
+
+def test_sigterm_means_what_it_meant_after_an_error_too(tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGTERM)
+    trainer = make_trainer(tmp_path, "full", max_steps=1, save_strategy="no")
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "training_step", break_off)
+        with pytest.raises(RuntimeError, match="broken off"):
+            trainer.train()
+    assert signal.getsignal(signal.SIGTERM) is handler
+    stop = StopOnSigterm()
+    plain = Trainer(trainer.model, trainer.args, trainer.data_collator, trainer.train_dataset, callbacks=[stop])
+    with monkeypatch.context() as patched:
+        patched.setattr(plain, "training_step", break_off)
+        with pytest.raises(RuntimeError, match="broken off"):
+            plain.train()
+    assert signal.getsignal(signal.SIGTERM) == stop._request  # nobody told it
+    plain.train()  # and is not taken for the one from before
+    assert signal.getsignal(signal.SIGTERM) is handler
+    stop.restore()
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
 def test_sigterm_works_with_a_plain_trainer(tmp_path):
     ours = make_trainer(tmp_path, "full", max_steps=4, save_strategy="no")
     trainer = Trainer(
