@@ -4,6 +4,7 @@ import itertools
 import json
 import pickle
 import shutil
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,6 +134,29 @@ def test_frames_saved_by_numpy_are_a_video(processor, root):
         [{"video": "frames.npy"}, {"video": np.load(root / "frames.npy")}], processor, video_root=root
     )
     assert saved["pixel_values_videos"].shape[1] == 5 and same(saved, images)
+
+
+def write_empty_frames(path: Path, num_frames: int, *, size: int) -> None:
+    """A numpy file whose header claims frames of 48 x 64, with `size` bytes after it that take no place on the disk."""
+    with open(path, "wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (num_frames, 48, 64, 3)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + size)
+
+
+def test_of_frames_saved_by_numpy_only_those_sampled_are_read_whatever_the_header_claims(processor, tmp_path):
+    of_one = 48 * 64 * 3
+    write_empty_frames(tmp_path / "long.npy", 10**5, size=10**5 * of_one)
+    write_empty_frames(tmp_path / "claims.npy", 10**12, size=of_one)
+    long = LlavaVideoDataset([{"video": "long.npy"}], processor, video_root=tmp_path)
+    tracemalloc.start()
+    sample, (length,) = long[0], long.lengths()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sample["pixel_values_videos"].shape[1] == 5 and length == len(sample["input_ids"])
+    assert peak < 1000 * of_one
+    with pytest.raises(BadSampleError, match="claims.npy.*mmap length is greater than file size"):
+        LlavaVideoDataset([{"video": "claims.npy"}], processor, video_root=tmp_path)[0]
 
 
 def test_entries_of_a_file_are_one_block_of_memory_or_none(tmp_path):
