@@ -63,8 +63,8 @@ class HubTrainer(Trainer):
         base_path = config["base_model_name_or_path"]
         if hub_id(base_path) is not None:
             config = portable_adapter_config(config)
-        elif base_path and os.path.isdir(base_path):
-            config["base_model_name_or_path"] = os.path.abspath(base_path)  # found from any folder
+        elif base_path and os.path.isdir(base_path):  # found from any folder of this computer, and in any process
+            config.update(base_model_name_or_path=os.path.abspath(base_path), auto_mapping=None)
         path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
     def create_model_card(self, *args: Any, tags: str | list[str] | None = None, **kwargs: Any) -> None:
