@@ -627,11 +627,16 @@ def test_an_adapter_of_a_local_base_names_its_whole_path(hub, folder, tmp_path, 
     assert any("lora_A" in name for name in loaded.state_dict())
 
 
-def test_the_trainer_pushes_a_complete_adapter(hub, folder, tmp_path):
+def test_the_trainer_pushes_a_complete_adapter(hub, folder, tmp_path, caplog):
+    """During the training too: PEFT's card named the base by its folder, and the Hub refused every push."""
     push(folder, "ann/base", "--license", "apache-2.0")
     snapshot = huggingface_hub.snapshot_download("ann/base")
     trainer = make_trainer(tmp_path / "lora", adapter_of=snapshot, save_strategy="steps", save_steps=1)
     trainer.train()
+    trainer._finish_current_push()
+    assert "a push during the training failed" not in caplog.text
+    assert "Training in progress, step 1" in hub.repo("ann/lora").titles()
+    assert ModelCard(hub.repo("ann/lora").files()["README.md"].decode()).data.base_model == "ann/base"
     checkpoint = read_hub_folder(tmp_path / "lora" / "checkpoint-2")
     assert {"modeling_llava_next_ar.py", "configuration_llava_next_ar.py"} <= checkpoint.files.keys()
     trainer.push_to_hub(blocking=False).result()
@@ -641,6 +646,7 @@ def test_the_trainer_pushes_a_complete_adapter(hub, folder, tmp_path):
     assert (config["base_model_name_or_path"], config["auto_mapping"]) == ("ann/base", None)
     card = ModelCard(hub.repo("ann/lora").files()["README.md"].decode())
     assert card.data.base_model == "ann/base" and card.data.library_name == "peft"
+    assert not any(str(tmp_path).encode() in content for content in hub.repo("ann/lora").files().values())
     loaded = AutoModelForImageTextToText.from_pretrained("ann/lora", trust_remote_code=True)
     state = {
         name.replace(".default", ""): value for name, value in trainer.model.base_model.model.state_dict().items()

@@ -248,7 +248,7 @@ def test_images_come_from_files_and_base64_alike(tmp_path):
     ] * 4
 
 
-@pytest.mark.parametrize("text", ["gone.png", "data:image/png;base64,iVBOR%", "iVBOR", "data:video/mp4;base64,AAAA"])
+@pytest.mark.parametrize("text", ["gone.png", "data:image/png;base64,iVBO%", "iVBOR", "data:video/mp4;base64,AAAA"])
 def test_what_is_neither_a_file_nor_base64_is_named(text):
     with pytest.raises(ValueError, match=f"cannot load image '{text}': there is no such file, and it is no base64"):
         video_inputs.load_images([text])
