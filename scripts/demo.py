@@ -220,7 +220,7 @@ def draw_prediction(model: Any, processor: Any, video: Path, pictures: Path, tit
     rows = [*film_rows(frames, features, fit_basis(features)), *errors]
     title = f"{title}: skill {prediction.metrics['skill']:+.2f}"
     save_figure(frame_strip(rows, time_labels(seconds), title=title, bars=[bar]), pictures / f"{video.stem}.png")
-    timeline = surprise_timeline(frames, surprise, seconds, "surprise over time")
+    timeline = surprise_timeline(frames, seconds, surprise, "surprise over time")
     save_figure(timeline, pictures / f"{video.stem}_surprise.png")
 
 

@@ -21,6 +21,7 @@ from pictures_strip import (
     ORANGE,
     WIDTH,
     ColourBar,
+    NotThereError,
     StripRow,
     colour_scale,
     frame_strip,
@@ -30,10 +31,6 @@ from pictures_strip import (
 from transformers.cache_utils import DynamicCache
 
 from llava_next_ar.frame_token_layout import VideoTokens
-
-
-class NoAttentionError(ValueError):
-    """A checkpoint or a prompt that gives no attention of an answer; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +71,12 @@ def answer_attention(
         max_new_tokens: of the answer.
 
     Raises:
-        NoAttentionError: if the language model has no attention weights to give, or nothing stands after the video.
+        NotThereError: if the language model has no attention weights to give, or nothing stands after the video.
     """
     prompt = inputs["input_ids"]
     visual = (prompt[0] == model.config.video_token_id) | (prompt[0] == model.config.image_token_id)
     if bool(visual[-1]):
-        raise NoAttentionError("the prompt ends with a visual token; the token that answers must be text")
+        raise NotThereError("the prompt ends with a visual token; the token that answers must be text")
     generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
     answer = generated[:, prompt.shape[1] :]
     read = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
@@ -99,7 +96,7 @@ def answer_attention(
             input_ids=speakers, past_key_values=cache, use_cache=True, output_attentions=True, logits_to_keep=1
         ).attentions
     if not attentions or any(layer is None for layer in attentions):
-        raise NoAttentionError(f"{type(model.model.language_model).__name__} gives no attention weights")
+        raise NotThereError(f"{type(model.model.language_model).__name__} gives no attention weights")
     length = prompt.shape[1] - 1 + speakers.shape[1]
     # A layer with a sliding window has the last keys only: to the others its weight is 0.
     weights = [
@@ -141,13 +138,13 @@ def attention_numbers(weights: torch.Tensor, tokens: VideoTokens, first_position
     return {"layers": layers, "patches": patches}
 
 
-def attention_maps(frames: np.ndarray, numbers: dict[str, Any], seconds: Sequence[float], title: str) -> Figure:
+def attention_maps(frames: np.ndarray, seconds: Sequence[float], numbers: dict[str, Any], title: str) -> Figure:
     """The attention to each patch over the frames, mean over layers and heads.
 
     Args:
         frames: `[T, H, W, 3]` in 0 to 1.
-        numbers: of `attention_numbers`.
         seconds: time of each frame.
+        numbers: of `attention_numbers`.
         title: of the whole.
     """
     patches = [np.array(some) for some in numbers["patches"]]

@@ -138,16 +138,16 @@ def error_rows(frames: np.ndarray, surprise: Any) -> tuple[list[StripRow], Colou
 
 def film_figure(
     frames: np.ndarray,
+    seconds: Sequence[float],
     features: dict[str, list[np.ndarray]],
     basis: FeatureBasis,
-    seconds: Sequence[float],
     title: str,
 ) -> Figure:
     """Frames above their features; `title` of the whole."""
     return frame_strip(film_rows(frames, features, basis), time_labels(seconds), title=title)
 
 
-def error_figure(frames: np.ndarray, surprise: Any, seconds: Sequence[float], title: str) -> Figure:
+def error_figure(frames: np.ndarray, seconds: Sequence[float], surprise: Any, title: str) -> Figure:
     """Frames above the errors of predicting and of copying them; `title` of the whole."""
     rows, bar = error_rows(frames, surprise)
     rows = [StripRow(name="frame", pictures=list(frames)), *rows]

@@ -85,13 +85,13 @@ def _cut_into_tokens(frame: np.ndarray, layout: dict[str, Any], has_bands: bool)
     return whole
 
 
-def layout_figure(frames: np.ndarray, layout: dict[str, Any], seconds: Sequence[float], title: str) -> Figure:
+def layout_figure(frames: np.ndarray, seconds: Sequence[float], layout: dict[str, Any], title: str) -> Figure:
     """Each frame cut into its tokens, with the positions that these have in the prompt.
 
     Args:
         frames: `[T, H, W, 3]` in 0 to 1.
-        layout: of `layout_numbers`.
         seconds: time of each frame.
+        layout: of `layout_numbers`.
         title: of the whole.
     """
     parts, closing = layout["frames"], layout["closing_newline"]

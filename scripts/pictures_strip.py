@@ -29,9 +29,13 @@ WIDTH = 9.4
 _LABEL_WIDTH, _GAP, _MARGIN, _WIDEST_CELL = 1.0, 0.06, 0.1, 1.7
 _TEXT_HEIGHT, _BLOCK_GAP, _BARS_HEIGHT, _LEGEND_HEIGHT = 0.17, 0.14, 0.68, 0.3
 # A title or the label of a scale needs as much, however few frames there are.
-_LEAST_WIDTH = 6.6
+_LEAST_WIDTH = 7.6
 # What is left of a colour over the darkest place of a frame.
 _DARKEST = 0.55
+
+
+class NotThereError(ValueError):
+    """A checkpoint or a video lacks what a picture would show; the text says what."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +102,7 @@ def save_figure(figure: Figure, path: Path) -> int:
     return round(figure.get_size_inches()[0] * PAGE_DPI)
 
 
-def shorten(name: str, length: int = 40) -> str:
+def shorten(name: str, length: int = 24) -> str:
     """A name, its middle left out where it is too long."""
     half = (length - 3) // 2
     return name if len(name) <= length else f"{name[:half]}...{name[-half:]}"

@@ -72,13 +72,13 @@ def copying_surprise(surprise: Any) -> list[float]:
         return (copy_errors * surprise.frames.numpy() / errors).tolist()
 
 
-def surprise_timeline(frames: np.ndarray, surprise: Any, seconds: Sequence[float], title: str) -> Figure:
+def surprise_timeline(frames: np.ndarray, seconds: Sequence[float], surprise: Any, title: str) -> Figure:
     """Surprise over time below thumbnails, and the two errors that it is made of.
 
     Args:
         frames: `[T, H, W, 3]` in 0 to 1.
-        surprise: a `VideoSurprise` of them.
         seconds: time of each frame.
+        surprise: a `VideoSurprise` of them.
         title: of the whole.
     """
     figure = Figure(figsize=(WIDTH, 5), facecolor="white")
@@ -160,7 +160,7 @@ def _spread(wanted: Sequence[float], distance: float, low: float, high: float) -
     return places.tolist()
 
 
-def surprise_maps(frames: np.ndarray, surprise: Any, seconds: Sequence[float], title: str) -> Figure:
+def surprise_maps(frames: np.ndarray, seconds: Sequence[float], surprise: Any, title: str) -> Figure:
     """The surprise of each patch over the frames: orange where it is above 1, purple where below.
 
     The scale is logarithmic and the same on both sides of 1: half and twice as wrong as copying are equally strong.

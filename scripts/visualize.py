@@ -36,15 +36,16 @@ import torch
 from evaluation_measures import load_checkpoint
 from evaluation_settings import model_identity, resolved_revision, versions
 from matplotlib.figure import Figure
-from pictures_attention import NoAttentionError, answer_attention, attention_layers, attention_maps, attention_numbers
+from pictures_attention import answer_attention, attention_layers, attention_maps, attention_numbers
 from pictures_features import error_figure, features_of, film_figure, fit_basis
 from pictures_layout import layout_figure, layout_numbers, mask_figure, sequence_figure
-from pictures_strip import save_figure, shorten, unnormalise
+from pictures_strip import NotThereError, save_figure, shorten, unnormalise
 from pictures_surprise import surprise_maps, surprise_of, surprise_timeline
 from report import Report
 from tqdm import tqdm
 
 from llava_next_ar.frame_surprise import SURPRISE_FLOOR
+from llava_next_ar.frame_token_layout import VideoTokens
 
 # Sections of the page: heading, what it shows, and its pictures with what to tell those who cannot see them.
 SECTIONS = (
@@ -85,7 +86,6 @@ SECTIONS = (
         {"mask": "which frame sees which in the head"},
     ),
 )  # fmt: skip
-_NEEDS_HEAD = ("film", "errors", "surprise", "surprise_maps", "mask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +120,10 @@ class VisualizeSettings:
             "scripts/visualize.py",
             "--model",
             self.model,
-            "--video",
-            *self.videos,
             "--output",
             str(output),
+            "--video",
+            *self.videos,
         ]
         for name in ("revision", "question", "num_frames", "max_new_tokens", "device", "dtype"):
             value = getattr(self, name)
@@ -135,12 +135,15 @@ class VisualizeSettings:
 
 
 class Album:
-    """The pictures of one video, in a folder of their own."""
+    """The pictures of one video, in a folder of their own; those of an earlier run go away."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.widths: dict[str, int] = {}
         folder.mkdir(parents=True, exist_ok=True)
+        for _, _, pictures in SECTIONS:
+            for name in pictures:
+                self.path(name).unlink(missing_ok=True)
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.png"
@@ -150,8 +153,32 @@ class Album:
         self.widths[name] = round(scale * save_figure(figure, self.path(name)))
 
 
-def read_video(model: Any, processor: Any, video: str, settings: VisualizeSettings) -> dict[str, torch.Tensor]:
-    """The question about a video as model inputs, on the model's device."""
+@dataclass(frozen=True)
+class Clip:
+    """A video as the model reads it.
+
+    Attributes:
+        video: its file.
+        name: to show.
+        inputs: of the model, with the question.
+        frames: `[T, H, W, 3]` in 0 to 1.
+        times: `[T]` float32, seconds from the start of the file.
+        frame_types: what the video processor chose the frames as, where it did.
+        tokens: its token map.
+        first_position: where in the prompt it begins.
+    """
+
+    video: str
+    name: str
+    inputs: dict[str, torch.Tensor]
+    frames: np.ndarray
+    times: torch.Tensor
+    frame_types: list[int] | None
+    tokens: VideoTokens
+    first_position: int
+
+
+def read_clip(model: Any, processor: Any, video: str, settings: VisualizeSettings) -> Clip:
     content = [{"type": "video", "path": video}, {"type": "text", "text": settings.question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -161,8 +188,99 @@ def read_video(model: Any, processor: Any, video: str, settings: VisualizeSettin
         return_tensors="pt",
         processor_kwargs={} if settings.num_frames is None else {"num_frames": settings.num_frames},
     )
-    names = set(processor.model_input_names)
-    return {name: value.to(model.device) for name, value in inputs.items() if name in names}
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    video_processor = processor.video_processor
+    frames = unnormalise(inputs["pixel_values_videos"][0], video_processor.image_mean, video_processor.image_std)
+    types = inputs["video_frame_types"][0].tolist() if "video_frame_types" in inputs else None
+    return Clip(
+        video=video,
+        name=shorten(Path(video).name),
+        inputs=inputs,
+        frames=frames,
+        times=inputs["video_timestamps"][0].cpu(),
+        frame_types=types,
+        tokens=model.config.frame_token_layout.video(len(frames), types),
+        first_position=int((inputs["input_ids"][0] == model.config.video_token_id).nonzero()[0]),
+    )
+
+
+def draw_layout(model: Any, processor: Any, clip: Clip, settings: VisualizeSettings, album: Album) -> dict[str, Any]:
+    length = clip.inputs["input_ids"].shape[1]
+    layout = layout_numbers(clip.tokens, clip.first_position)
+    album.add("sequence", sequence_figure(layout, clip.tokens, length, f"{clip.name}: the prompt, {length} tokens"))
+    title = f"{clip.name}: frames cut into tokens"
+    album.add("layout", layout_figure(clip.frames, clip.times.tolist(), layout, title))
+    return {"num_prompt_tokens": length, **layout}
+
+
+@torch.inference_mode()
+def draw_prediction(
+    model: Any, processor: Any, clip: Clip, settings: VisualizeSettings, album: Album
+) -> dict[str, Any]:
+    """Features, errors, surprise and the head's mask.
+
+    Raises:
+        NotThereError: if there is no head, or one frame alone.
+    """
+    if model.autoregressive_module is None:
+        raise NotThereError("the checkpoint has no head that predicts (enable_autoregressive=False)")
+    if len(clip.frames) < 2:
+        raise NotThereError("the video has one frame alone, and there is nothing to predict")
+    (prediction,) = model.predict_next_frames(**clip.inputs)
+    surprise = surprise_of(prediction, clip.times)
+    features = features_of(prediction)
+    basis = fit_basis(features)
+    shown = (clip.frames, clip.times.tolist())
+    head, layout = model.config.autoregressive_config, model.config.frame_token_layout
+    # As in the head: frames are told apart by their tokens, or else by what the video processor chose them as.
+    kinds = clip.tokens.frame_types if layout.is_slow_fast else clip.frame_types
+    mask, mask_picture = mask_figure(head, len(clip.frames), kinds)
+    title = f"{clip.name}: features as colours ({basis.explained.sum():.0%} of their variance)"
+    album.add("film", film_figure(*shown, features, basis, title))
+    album.add("errors", error_figure(*shown, surprise, f"{clip.name}: errors"))
+    album.add("surprise", surprise_timeline(*shown, surprise, f"{clip.name}: surprise over time"))
+    album.add("surprise_maps", surprise_maps(*shown, surprise, f"{clip.name}: surprise of each patch"))
+    album.add("mask", mask_picture, scale=0.75)
+    return {
+        "frame_index": surprise.frame_index,
+        **prediction.frame_metrics,
+        "metrics": prediction.metrics,
+        # The last layer of a head that has never trained is zero.
+        "is_copy": all(torch.equal(a, b) for a, b in zip(prediction.predictions, prediction.copies, strict=True)),
+        "errors": surprise.errors,
+        "copy_errors": surprise.copy_errors,
+        "surprise": surprise.frames,
+        "surprise_patches": surprise.patches,
+        "surprise_floor": SURPRISE_FLOOR,
+        "basis": asdict(basis),
+        "features": {kind: [basis.coordinates(frame) for frame in some] for kind, some in features.items()},
+        "head_mask": mask,
+    }
+
+
+def draw_attention(
+    model: Any, processor: Any, clip: Clip, settings: VisualizeSettings, album: Album
+) -> dict[str, Any]:
+    """The answer, and the attention of its tokens.
+
+    Raises:
+        NotThereError: if the language model gives no weights.
+    """
+    attention = answer_attention(model, processor, clip.inputs, settings.max_new_tokens)
+    numbers = attention_numbers(attention.weights, clip.tokens, clip.first_position)
+    said = repr(shorten(attention.answer, 40)) if attention.answer else "(no words)"
+    title = f"{clip.name}: attention of the answer {said}"
+    album.add("attention", attention_maps(clip.frames, clip.times.tolist(), numbers, title))
+    album.add("attention_layers", attention_layers(numbers, title))
+    return {"answer": attention.answer, "num_answer_tokens": attention.num_tokens, **numbers}
+
+
+# What draws a part of the numbers, and the pictures that it makes.
+PARTS = {
+    "layout": (draw_layout, ("sequence", "layout")),
+    "prediction": (draw_prediction, ("film", "errors", "surprise", "surprise_maps", "mask")),
+    "attention": (draw_attention, ("attention", "attention_layers")),
+}
 
 
 def draw_video(
@@ -172,117 +290,23 @@ def draw_video(
 
     Args:
         album: where the pictures go.
-        bar: moved on by `NUM_STEPS`.
+        bar: moved on by one for each of `PARTS`.
 
     Returns:
-        its numbers: `video`, `seconds` of each frame, `question`, `layout`, `attention`, `prediction`, `features` and
-        `head_mask` (None where left out), and `left_out` with the reason for each picture that there is none of.
+        its numbers: `video`, `seconds` of each frame, `question`, each of `PARTS` (None where left out), and `left_out` with
+        the reason for each picture that there is none of.
     """
-    name = shorten(Path(video).name)
-    bar.set_postfix_str(f"reading {name}")
-    inputs = read_video(model, processor, video, settings)
-    video_processor = processor.video_processor
-    frames = unnormalise(inputs["pixel_values_videos"][0], video_processor.image_mean, video_processor.image_std)
-    times = inputs["video_timestamps"][0].float().cpu()
-    seconds, num_frames = times.tolist(), len(frames)
-    types = inputs["video_frame_types"][0].tolist() if "video_frame_types" in inputs else None
-    tokens = model.config.frame_token_layout.video(num_frames, types)
-    first = int((inputs["input_ids"][0] == model.config.video_token_id).nonzero()[0])
-    length = inputs["input_ids"].shape[1]
-    layout = layout_numbers(tokens, first)
-    album.add("layout", layout_figure(frames, layout, seconds, f"{name}: frames cut into tokens"))
-    album.add("sequence", sequence_figure(layout, tokens, length, f"{name}: the prompt, {length} tokens"))
-    record: dict[str, Any] = {
-        "video": video,
-        "seconds": seconds,
-        "question": settings.question,
-        "layout": {"num_prompt_tokens": length, **layout},
-        "attention": None,
-        "prediction": None,
-        "features": None,
-        "head_mask": None,
-        "left_out": {},
-    }
-    bar.update()
-
-    bar.set_postfix_str(f"predicting {name}")
-    why = None
-    if model.autoregressive_module is None:
-        why = "the checkpoint has no head that predicts (enable_autoregressive=False)"
-    elif num_frames < 2:
-        why = "the video has one frame alone: there is nothing to predict"
-    if why is not None:
-        record["left_out"].update(dict.fromkeys(_NEEDS_HEAD, why))
-    else:
-        record.update(_draw_prediction(model, inputs, frames, times, name, album))
-        head = model.config.autoregressive_config
-        # As the head does: its frames are told apart by their tokens, or else by how the video processor chose them.
-        kinds = tokens.frame_types if model.config.frame_token_layout.is_slow_fast else types
-        mask, figure = mask_figure(head, num_frames, kinds)
-        album.add("mask", figure, scale=0.75)
-        record["head_mask"] = mask
-    bar.update()
-
-    bar.set_postfix_str(f"asking about {name}")
-    try:
-        attention = answer_attention(model, processor, inputs, settings.max_new_tokens)
-    except NoAttentionError as error:
-        record["left_out"].update(dict.fromkeys(("attention", "attention_layers"), str(error)))
-    else:
-        numbers = attention_numbers(attention.weights, tokens, first)
-        said = repr(shorten(attention.answer, 50)) if attention.answer else "(no words)"
-        title = f"{name}: attention of the answer {said}"
-        album.add("attention", attention_maps(frames, numbers, seconds, title))
-        album.add("attention_layers", attention_layers(numbers, title))
-        record["attention"] = {"answer": attention.answer, "num_answer_tokens": attention.num_tokens, **numbers}
-    bar.update()
+    clip = read_clip(model, processor, video, settings)
+    record = {"video": video, "seconds": clip.times, "question": settings.question, "left_out": {}}
+    for part, (draw, pictures) in PARTS.items():
+        bar.set_postfix_str(f"{part} of {clip.name}")
+        try:
+            record[part] = draw(model, processor, clip, settings, album)
+        except NotThereError as error:
+            record[part] = None
+            record["left_out"].update(dict.fromkeys(pictures, str(error)))
+        bar.update()
     return record
-
-
-NUM_STEPS = 3
-
-
-@torch.inference_mode()
-def _draw_prediction(
-    model: Any, inputs: dict[str, torch.Tensor], frames: np.ndarray, times: torch.Tensor, name: str, album: Album
-) -> dict[str, Any]:
-    (prediction,) = model.predict_next_frames(**inputs)
-    surprise = surprise_of(prediction, times)
-    features = features_of(prediction)
-    basis = fit_basis(features)
-    seconds, skill = times.tolist(), prediction.metrics["skill"]
-    album.add(
-        "film",
-        film_figure(
-            frames,
-            features,
-            basis,
-            seconds,
-            f"{name}: features as colours ({basis.explained.sum():.0%} of their variance), skill {skill:+.2f}",
-        ),
-    )
-    album.add("errors", error_figure(frames, surprise, seconds, f"{name}: errors"))
-    album.add("surprise", surprise_timeline(frames, surprise, seconds, f"{name}: surprise over time"))
-    album.add("surprise_maps", surprise_maps(frames, surprise, seconds, f"{name}: surprise of each patch"))
-    return {
-        "prediction": {
-            "frame_index": surprise.frame_index,
-            "seconds": surprise.seconds,
-            **prediction.frame_metrics,
-            "metrics": prediction.metrics,
-            # The last layer of a head that has never trained is zero.
-            "is_copy": all(torch.equal(a, b) for a, b in zip(prediction.predictions, prediction.copies, strict=True)),
-            "errors": surprise.errors,
-            "copy_errors": surprise.copy_errors,
-            "surprise_floor": SURPRISE_FLOOR,
-            "surprise": surprise.frames,
-            "surprise_patches": surprise.patches,
-        },
-        "features": {
-            "basis": asdict(basis),
-            **{kind: [basis.coordinates(frame) for frame in some] for kind, some in features.items()},
-        },
-    }
 
 
 # -- All of it
@@ -316,7 +340,7 @@ def visualize(
         )
     folders = folder_names(settings.videos)
     albums = [Album(output / folder) for folder in folders]
-    with tqdm(total=NUM_STEPS * len(albums), desc="drawing", unit="step", disable=not progress) as bar:
+    with tqdm(total=len(PARTS) * len(albums), desc="drawing", unit="part", disable=not progress) as bar:
         records = [
             draw_video(model, processor, video, settings, album, bar)
             for video, album in zip(settings.videos, albums, strict=True)
@@ -324,7 +348,7 @@ def visualize(
     for record, folder, album in zip(records, folders, albums, strict=True):
         record["pictures"] = {name: f"{folder}/{album.path(name).name}" for name in album.widths}
     results = {
-        "settings": asdict(settings),
+        "settings": plain(asdict(settings)),
         "command": settings.command_line(output),
         "versions": versions(),
         "model": model_identity(settings.model, model, settings.revision),
