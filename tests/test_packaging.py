@@ -38,6 +38,11 @@ EXTRA_OF_SCRIPT = {
     "fetch_transformers_tests.py": "dev",
     "hub_card.py": "train",
     "original_checkpoint.py": None,
+    "pictures_attention.py": "eval",
+    "pictures_features.py": "eval",
+    "pictures_layout.py": "eval",
+    "pictures_strip.py": "eval",
+    "pictures_surprise.py": "eval",
     "preflight.py": "train",
     "push_to_hub.py": "train",
     "recipes.py": "train",
@@ -53,6 +58,7 @@ EXTRA_OF_SCRIPT = {
     "test_versions.py": "dev",
     "tiny_checkpoint.py": "demo",
     "train.py": "train",
+    "visualize.py": "eval",
 }
 IMPORT_NAMES = {"pyyaml": "yaml", "pillow": "PIL", "opencv-python-headless": "cv2"}
 
