@@ -44,7 +44,8 @@ def answer_tokens(processor: Any, messages: list[dict[str, Any]], answer: str) -
     return processor.tokenizer(whole[len(prompt) :].rstrip(), add_special_tokens=False)["input_ids"]
 
 
-def _positions(attention_mask: torch.Tensor) -> torch.Tensor:
+def prompt_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Of the tokens `[B, S]` of prompts that are padded on the left."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
@@ -54,6 +55,7 @@ def choice_log_likelihoods(
     last_logits: torch.Tensor,
     attention_mask: torch.Tensor,
     choices: Sequence[Sequence[Sequence[int]]],
+    next_positions: torch.Tensor | None = None,
 ) -> list[list[float]]:
     """Log-probability of each choice as a whole, given prompts that were read already.
 
@@ -62,6 +64,8 @@ def choice_log_likelihoods(
         last_logits: `[B, V]` at the last token of each prompt.
         attention_mask: `[B, S]` of the prompts.
         choices: for each prompt its choices as tokens.
+        next_positions: `[B]`, positions that the choices begin at, if tokens of the prompts were left out; by default the
+            prompts' lengths.
 
     Returns:
         for each prompt one number per choice.
@@ -78,7 +82,8 @@ def choice_log_likelihoods(
     if tokens.shape[1] > 1:
         cache.batch_select_indices(rows)
         mask = torch.cat([attention_mask[rows], exists[:, :-1].to(attention_mask.dtype)], dim=1)
-        position_ids = _positions(mask)[:, -(tokens.shape[1] - 1) :]
+        first = attention_mask.sum(1) if next_positions is None else next_positions
+        position_ids = first[rows, None] + torch.arange(tokens.shape[1] - 1, device=device)
         rest = model(
             input_ids=tokens[:, :-1],
             attention_mask=mask,
@@ -132,7 +137,7 @@ def measure_batch(
     cache = DynamicCache(config=model.config.get_text_config()) if wants_choices else None
     outputs = model(
         **batch,
-        position_ids=_positions(batch["attention_mask"]),
+        position_ids=prompt_positions(batch["attention_mask"]),
         past_key_values=cache,
         use_cache=wants_choices,
         return_reconstruction=wants_frames,
