@@ -80,6 +80,8 @@ def test_what_would_fail_is_named_and_the_exit_code_says_so(work, capsys):
     assert check(work, capsys, "bad.json", "--on_bad_sample", "skip", "--max_bad_share", "0.25")[0] == 0
     code, report = check(work, capsys, "bad.json", "--on_bad_sample", "skip", "--max_bad_share", "0.2")
     assert code == 1 and "4 bad samples alone are more than max_bad_share=0.2 of 16" in report
+    stream = ("--streaming", "true", "--max_steps", "9")  # of which no share is known
+    assert check(work, capsys, "bad.json", "--on_bad_sample", "skip", "--max_bad_share", "0.2", *stream)[0] == 0
     code, report = check(work, capsys, "bad.json", "--on_bad_sample", "skip", "--max_bad_samples", "3")
     assert code == 1 and "4 bad samples alone are more than max_bad_samples=3" in report
     code, report = check(work, capsys, "good.json", "--max_length", "100")
