@@ -44,7 +44,7 @@ def answer_tokens(processor: Any, messages: list[dict[str, Any]], answer: str) -
     return processor.tokenizer(whole[len(prompt) :].rstrip(), add_special_tokens=False)["input_ids"]
 
 
-def _positions(attention_mask: torch.Tensor) -> torch.Tensor:
+def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
@@ -55,6 +55,18 @@ def choice_log_likelihoods(
     attention_mask: torch.Tensor,
     choices: Sequence[Sequence[Sequence[int]]],
 ) -> list[list[float]]:
+    """The log-probabilities of `score_choices` alone."""
+    scores = score_choices(model, cache, last_logits, attention_mask, choices)
+    return [[log_likelihood for log_likelihood, _ in own] for own in scores]
+
+
+def score_choices(
+    model: Any,
+    cache: DynamicCache,
+    last_logits: torch.Tensor,
+    attention_mask: torch.Tensor,
+    choices: Sequence[Sequence[Sequence[int]]],
+) -> list[list[tuple[float, bool]]]:
     """Log-probability of each choice as a whole, given prompts that were read already.
 
     Args:
@@ -64,7 +76,7 @@ def choice_log_likelihoods(
         choices: for each prompt its choices as tokens.
 
     Returns:
-        for each prompt one number per choice.
+        for each prompt a pair for each choice: the number, and whether greedy decoding would give this choice.
     """
     device = last_logits.device
     rows = torch.tensor([row for row, some in enumerate(choices) for _ in some], device=device)  # [R] one per choice
@@ -78,7 +90,7 @@ def choice_log_likelihoods(
     if tokens.shape[1] > 1:
         cache.batch_select_indices(rows)
         mask = torch.cat([attention_mask[rows], exists[:, :-1].to(attention_mask.dtype)], dim=1)
-        position_ids = _positions(mask)[:, -(tokens.shape[1] - 1) :]
+        position_ids = positions_of(mask)[:, -(tokens.shape[1] - 1) :]
         rest = model(
             input_ids=tokens[:, :-1],
             attention_mask=mask,
@@ -87,10 +99,12 @@ def choice_log_likelihoods(
             use_cache=True,
         ).logits
         logits = torch.cat([logits, rest], dim=1)
-    scores = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    scores = (scores * exists).sum(1).tolist()
+    log_probs = logits.float().log_softmax(-1)
+    scores = log_probs.gather(-1, tokens[..., None])[..., 0]
+    is_greedy = ((log_probs.argmax(-1) == tokens) | ~exists).all(1).tolist()
+    pairs = list(zip((scores * exists).sum(1).tolist(), is_greedy, strict=True))
     ends = np.cumsum([len(some) for some in choices])
-    return [scores[end - len(some) : end] for some, end in zip(choices, ends, strict=True)]
+    return [pairs[end - len(some) : end] for some, end in zip(choices, ends, strict=True)]
 
 
 @torch.inference_mode()
@@ -132,7 +146,7 @@ def measure_batch(
     cache = DynamicCache(config=model.config.get_text_config()) if wants_choices else None
     outputs = model(
         **batch,
-        position_ids=_positions(batch["attention_mask"]),
+        position_ids=positions_of(batch["attention_mask"]),
         past_key_values=cache,
         use_cache=wants_choices,
         return_reconstruction=wants_frames,
