@@ -12,9 +12,10 @@ TORCH_PIP_ARGS ?=
 DEMO_ARGS ?=
 BENCHMARK_ARGS ?=
 VERSIONS_ARGS ?=
+LMMS_EVAL_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-versions lint demo benchmark clean
+.PHONY: help setup test test-versions test-lmms-eval lint demo benchmark clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -33,6 +34,9 @@ test: setup ## run the tests (PYTEST_ARGS="-m slow" for the slow ones)
 
 test-versions: setup ## run the core tests with the oldest and newest releases (VERSIONS_ARGS="--list" names them)
 	$(BIN)/python scripts/test_versions.py --torch-pip-args "$(TORCH_PIP_ARGS)" $(VERSIONS_ARGS)
+
+test-lmms-eval: setup ## run lmms-eval itself on a tiny model, in an environment of its own (needs a package index)
+	$(BIN)/python scripts/test_lmms_eval.py $(LMMS_EVAL_ARGS)
 
 lint: setup ## check the style
 	$(BIN)/python -m ruff check .

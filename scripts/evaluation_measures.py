@@ -57,6 +57,19 @@ def choice_log_likelihoods(
     choices: Sequence[Sequence[Sequence[int]]],
     next_positions: torch.Tensor | None = None,
 ) -> list[list[float]]:
+    """The log-probabilities of `score_choices` alone."""
+    scores = score_choices(model, cache, last_logits, attention_mask, choices, next_positions)
+    return [[log_likelihood for log_likelihood, _ in own] for own in scores]
+
+
+def score_choices(
+    model: Any,
+    cache: DynamicCache,
+    last_logits: torch.Tensor,
+    attention_mask: torch.Tensor,
+    choices: Sequence[Sequence[Sequence[int]]],
+    next_positions: torch.Tensor | None = None,
+) -> list[list[tuple[float, bool]]]:
     """Log-probability of each choice as a whole, given prompts that were read already.
 
     Args:
@@ -68,7 +81,7 @@ def choice_log_likelihoods(
             prompts' lengths.
 
     Returns:
-        for each prompt one number per choice.
+        for each prompt a pair for each choice: the number, and whether greedy decoding would give this choice.
     """
     device = last_logits.device
     rows = torch.tensor([row for row, some in enumerate(choices) for _ in some], device=device)  # [R] one per choice
@@ -92,10 +105,12 @@ def choice_log_likelihoods(
             use_cache=True,
         ).logits
         logits = torch.cat([logits, rest], dim=1)
-    scores = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    scores = (scores * exists).sum(1).tolist()
+    log_probs = logits.float().log_softmax(-1)
+    scores = log_probs.gather(-1, tokens[..., None])[..., 0]
+    is_greedy = ((log_probs.argmax(-1) == tokens) | ~exists).all(1).tolist()
+    pairs = list(zip((scores * exists).sum(1).tolist(), is_greedy, strict=True))
     ends = np.cumsum([len(some) for some in choices])
-    return [scores[end - len(some) : end] for some, end in zip(choices, ends, strict=True)]
+    return [pairs[end - len(some) : end] for some, end in zip(choices, ends, strict=True)]
 
 
 @torch.inference_mode()

@@ -126,26 +126,32 @@ class Prompts(Dataset):
         if question.problem is not None:
             return question.problem
         try:
-            inputs = self.processor.apply_chat_template(
-                question.messages,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs=dict(self.processor_kwargs),
-            )
+            sample = prompt_sample(self.processor, question.messages, **self.processor_kwargs)
         except (ValueError, OSError) as error:
             return f"question {question.id}: {error}"
-        sample = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-        sample.pop("attention_mask")
-        sample["input_ids"] = sample["input_ids"][0]
-        sample["labels"] = torch.full_like(sample["input_ids"], -100)  # the collator pads them beside the text
         if "pixel_values_videos" in sample:
             lengths = sample["video_frame_mask"].sum(1).tolist()
             for video, length in enumerate(lengths):
                 order = frame_order(length, self.frame_order, f"{self.seed} {question.id} {video}")
                 sample["pixel_values_videos"][video, :length] = sample["pixel_values_videos"][video, order]
         return sample
+
+
+def prompt_sample(processor: Any, messages: list[dict[str, Any]], **options: Any) -> dict[str, torch.Tensor]:
+    """A conversation up to its next answer as a sample for `LlavaVideoCollator`. `options` are the processor's."""
+    inputs = processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=options,
+    )
+    sample = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    sample.pop("attention_mask")
+    sample["input_ids"] = sample["input_ids"][0]
+    sample["labels"] = torch.full_like(sample["input_ids"], -100)  # the collator pads them beside the text
+    return sample
 
 
 def frame_order(num_frames: int, kind: str, key: str) -> list[int]:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import torch
+from evaluation_measures import load_checkpoint
 from synthetic_clips import write_dataset
 from tiny_checkpoint import build_tiny_checkpoint, texts_of
 
@@ -17,6 +19,18 @@ def make_demo_folder(folder: Path) -> Path:
     )["test"]
     build_tiny_checkpoint(folder / "base", texts_of(entries), num_frames=NUM_FRAMES)
     return folder
+
+
+def make_changed_checkpoint(folder: Path) -> None:
+    """Of `base/`, `changed/`: a checkpoint whose answers and predictions differ from question to question."""
+    model, processor = load_checkpoint(str(folder / "base"))
+    # With tied random embeddings a model repeats the last word, and the head starts at zero.
+    torch.manual_seed(0)
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) / 3)
+    torch.nn.init.normal_(model.autoregressive_module.change.weight, std=0.02)
+    model.save_pretrained(folder / "changed")
+    processor.save_pretrained(folder / "changed")
 
 
 def entries_of(folder: Path) -> list[dict]:

@@ -13,7 +13,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from demo_folder import NUM_FRAMES, entries_of, make_demo_folder
+from demo_folder import NUM_FRAMES, entries_of, make_changed_checkpoint, make_demo_folder
 from evaluation_metrics import gap_bin, summarize_answers, summarize_frames
 from evaluation_questions import frame_order, normalise_answer, parse_choice, read_questions
 from evaluation_records import RecordFiles
@@ -31,16 +31,9 @@ OF_THE_RUN = ("seconds", "run")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """`clips/`, `base/`, and `changed/`: a checkpoint whose answers and predictions differ from question to question."""
+    """`clips/`, `base/` and `changed/`."""
     folder = make_demo_folder(tmp_path_factory.mktemp("evaluate"))
-    model, processor = evaluate.load_checkpoint(str(folder / "base"))
-    # With tied random embeddings a model repeats the last word, and the head starts at zero.
-    torch.manual_seed(0)
-    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
-    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) / 3)
-    torch.nn.init.normal_(model.autoregressive_module.change.weight, std=0.02)
-    model.save_pretrained(folder / "changed")
-    processor.save_pretrained(folder / "changed")
+    make_changed_checkpoint(folder)
     return folder
 
 

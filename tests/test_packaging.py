@@ -37,12 +37,16 @@ EXTRA_OF_SCRIPT = {
     "evaluation_tables.py": "train",
     "fetch_transformers_tests.py": "dev",
     "hub_card.py": "train",
+<<<<<<< HEAD
     "inference_measures.py": "eval",
     "inference_selection.py": None,
     "inference_tables.py": "demo",
     "inference_timing.py": "train",
     "inference_training.py": "demo",
     "inference_uses.py": "demo",
+=======
+    "lmms_eval_model.py": "eval",
+>>>>>>> lmmseval
     "original_checkpoint.py": None,
     "pictures_attention.py": "eval",
     "pictures_features.py": "eval",
@@ -61,6 +65,7 @@ EXTRA_OF_SCRIPT = {
     "temporal_events.py": "demo",
     "temporal_questions.py": "demo",
     "temporal_scenes.py": "demo",
+    "test_lmms_eval.py": "demo",
     "test_versions.py": "dev",
     "tiny_checkpoint.py": "demo",
     "train.py": "train",
