@@ -48,7 +48,7 @@ from report import (  # noqa: E402
     surprise_figure,
     unnormalise,
 )
-from synthetic_clips import chance_levels, write_dataset  # noqa: E402
+from synthetic_clips import chance_levels, training_mix, write_dataset  # noqa: E402
 from tiny_checkpoint import build_tiny_checkpoint, texts_of  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
@@ -98,12 +98,6 @@ class DemoSettings:
 
 
 # -- Parts
-
-
-def training_mix(entries: Sequence[dict[str, Any]], one_in: int = 4) -> list[dict[str, Any]]:
-    """All questions about motion and every fourth one about color, the easy control, which needs no more."""
-    colors = [entry for entry in entries if entry["question_type"] == "color"]
-    return [entry for entry in entries if entry["question_type"] != "color"] + colors[::one_in]
 
 
 @contextmanager
