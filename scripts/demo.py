@@ -44,7 +44,7 @@ from pictures_features import error_rows, features_of, film_rows, fit_basis  # n
 from pictures_strip import frame_strip, save_figure, time_labels, unnormalise  # noqa: E402
 from pictures_surprise import surprise_of, surprise_timeline  # noqa: E402
 from report import Report, accuracy_figure, loss_figure  # noqa: E402
-from synthetic_clips import chance_levels, write_dataset  # noqa: E402
+from synthetic_clips import chance_levels, training_mix, write_dataset  # noqa: E402
 from tiny_checkpoint import build_tiny_checkpoint, texts_of  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
@@ -94,12 +94,6 @@ class DemoSettings:
 
 
 # -- Parts
-
-
-def training_mix(entries: Sequence[dict[str, Any]], one_in: int = 4) -> list[dict[str, Any]]:
-    """All questions about motion and every fourth one about color, the easy control, which needs no more."""
-    colors = [entry for entry in entries if entry["question_type"] == "color"]
-    return [entry for entry in entries if entry["question_type"] != "color"] + colors[::one_in]
 
 
 @contextmanager

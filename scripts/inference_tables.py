@@ -18,6 +18,18 @@ _NAMES = {
     "key_frames": {"change": "feature difference", "pixels": "pixel difference", "error": "prediction error"},
     "tokens": {"change": "EVS", "error": "prediction error"},
 }
+_COSTS = {
+    "key_frames": """\
+Surprise and prediction error take a pass of all frames through the language model first, and so does a model that is
+simply shown all of them. The feature difference takes the vision tower on all frames, the pixel difference takes decoded
+frames alone.""",
+    "tokens": """\
+EVS takes the embeddings alone. Surprise and prediction error take a pass of all tokens first: see the time of the prefill.""",
+    "prefill": """\
+Seconds from the vision features to the first answer token. The scores are found once for a video: from so many questions
+on, each with a prefill of its own, surprise costs less than dropping nothing. Where the cache of the video is kept from one
+question to the next, the scoring pass has filled that of all tokens already, and only memory is left to save.""",
+}
 # The cheap way that every other one is compared with.
 BASELINE = {"key_frames": "uniform", "tokens": "change"}
 
@@ -186,11 +198,12 @@ def write_tables(results: Path, split: str = "test") -> str:
             name = path.stem.removeprefix(f"{kind}_")
             drawn += [answers] if name == split else []
             parts += [f"## {title}, {name} split", f"`{answers.results['command']}`"]
-            parts += [as_markdown(knowledge_rows(answers)), as_markdown(accuracy_rows(answers))]
+            parts += [as_markdown(knowledge_rows(answers)), as_markdown(accuracy_rows(answers)), _COSTS[kind]]
     prefill = results / "prefill.json"
     if prefill.exists():
         raw = json.loads(prefill.read_text(encoding="utf-8"))
         parts += ["## Time and memory of the prefill", f"`{raw['command']}`", as_markdown(prefill_rows(raw))]
+        parts += [_COSTS["prefill"]]
     if not parts:
         raise FileNotFoundError(f"{results} holds no results: run key-frames, tokens or prefill first")
     text = "\n\n".join(["# What the head buys at inference", *parts]) + "\n"

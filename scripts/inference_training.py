@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from evaluation_measures import load_checkpoint
 from inference_selection import keep_frames
+from synthetic_clips import training_mix
 from tiny_checkpoint import build_tiny_checkpoint, texts_of
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -23,7 +24,6 @@ from llava_next_ar.training_data import LlavaVideoDataset
 from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer
 
 LOSS_WEIGHT = 8.0  # as in scripts/configs/demo.yaml: few patches change from frame to frame, so the errors are small
-NUM_LAYERS = 3
 
 
 class DecodedSamples(Dataset):
@@ -53,19 +53,30 @@ class ThinningCollator:
         processor: for the collator.
         config: of the model.
         num_frames: numbers of frames to draw from, one for a batch.
+        num_whole: so many batches come first that leave nothing out: motion is learned from these.
         least_share: of the tokens that stay.
         seed: of the draws.
     """
 
     def __init__(
-        self, processor: Any, config: Any, num_frames: Sequence[int], *, least_share: float = 0.1, seed: int = 0
+        self,
+        processor: Any,
+        config: Any,
+        num_frames: Sequence[int],
+        *,
+        num_whole: int = 0,
+        least_share: float = 0.1,
+        seed: int = 0,
     ) -> None:
         self._collate = LlavaVideoCollator(processor)
         self._layout, self._video_token = config.frame_token_layout, config.video_token_id
-        self._num_frames, self._least_share = list(num_frames), least_share
+        self._num_frames, self._num_whole, self._least_share = list(num_frames), num_whole, least_share
         self._rng = np.random.default_rng(seed)
 
     def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        if self._num_whole > 0:
+            self._num_whole -= 1
+            return self._collate(samples)
         number = int(self._rng.choice(self._num_frames))
         batch = self._collate([self._thin(sample, number) for sample in samples])
         if self._rng.random() < 0.5:
@@ -80,12 +91,6 @@ class ThinningCollator:
         return keep_frames(sample, frames, self._layout, self._video_token)
 
 
-def training_mix(entries: Sequence[dict[str, Any]], one_in: int = 4) -> list[dict[str, Any]]:
-    """All questions but those about color, the easy control, of which some are enough."""
-    colors = [entry for entry in entries if entry["question_type"] == "color"]
-    return [entry for entry in entries if entry["question_type"] != "color"] + colors[::one_in]
-
-
 def train_small_model(
     data: Path | str,
     output: Path | str,
@@ -94,26 +99,27 @@ def train_small_model(
     batch_size: int = 16,
     learning_rate: float = 2e-3,
     seed: int = 0,
-    num_frames: Sequence[int] = (3, 4, 6, 8, 12, 16),
+    num_frames: Sequence[int] = (3, 4, 6, 8, 12),
+    whole_share: float = 0.6,
     progress: bool = True,
 ) -> None:
-    """Trains a model with random weights on a folder of scripts/temporal_benchmark.py, and saves it with the log.
+    """Trains a model with random weights on `train.json` of a folder, and saves it with the log.
 
     Args:
-        data: the folder.
+        data: a folder of scripts/synthetic_clips.py or temporal_benchmark.py; the model knows the words of all its splits.
         num_frames: see `ThinningCollator`; the largest is how many the model's processor samples.
+        whole_share: of the steps, the first of which leave nothing out.
     """
     data, output = Path(data), Path(output)
-    entries = [
-        entry for split in ("train", "val", "test") for entry in json.loads((data / f"{split}.json").read_text())
-    ]
+    entries = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(data.glob("*.json"))}
+    texts = texts_of([entry for split in entries.values() if isinstance(split, list) for entry in split])
     base = output / "base"
-    build_tiny_checkpoint(base, texts_of(entries), num_frames=max(num_frames), num_layers=NUM_LAYERS, seed=seed)
+    build_tiny_checkpoint(base, texts, num_frames=max(num_frames), seed=seed)
     model, processor = load_checkpoint(str(base))
     model.config.autoregressive_config.loss_weight = LOSS_WEIGHT
     model.model.vision_tower.requires_grad_(False)
-    train = json.loads((data / "train.json").read_text())
-    samples = DecodedSamples(LlavaVideoDataset(training_mix(train), processor, video_root=data), progress=progress)
+    dataset = LlavaVideoDataset(training_mix(entries["train"]), processor, video_root=data)
+    samples = DecodedSamples(dataset, progress=progress)
     arguments = TrainingArguments(
         output_dir=str(output),
         learning_rate=learning_rate,
@@ -123,13 +129,14 @@ def train_small_model(
         per_device_train_batch_size=batch_size,
         use_cpu=True,
         seed=seed,
-        save_strategy="no",
+        save_steps=200,
+        save_total_limit=1,
         logging_steps=max(1, steps // 100),
         report_to="none",
         disable_tqdm=not progress,
         remove_unused_columns=False,
     )
-    collator = ThinningCollator(processor, model.config, num_frames, seed=seed)
+    collator = ThinningCollator(processor, model.config, num_frames, num_whole=int(whole_share * steps), seed=seed)
     trainer = AutoregressiveTrainer(model, arguments, samples, processing_class=processor, data_collator=collator)
     trainer.train()
     trainer.save_model()

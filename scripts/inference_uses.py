@@ -1,8 +1,8 @@
 """What the head buys at inference, against the obvious cheap way at the same budget.
 
     # clips with questions, and a small model that has seen videos with frames and tokens left out
-    python scripts/temporal_benchmark.py --output uses/clips --train 500 --val 40 --test 100 --num-frames 16 --size 64 \\
-        --levels easy --question-types direction order faster bounce color --control-splits
+    python scripts/synthetic_clips.py --output uses/clips --num-train 1500 --num-test 360 --num-frames 12 --size 64 \\
+        --question-types direction order bounce color
     python scripts/inference_uses.py train --data uses/clips --output uses/model
 
     # one command for each table; each writes raw numbers to scripts/study_results/inference/
@@ -156,7 +156,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], **defaults)
     jobs = parser.add_subparsers(dest="job", required=True)
 
-    train = jobs.add_parser("train", help="a small model on a folder of temporal_benchmark.py", **defaults)
+    train = jobs.add_parser("train", help="a small model on a folder of clips with questions", **defaults)
     train.add_argument("--data", type=Path, required=True, help="that folder")
     train.add_argument("--output", type=Path, required=True, help="folder of the model")
     train.add_argument("--steps", type=int, default=1200)

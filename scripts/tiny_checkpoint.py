@@ -49,9 +49,7 @@ def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
     )
 
 
-def tiny_config(
-    tokenizer: PreTrainedTokenizerBase, *, image_size: int = 64, num_hist: int = 1, num_layers: int = 2
-) -> LlavaNextARConfig:
+def tiny_config(tokenizer: PreTrainedTokenizerBase, *, image_size: int = 64, num_hist: int = 1) -> LlavaNextARConfig:
     """About 600,000 parameters; a frame of 64 pixels is 8 x 8 patches and becomes 4 x 4 tokens."""
     vision = {
         "model_type": "siglip_vision_model",
@@ -67,7 +65,7 @@ def tiny_config(
         "model_type": "qwen2",
         "hidden_size": 128,
         "intermediate_size": 384,
-        "num_hidden_layers": num_layers,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "vocab_size": len(tokenizer),

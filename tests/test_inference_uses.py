@@ -164,20 +164,20 @@ def test_evs_scores_and_the_first_frame():
     tokens = layout.video(3)
     features = torch.randn(len(tokens), 8)
     (height, width), where = layout.frame_grid(), tokens.patch_offsets.unflatten(0, (3, -1))
-    features[where[1]] = 2 * features[where[0]]  # only the direction counts
+    features[where[1]] = -2 * features[where[0]]  # only the direction counts
     features[where[2, 1]] = -features[where[1, 1]]
     features[where[2, 0]] = features[where[1, 0]]
     first, second = change_scores(features, tokens)
     assert first.shape == second.shape == (height, width)
-    torch.testing.assert_close(first, torch.zeros(height, width), atol=1e-6, rtol=0)
+    torch.testing.assert_close(first, torch.full((height, width), 2.0))
     assert second.flatten()[0] == pytest.approx(0, abs=1e-6) and second.flatten()[1] == pytest.approx(2)
     ranked = first_frame_first([first, second], tokens)
     size = height * width
     assert ranked.shape == (3 * size,)
-    assert keep_tokens(ranked, (size + 1) / (3 * size)).nonzero().flatten().tolist() == [
-        *range(size),
-        2 * size + int(second.argmax()),
-    ]
+    # All of the first frame, all of the second, which is its opposite, and then the most changed of the third.
+    best = 2 * size + int(second.argmax())
+    assert keep_tokens(ranked, (2 * size + 1) / (3 * size)).nonzero().flatten().tolist() == [*range(2 * size), best]
+    assert keep_tokens(ranked, 1 / 3).nonzero().flatten().tolist() == list(range(size))
     with pytest.raises(ValueError, match="on grids"):
         first_frame_first([first, second[:1]], tokens)
     mixed = tiny_model(**LAYOUTS["slow_fast"]).config.frame_token_layout.video(3)
@@ -317,7 +317,10 @@ def test_the_small_models_batches_show_some_frames_and_hide_some_tokens():
         tuple(batch["video_timestamps"][0].tolist()) for batch in batches if batch["video_timestamps"].shape[1] == 2
     }
     assert len(chosen) > 3
-    again = ThinningCollator(0, model.config, [2, 3, 6], seed=1)
+    again = ThinningCollator(0, model.config, [2, 3, 6], num_whole=2, seed=1)
+    for _ in range(2):
+        whole = again(samples)
+        assert whole["pixel_values_videos"].shape[1] == 6 and whole["attention_mask"].all()
     for batch in batches[:3]:
         assert all(torch.equal(value, batch[name]) for name, value in again(samples).items())
 
