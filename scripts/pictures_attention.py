@@ -156,7 +156,7 @@ def attention_maps(frames: np.ndarray, seconds: Sequence[float], numbers: dict[s
         StripRow(
             name="attention",
             pictures=[over_frame(frame, some, scale) for frame, some in zip(frames, patches, strict=True)],
-            captions=[f"{share:.1%}" for share in shares],
+            captions=[f"{100 * share:.2g}%" for share in shares],
         ),
     ]
     label = "attention to a patch, 1 = an even spread over the prompt (below: share of the frame)"

@@ -298,6 +298,7 @@ def test_a_drawn_frame_shows_each_of_its_tokens():
     ("head", "types"),
     [
         ({"num_hist": 2}, None),
+        ({"num_hist": 2}, [0, 1, 1, 0, 1]),
         ({"num_hist": 2, "use_fast_slow_frames": True}, [0, 1, 1, 0, 1]),
         ({"use_frame_causal_mask": False}, None),
     ],
