@@ -60,6 +60,7 @@ _PART_SIZES = (
     *("vocab_size", "num_channels", "image_size", "patch_size"),
 )
 _MAX_SIZE, _MAX_LAYERS = 2**31 - 1, 1000
+_MAX_ROPE_THETA = 2**63  # torch computes with no larger integer
 
 
 def _unknown_keys(kwargs: dict[str, Any], known: set[str]) -> list[str]:
@@ -90,8 +91,10 @@ def _check_rope(text_config: dict[str, Any]) -> None:
         if not isinstance(kind, str) or kind not in {"default", *ROPE_INIT_FUNCTIONS}:
             known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
             raise ValueError(f"text_config.rope_parameters: rope_type must be one of {known}, got {kind!r}")
-        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < float("inf"):
-            raise ValueError(f"text_config.rope_parameters: rope_theta must be a finite number above 0, got {theta!r}")
+        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < _MAX_ROPE_THETA:
+            raise ValueError(
+                f"text_config.rope_parameters: rope_theta must be above 0 and below {_MAX_ROPE_THETA}, got {theta!r}"
+            )
 
 
 def _check_part(where: str, part: PreTrainedConfig) -> None:
@@ -104,6 +107,9 @@ def _check_part(where: str, part: PreTrainedConfig) -> None:
         if isinstance(size, bool) or not isinstance(size, int):
             raise ValueError(f"{where}.{name} must be an integer, got {size!r}")
         _check_range(where, name, size, 1, _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE)
+    padding, num_tokens = values.get("pad_token_id"), values.get("vocab_size")
+    if padding is not None and num_tokens and not -num_tokens <= padding < num_tokens:
+        raise ValueError(f"{where}.pad_token_id must be within vocab_size={num_tokens}, got {padding}")
     heads, groups, hidden_size = (values.get(n) for n in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
     if heads and hidden_size and hidden_size % heads and not values.get("head_dim"):
         raise ValueError(f"{where}.hidden_size={hidden_size} is not divisible by num_attention_heads={heads}")

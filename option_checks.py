@@ -104,6 +104,9 @@ def check_image_processor(image_processor: Any) -> None:
     """Refuses settings of a LLaVA-OneVision image processor that it would fail on; raises as `check_pixel_options`."""
     options = {**image_processor.to_dict(), "do_resize": True}  # tiles have the `size`, whatever is resized
     check_pixel_options(options, resamples={int(number) for number in PILImageResampling}, num_channels=(3,))
+    _check_size("size", options["size"], _SIZES[:1])  # all views of an image have the same
+    if not image_processor.image_grid_pinpoints:
+        raise ValueError("image_grid_pinpoints must hold a size or more, got none")
 
 
 def check_processor_settings(**values: Any) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import transformers
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from tiny import ONEVISION, tiny_config
 from transformers import LlavaOnevisionConfig
 from transformers.utils import logging
 
@@ -514,6 +515,21 @@ def test_overriding_the_head_with_an_object_replaces_it(saved):
 def test_overrides_at_load_are_checked_like_values_at_construction(saved, override, message):
     with pytest.raises(ValueError, match=message):
         LlavaNextARConfig.from_pretrained(saved, **override)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("pad_token_id", 128, "text_config.pad_token_id must be within vocab_size=128, got 128"),
+        ("pad_token_id", -129, "text_config.pad_token_id must be within vocab_size=128, got -129"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 2**70}, "rope_theta must be above 0 and below"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 0}, "rope_theta must be above 0 and below"),
+    ],
+)
+def test_a_language_model_that_torch_cannot_build_is_refused_by_name(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(text_config={**ONEVISION["text_config"], key: value})
+    tiny_config(text_config={**ONEVISION["text_config"], "pad_token_id": 127})
 
 
 def test_unused_arguments_come_back_for_the_model(saved):

@@ -609,6 +609,24 @@ def test_without_a_layout_it_is_that_of_onevision(processor, num_image_tokens, s
     assert built.frame_token_layout.num_tokens(4) == 4 * 3 * 3 + 1
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("size", {"shortest_edge": 35}, "size must be {height, width}, of whole numbers"),
+        ("image_grid_pinpoints", [], "image_grid_pinpoints must hold a size or more, got none"),
+    ],
+)
+def test_an_image_processor_that_cannot_make_tiles_is_refused(processor, tmp_path, key, value, message):
+    """transformers fails on it with the first image that is not square."""
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    saved = json.loads(path.read_text())
+    saved["image_processor"][key] = value
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=message):
+        LlavaNextARProcessor.from_pretrained(tmp_path)
+
+
 def test_the_video_processor_must_be_one(processor):
     with pytest.raises(TypeError, match="video_processor must be a video processor, got str"):
         LlavaNextARProcessor(processor.image_processor, processor.tokenizer, "video", num_image_tokens=25)
