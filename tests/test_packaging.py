@@ -52,6 +52,7 @@ EXTRA_OF_SCRIPT = {
     "test_versions.py": "dev",
     "tiny_checkpoint.py": "demo",
     "train.py": "train",
+    "trained_model.py": "train",
 }
 IMPORT_NAMES = {"pyyaml": "yaml", "pillow": "PIL", "opencv-python-headless": "cv2"}
 
