@@ -74,6 +74,7 @@ EXTRA_OF_SCRIPT = {
     "tiny_checkpoint.py": "demo",
     "train.py": "train",
     "visualize.py": "eval",
+    "trained_model.py": "train",
 }
 IMPORT_NAMES = {"pyyaml": "yaml", "pillow": "PIL", "opencv-python-headless": "cv2"}
 

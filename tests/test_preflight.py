@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import train
+import trained_model
 from memory_run import NUM_FRAMES, NUM_TARGETS, NUM_TEXT, NUM_VIDEOS, memory_config
 from preflight import examine
 from recipes import ModelArguments
@@ -94,7 +95,7 @@ def meta_model(trainable: str, tmp_path: Path, config: LlavaNextARConfig | None 
     with torch.device("meta"):
         model = LlavaNextARForConditionalGeneration._from_config(config or tiny_config(), dtype=torch.float32)
         args = ModelArguments(trainable=trainable, lora_r=4, **options)
-        return train.choose_trainable(model, args, TrainingArguments(tmp_path, use_cpu=True))
+        return trained_model.choose_trainable(model, args, TrainingArguments(tmp_path, use_cpu=True))
 
 
 def test_memory_by_part(tmp_path):

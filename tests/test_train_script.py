@@ -12,6 +12,7 @@ import recipes
 import safetensors.torch
 import torch
 import train
+import trained_model
 import yaml
 from tiny import tiny_model, tiny_onevision
 from tiny_processor import tiny_processor
@@ -471,7 +472,7 @@ def test_tokens_that_adapters_would_leave_random_are_refused(work):
 
 
 def test_only_layers_of_the_language_model_are_quantized():
-    config = train.quantization_config(torch.bfloat16)
+    config = trained_model.quantization_config(torch.bfloat16)
     assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
     assert config.bnb_4bit_compute_dtype is torch.bfloat16
     linear = {name for name, module in tiny_model().named_modules() if isinstance(module, torch.nn.Linear)}
@@ -491,7 +492,7 @@ def test_qlora_says_what_it_needs(work, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "there is no CUDA here: use scripts/configs/lora.yaml" in refusal()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(train, "is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr(trained_model, "is_bitsandbytes_available", lambda: False)
     assert "pip install bitsandbytes" in refusal()
 
 
