@@ -17,8 +17,7 @@ each clip), P patches of a frame, E predictor width, Dv width of the vision feat
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,36 +37,9 @@ from .frame_predictor import (
 from .frame_token_layout import FrameTokenLayout, FrameType, VideoTokens
 from .reconstruction_metrics import Reconstruction
 from .transformers_compat import hidden_states_to_keep
+from .vision_teacher import Unregistered, adapter_layers, adapters_off, select_vision_features, tower_trains
 
 logger = logging.get_logger(__name__)
-
-
-def select_vision_features(
-    hidden_states: Sequence[torch.Tensor], layer: int | list[int], strategy: str
-) -> torch.Tensor:
-    """The features that the projector reads: `[F, P, Dv]` from the vision tower's hidden states."""
-    if isinstance(layer, int):
-        features = hidden_states[layer]
-    else:
-        features = torch.cat([hidden_states[index] for index in layer], dim=-1)
-    return features[:, 1:] if strategy == "default" else features
-
-
-def _adapter_layers(module: nn.Module) -> list[nn.Module]:
-    # PEFT's layers, known by their flag: PEFT need not be installed here. (Every transformers model has a method of that
-    # name, hence the test for bool.)
-    return [layer for layer in module.modules() if isinstance(getattr(layer, "disable_adapters", None), bool)]
-
-
-def _trains(vision_tower: nn.Module, adapters: list[nn.Module]) -> bool:
-    """Whether weights of the tower itself train; those of adapters do not count."""
-    of_adapters = {
-        id(parameter)
-        for layer in adapters
-        for name, parameter in layer.named_parameters()
-        if not name.startswith(("base_layer.", "original_module."))
-    }
-    return any(p.requires_grad and id(p) not in of_adapters for p in vision_tower.parameters())
 
 
 def seconds_since(first: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
@@ -88,35 +60,6 @@ def _seconds_and_gaps(times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     gaps = seconds.diff()
     # The frame after the last has no time; its gap is taken to be the last one.
     return seconds, torch.cat([gaps, gaps[-1:]]) if len(gaps) else torch.ones_like(seconds)
-
-
-class _Unregistered:
-    """Holds a module that belongs to another one, out of sight of `parameters()` and `state_dict()`.
-
-    A copy of the whole model holds the copied module; a copy of the holder's owner alone (PEFT's `modules_to_save`) still
-    holds the original, not a hidden duplicate of it.
-    """
-
-    def __init__(self, module: nn.Module | None):
-        self.module = module
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Unregistered":
-        return _Unregistered(memo.get(id(self.module), self.module))
-
-
-@contextmanager
-def _adapters_off(layers: list[nn.Module]) -> Iterator[None]:
-    enabled = [layer for layer in layers if not layer.disable_adapters]
-    trainable = [(parameter, parameter.requires_grad) for layer in enabled for parameter in layer.parameters()]
-    for layer in enabled:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in enabled:
-            layer.enable_adapters(True)
-        for parameter, requires_grad in trainable:  # PEFT makes all adapters trainable that it switches on
-            parameter.requires_grad_(requires_grad)
 
 
 class AutoregressiveReconstructionModule(nn.Module):
@@ -175,7 +118,7 @@ class AutoregressiveReconstructionModule(nn.Module):
         self.output_norm = nn.LayerNorm(dim)
         self.change = ZeroInitializedLinear(dim, vision_dim)
         self.teacher: nn.Module | None = None
-        self._vision_tower = _Unregistered(vision_tower)
+        self._vision_tower = Unregistered(vision_tower)
 
     def train(self, mode: bool = True) -> "AutoregressiveReconstructionModule":
         super().train(mode)
@@ -188,7 +131,7 @@ class AutoregressiveReconstructionModule(nn.Module):
 
     def is_own_teacher(self, vision_tower: nn.Module) -> bool:
         """Whether what is predicted are the very features that the projector reads."""
-        return self.teacher is None and not _adapter_layers(vision_tower)
+        return self.teacher is None and not adapter_layers(vision_tower)
 
     def prepare_teacher(self, vision_tower: nn.Module) -> None:
         """Makes the frozen copy if the tower is about to train. Call before wrapping the model (DDP, FSDP).
@@ -198,7 +141,7 @@ class AutoregressiveReconstructionModule(nn.Module):
         Raises:
             RuntimeError: if DeepSpeed's ZeRO-3 has split the tower, as it does while it loads.
         """
-        if self.teacher is not None or _adapter_layers(vision_tower) or not _trains(vision_tower, []):
+        if self.teacher is not None or adapter_layers(vision_tower) or not tower_trains(vision_tower, []):
             return
         if any(hasattr(parameter, "ds_id") for parameter in vision_tower.parameters()):
             raise RuntimeError(
@@ -238,8 +181,8 @@ class AutoregressiveReconstructionModule(nn.Module):
         """
         if self.teacher is not None:
             return self.run_tower(self.teacher, pixel_values)
-        adapters = _adapter_layers(vision_tower)
-        if self.training and _trains(vision_tower, adapters):
+        adapters = adapter_layers(vision_tower)
+        if self.training and tower_trains(vision_tower, adapters):
             raise RuntimeError(
                 "the vision tower has adapters, and weights of its own train as well (bias='all' is a usual cause): with "
                 "the adapters off it would be no fixed teacher"
@@ -248,7 +191,7 @@ class AutoregressiveReconstructionModule(nn.Module):
                 "unfreezing the tower and before the first step"
             )
         if adapters:
-            with _adapters_off(adapters):
+            with adapters_off(adapters):
                 return self.run_tower(vision_tower, pixel_values)
         if tower_features is not None:
             return tower_features.detach()
@@ -504,7 +447,7 @@ class AutoregressiveReconstructionModule(nn.Module):
         device = next(self.parameters()).device
         num_patches = self.token_layout.patches_height * self.token_layout.patches_width
         features = torch.zeros(2, num_patches, self.change.out_features, device=device)
-        if vision_tower is not None and (self.teacher is not None or _adapter_layers(vision_tower)):
+        if vision_tower is not None and (self.teacher is not None or adapter_layers(vision_tower)):
             vision = vision_tower.config
             pixels = torch.zeros(2, vision.num_channels, vision.image_size, vision.image_size, device=device)
             features = self.teacher_features(vision_tower, pixels)

@@ -4,8 +4,9 @@
     surprise = error / (copy_error + floor * variance)
 
 with mean squared errors over features. Copying the last frame misses by as much as the picture changed, so that motion which
-is foreseen gives less than 1, however fast it is, and what is no better foreseen than by copying gives 1. The floor keeps
-patches in which nothing changes from being surprising by their noise: it is a share of the variance of the features.
+is foreseen gives little, however fast it is, and what is no better foreseen than by copying nearly 1. The floor, a share of the
+variance of the features, keeps patches in which nothing changes from being surprising by their noise; by it, copying itself has
+`copy_error / (copy_error + floor * variance)`, which is below 1.
 
 Kin: surprise as the error of latent prediction in V-JEPA (arXiv 2502.11831) and Cambrian-S (arXiv 2511.04670), there without
 a baseline.

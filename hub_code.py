@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .video_inputs import flatten_videos  # noqa: F401
     from .video_language_model import LlavaNextARModel  # noqa: F401
     from .video_processing_llava_next_ar import LlavaNextARVideoProcessor  # noqa: F401
+    from .vision_teacher import select_vision_features  # noqa: F401
 
 MODEL_AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 AUTO_MAP = {

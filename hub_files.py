@@ -351,6 +351,6 @@ def _check_base(api: HfApi, repo_id: str, adapter_config: str | os.PathLike | by
     base = json.loads(content).get("base_model_name_or_path")
     if base == repo_id:
         raise ValueError(f"{repo_id} is the base of the adapter, which would replace it: push to another repository")
-    if base is not None and not os.path.isdir(base) and not api.repo_exists(base):
+    if base is not None and (hub_id(base) != base or not api.repo_exists(base)):
         # A relative path looks like an id. Who owns that name on the Hub would run code wherever the adapter is loaded.
         raise ValueError(f"the adapter's base {base!r} is not on the Hub, or not to be seen with this token")

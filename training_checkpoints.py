@@ -26,6 +26,7 @@ from transformers.trainer_pt_utils import nested_gather
 from transformers.utils import logging
 
 from .hub_files import stale_files
+from .training_collator import first_batches_unread
 
 logger = logging.get_logger(__name__)
 
@@ -186,6 +187,7 @@ class ResumableTrainer(Trainer):
     - `save_total_limit` counts complete checkpoints only, and goes by their step, not by the time of their files.
     - A checkpoint also keeps what was added up since the last log entry, so that the entries after a resume are those of a
       run without interruption; and the position in a stream that was read more than once.
+    - Batches of a stream that were trained on before are not read again: see `first_batches_unread`.
     - `save_model` replaces the model in a folder without mixing the two, see `replace_model`.
     - A run that was complete but for its last save takes no further step when resumed.
 
@@ -197,7 +199,7 @@ class ResumableTrainer(Trainer):
     _is_staging = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer.
+        """As in Trainer; however it ends, SIGTERM means then what it meant before.
 
         Raises:
             ValueError: if there is no complete checkpoint to resume from.
@@ -210,7 +212,12 @@ class ResumableTrainer(Trainer):
             problem = checkpoint_problem(resume_from_checkpoint)
             if problem is not None:
                 raise ValueError(f"cannot resume from {resume_from_checkpoint}: {problem}")
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, StopOnSigterm):
+                    callback.restore()
 
     # ---- saving -----------------------------------------------------------------------------------------------------
 
@@ -333,9 +340,12 @@ class ResumableTrainer(Trainer):
             if self.state.global_step >= self.state.max_steps:
                 self.control.should_training_stop = True  # killed after the last checkpoint
                 return
-        super()._run_epoch(
-            epoch=epoch, epochs_trained=epochs_trained, resume_from_checkpoint=resume_from_checkpoint, **kwargs
-        )
+        # Trainer goes over what it has trained on of a stream once more. (Dispatched batches are put together from several.)
+        unread = self._batches if self.accelerator.dispatch_batches is False else 0
+        with first_batches_unread(kwargs["train_dataloader"], unread):
+            super()._run_epoch(
+                epoch=epoch, epochs_trained=epochs_trained, resume_from_checkpoint=resume_from_checkpoint, **kwargs
+            )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -377,7 +387,9 @@ class StopOnSigterm(TrainerCallback):
     """On SIGTERM, training saves a checkpoint at the end of the step and stops, on all ranks after the same step.
 
     Works with any Trainer. `stopped` tells whether it happened: the model is then not at the end of its training. An
-    evaluation is finished first. torchrun passes the signal on to the ranks and kills them 30 seconds later.
+    evaluation is finished first. torchrun passes the signal on to the ranks and kills them 30 seconds later. The handler
+    that was there before is back when training ends; after an exception too in a `ResumableTrainer`, and by `restore` in
+    any other.
 
     Transformers' own `enable_jit_checkpoint` saves in the middle of a step, where random states and losses have moved on
     already, and each rank by itself.
@@ -386,14 +398,24 @@ class StopOnSigterm(TrainerCallback):
     def __init__(self) -> None:
         self.stopped = False
         self._requested = False
+        self._is_installed = False
         self._previous: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stopped = self._requested = False
-        self._previous = signal.signal(signal.SIGTERM, self._request)
+        if not self._is_installed:  # it still is where a plain Trainer broke off, or starts again with smaller batches
+            self._previous = signal.signal(signal.SIGTERM, self._request)
+            self._is_installed = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        self.restore()
+
+    def restore(self) -> None:
+        """Puts back the handler from before training, if it is not back already."""
+        if self._is_installed:
+            # None: it was not set from Python, and cannot be set again from here.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if self._previous is None else self._previous)
+            self._is_installed = False
 
     def _request(self, signum: int, frame: Any) -> None:
         # Launchers may send it again while a checkpoint is being written.

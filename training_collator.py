@@ -4,12 +4,14 @@
 Shape letters: B samples, S tokens, N videos and M images of all samples together, T frames of the longest video.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .bad_samples import is_bad_sample
 
@@ -17,6 +19,52 @@ from .bad_samples import is_bad_sample
 def read_samples(samples: Sequence[Any]) -> list[Any]:
     """Samples of a stream come unread, see `UnreadSample`; here their media are decoded. Others stay as they are."""
     return [sample.read_sample() if hasattr(sample, "read_sample") else sample for sample in samples]
+
+
+class SkippingCollator:
+    """Another collator that leaves the first batches of a stream unread, for one pass over a DataLoader.
+
+    Only samples that come unread are left so: others cost nothing more. What stands in for a batch is never looked at.
+
+    Args:
+        collator: makes the batches that follow.
+        num_batches: of all workers together.
+    """
+
+    def __init__(self, collator: Callable[[Sequence[Any]], dict[str, Any]], num_batches: int) -> None:
+        self.collator = collator
+        self.num_batches = num_batches
+        self._made = 0  # in this process
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
+        worker = get_worker_info()
+        own, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        # Workers take turns. Once one has come to its end the others' batches come sooner than this says, so that some are
+        # read for nothing, and none is missing.
+        position = self._made * num_workers + own
+        self._made += 1
+        if position < self.num_batches and all(hasattr(sample, "read_sample") for sample in samples):
+            return {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
+        return self.collator(samples)
+
+
+@contextlib.contextmanager
+def first_batches_unread(loader: Any, num_batches: int) -> Iterator[None]:
+    """While it lasts, a pass over a stream's DataLoader (as accelerate prepares it) reads nothing of its first batches.
+
+    Of one that gives batches in whatever order they are done, all are read: nobody knows which come first.
+    """
+    is_stream = isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)
+    if not (num_batches and is_stream and loader.in_order):
+        yield
+        return
+    loader = loader.base_dataloader
+    collator = loader.collate_fn
+    loader.collate_fn = SkippingCollator(collator, num_batches)
+    try:
+        yield
+    finally:
+        loader.collate_fn = collator
 
 
 class LlavaVideoCollator:

@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,7 +171,7 @@ class StepGuard:
 class NamingCollator:
     """Puts the names of the samples into the batch that another collator makes.
 
-    A sample's name is its entry or its attribute `sample_name`, or None.
+    A sample's name is its entry `sample_name`, or None.
     """
 
     def __init__(self, collator: Callable[[Sequence[Any]], dict[str, Any]]) -> None:
@@ -179,7 +179,7 @@ class NamingCollator:
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         samples = read_samples(samples)
-        return {**self.collator(samples), SAMPLE_NAMES: [_name(sample) for sample in samples]}
+        return {**self.collator(samples), SAMPLE_NAMES: list(map(_name, samples))}
 
 
 class ShareWatch:
@@ -219,7 +219,7 @@ class ShareWatch:
 
 
 def _name(sample: Any) -> str | None:
-    return sample.get(SAMPLE_NAME) if isinstance(sample, dict) else getattr(sample, SAMPLE_NAME, None)
+    return sample.get(SAMPLE_NAME) if isinstance(sample, Mapping) else None  # a bad sample has none
 
 
 def _number(value: float) -> float | str:

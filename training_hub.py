@@ -50,6 +50,8 @@ class HubTrainer(Trainer):
         torch.save(args, folder / TRAINING_ARGS_NAME)
         if text is not None:  # PEFT would rewrite it
             card.write_bytes(text)
+        elif card.is_file():
+            _complete_card(card)
         adapter = folder / "adapter_config.json"
         if adapter.is_file() and hasattr(self.model, "get_base_model"):
             self._complete_adapter(adapter)
@@ -63,8 +65,8 @@ class HubTrainer(Trainer):
         base_path = config["base_model_name_or_path"]
         if hub_id(base_path) is not None:
             config = portable_adapter_config(config)
-        elif base_path and os.path.isdir(base_path):
-            config["base_model_name_or_path"] = os.path.abspath(base_path)  # found from any folder
+        elif base_path and os.path.isdir(base_path):  # found from any folder of this computer, and in any process
+            config.update(base_model_name_or_path=os.path.abspath(base_path), auto_mapping=None)
         path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
     def create_model_card(self, *args: Any, tags: str | list[str] | None = None, **kwargs: Any) -> None:
@@ -75,10 +77,7 @@ class HubTrainer(Trainer):
             return
         tags = [tags] if isinstance(tags, str) else list(tags or ())
         super().create_model_card(*args, tags=sorted({*tags, *MODEL_TAGS}), **kwargs)
-        card = _card(path)
-        card.data.pipeline_tag = card.data.pipeline_tag or "video-text-to-text"
-        card.data.base_model = hub_id(card.data.base_model)  # nothing, if it is a folder of this computer
-        card.save(path)
+        _complete_card(path)
 
     def push_to_hub(
         self,
@@ -184,5 +183,11 @@ def _snapshot(checkpoint: Path, output: Path) -> Path:
     return snapshot
 
 
-def _card(path: Path) -> ModelCard:
-    return ModelCard.load(path, ignore_metadata_errors=True)
+def _complete_card(path: Path) -> None:
+    """Names the base in a library's card by its Hub id, if it has one: PEFT writes its folder, which the Hub refuses."""
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    card.data.pipeline_tag = card.data.pipeline_tag or "video-text-to-text"
+    card.data.base_model = hub_id(card.data.base_model)
+    # PEFT's tag for the base holds the folder too. The Hub makes one itself, from `base_model`.
+    card.data.tags = [tag for tag in card.data.tags or () if not tag.startswith("base_model:")]
+    card.save(path)

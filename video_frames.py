@@ -440,7 +440,7 @@ def _open_reader(
             )
         elif isinstance(source, (str, os.PathLike)):
             name = os.fspath(source)
-            url = urllib.parse.urlsplit(name)
+            url = split_url(name)
             if url.scheme in ("http", "https"):
                 reader = _file_reader(stack.enter_context(downloaded(name)), name, backend, num_threads)
             else:
@@ -469,11 +469,19 @@ def _file_reader(file: str | bytes, name: str, backend: VideoBackend, num_thread
     return FILE_READERS[choose_backend(backend)](file, name, num_threads)
 
 
+def split_url(source: str) -> urllib.parse.SplitResult:
+    """The parts of a URL. What cannot be one ("http://[::1") is a path as a whole, which then is no file."""
+    try:
+        return urllib.parse.urlsplit(source)
+    except ValueError:
+        return urllib.parse.SplitResult("", "", source, "", "")
+
+
 @contextlib.contextmanager
 def downloaded(url: str) -> Iterator[str]:
     """Path of a temporary copy, since reading out of order over the network would fetch most bytes several times."""
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, os.path.basename(urllib.parse.urlsplit(url).path) or "video")
+        path = os.path.join(folder, os.path.basename(split_url(url).path) or "video")
         try:
             with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, open(path, "wb") as file:
                 shutil.copyfileobj(response, file)

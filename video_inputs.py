@@ -10,7 +10,6 @@ Shape letters: T frames, C channels, H x W pixels.
 import base64
 import io
 import os
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,16 @@ from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
 from .video_decoding import VideoReadError, choose_backend
-from .video_frames import IMAGE_FPS, IMAGE_SUFFIXES, FrameSampling, VideoFrames, downloaded, load_video, open_image
+from .video_frames import (
+    IMAGE_FPS,
+    IMAGE_SUFFIXES,
+    FrameSampling,
+    VideoFrames,
+    downloaded,
+    load_video,
+    open_image,
+    split_url,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -214,7 +222,7 @@ def _is_path(item: Any) -> bool:
 
 
 def _is_url(item: Any) -> bool:
-    return isinstance(item, str) and urllib.parse.urlsplit(item).scheme in ("http", "https")
+    return isinstance(item, str) and split_url(item).scheme in ("http", "https")
 
 
 def _is_video_frames(item: Any) -> bool:
@@ -223,7 +231,7 @@ def _is_video_frames(item: Any) -> bool:
 
 
 def _names_image(path: "str | os.PathLike") -> bool:
-    return urllib.parse.urlsplit(os.fspath(path)).path.lower().endswith(_FRAME_SUFFIXES)
+    return split_url(os.fspath(path)).path.lower().endswith(_FRAME_SUFFIXES)
 
 
 # -- Files

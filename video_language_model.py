@@ -19,11 +19,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 
-from .autoregressive_reconstruction import select_vision_features
 from .configuration_llava_next_ar import LlavaNextARConfig
 from .frame_predictor import ZeroInitializedLinear
 from .frame_token_layout import FrameTokenLayout, VideoTokens
 from .transformers_compat import hidden_states_to_keep
+from .vision_teacher import select_vision_features
 
 logger = logging.get_logger(__name__)
 

@@ -40,15 +40,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from evaluate import EvaluationSettings, evaluate, format_results, load_checkpoint, write_results  # noqa: E402
-from report import (  # noqa: E402
-    Report,
-    accuracy_figure,
-    loss_figure,
-    prediction_figure,
-    surprise_figure,
-    unnormalise,
-)
-from synthetic_clips import chance_levels, write_dataset  # noqa: E402
+from pictures_features import error_rows, features_of, film_rows, fit_basis  # noqa: E402
+from pictures_strip import frame_strip, save_figure, time_labels, unnormalise  # noqa: E402
+from pictures_surprise import surprise_of, surprise_timeline  # noqa: E402
+from report import Report, accuracy_figure, loss_figure  # noqa: E402
+from synthetic_clips import chance_levels, training_mix, write_dataset  # noqa: E402
 from tiny_checkpoint import build_tiny_checkpoint, texts_of  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
@@ -98,12 +94,6 @@ class DemoSettings:
 
 
 # -- Parts
-
-
-def training_mix(entries: Sequence[dict[str, Any]], one_in: int = 4) -> list[dict[str, Any]]:
-    """All questions about motion and every fourth one about color, the easy control, which needs no more."""
-    colors = [entry for entry in entries if entry["question_type"] == "color"]
-    return [entry for entry in entries if entry["question_type"] != "color"] + colors[::one_in]
 
 
 @contextmanager
@@ -213,16 +203,19 @@ def predict(model: Any, processor: Any, video: Path, **options: Any) -> tuple[An
     return prediction, inputs
 
 
-def draw_prediction(model: Any, processor: Any, video: Path, pictures: Path, title: str, **options: Any) -> Any:
-    """Writes `<name>.png` and `<name>_surprise.png` to `pictures`; returns the prediction."""
+def draw_prediction(model: Any, processor: Any, video: Path, pictures: Path, title: str, **options: Any) -> None:
+    """Writes `<name>.png` and `<name>_surprise.png` to `pictures`."""
     prediction, inputs = predict(model, processor, video, **options)
     video_processor = processor.video_processor
     frames = unnormalise(inputs["pixel_values_videos"][0], video_processor.image_mean, video_processor.image_std)
-    times = inputs["video_timestamps"][0].tolist()
+    times, features = inputs["video_timestamps"][0], features_of(prediction)
+    surprise, seconds = surprise_of(prediction, times), times.tolist()
+    errors, bar = error_rows(frames, surprise)
+    rows = [*film_rows(frames, features, fit_basis(features)), *errors]
     title = f"{title}: skill {prediction.metrics['skill']:+.2f}"
-    prediction_figure(frames, prediction, times, title).savefig(pictures / f"{video.stem}.png", dpi=110)
-    surprise_figure(prediction, times, "error of each frame").savefig(pictures / f"{video.stem}_surprise.png", dpi=110)
-    return prediction
+    save_figure(frame_strip(rows, time_labels(seconds), title=title, bars=[bar]), pictures / f"{video.stem}.png")
+    timeline = surprise_timeline(frames, seconds, surprise, "surprise over time")
+    save_figure(timeline, pictures / f"{video.stem}_surprise.png")
 
 
 def real_clip(cache: Path, timeout: float = 60) -> Path | str:
@@ -468,11 +461,12 @@ def write_report(
     report.text(
         "Features as colours: their first three principal components, on one basis for all rows, so that equal "
         "colours are equal features. Each column is predicted from the columns to its left alone. Below, the squared "
-        "error of each patch, of the prediction and of copying the last frame, on one scale; the number is its mean."
+        "error of each patch, of the prediction and of copying the last frame, on one scale; the number is its mean. Surprise "
+        "is the one error over the other and a floor. `python scripts/visualize.py` draws more of any video."
     )
     for video in shown_videos({"test": json.loads((output / "clips" / "test.json").read_text(encoding="utf-8"))}):
         report.picture(pictures / f"{Path(video).stem}.png")
-        report.picture(pictures / f"{Path(video).stem}_surprise.png", width=520)
+        report.picture(pictures / f"{Path(video).stem}_surprise.png", width=840)
     report.heading("A real clip")
     if isinstance(real, Path):
         report.text(
@@ -480,7 +474,7 @@ def write_report(
             "where its skill is negative, copying the last frame would have been better."
         )
         report.picture(pictures / f"{real.stem}.png")
-        report.picture(pictures / f"{real.stem}_surprise.png", width=520)
+        report.picture(pictures / f"{real.stem}_surprise.png", width=840)
     else:
         report.text(f"{real[0].upper()}{real[1:]}.")
     report.heading("Which frames the head sees")

@@ -44,7 +44,8 @@ def answer_tokens(processor: Any, messages: list[dict[str, Any]], answer: str) -
     return processor.tokenizer(whole[len(prompt) :].rstrip(), add_special_tokens=False)["input_ids"]
 
 
-def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
+def prompt_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Of the tokens `[B, S]` of prompts that are padded on the left."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
@@ -54,9 +55,10 @@ def choice_log_likelihoods(
     last_logits: torch.Tensor,
     attention_mask: torch.Tensor,
     choices: Sequence[Sequence[Sequence[int]]],
+    next_positions: torch.Tensor | None = None,
 ) -> list[list[float]]:
     """The log-probabilities of `score_choices` alone."""
-    scores = score_choices(model, cache, last_logits, attention_mask, choices)
+    scores = score_choices(model, cache, last_logits, attention_mask, choices, next_positions)
     return [[log_likelihood for log_likelihood, _ in own] for own in scores]
 
 
@@ -66,6 +68,7 @@ def score_choices(
     last_logits: torch.Tensor,
     attention_mask: torch.Tensor,
     choices: Sequence[Sequence[Sequence[int]]],
+    next_positions: torch.Tensor | None = None,
 ) -> list[list[tuple[float, bool]]]:
     """Log-probability of each choice as a whole, given prompts that were read already.
 
@@ -74,6 +77,8 @@ def score_choices(
         last_logits: `[B, V]` at the last token of each prompt.
         attention_mask: `[B, S]` of the prompts.
         choices: for each prompt its choices as tokens.
+        next_positions: `[B]`, positions that the choices begin at, if tokens of the prompts were left out; by default the
+            prompts' lengths.
 
     Returns:
         for each prompt a pair for each choice: the number, and whether greedy decoding would give this choice.
@@ -90,7 +95,8 @@ def score_choices(
     if tokens.shape[1] > 1:
         cache.batch_select_indices(rows)
         mask = torch.cat([attention_mask[rows], exists[:, :-1].to(attention_mask.dtype)], dim=1)
-        position_ids = positions_of(mask)[:, -(tokens.shape[1] - 1) :]
+        first = attention_mask.sum(1) if next_positions is None else next_positions
+        position_ids = first[rows, None] + torch.arange(tokens.shape[1] - 1, device=device)
         rest = model(
             input_ids=tokens[:, :-1],
             attention_mask=mask,
@@ -146,7 +152,7 @@ def measure_batch(
     cache = DynamicCache(config=model.config.get_text_config()) if wants_choices else None
     outputs = model(
         **batch,
-        position_ids=positions_of(batch["attention_mask"]),
+        position_ids=prompt_positions(batch["attention_mask"]),
         past_key_values=cache,
         use_cache=wants_choices,
         return_reconstruction=wants_frames,

@@ -30,7 +30,7 @@ def bootstrap_interval(
     return [round(float(bound), 4) for bound in np.nanpercentile(values, [2.5, 97.5])]
 
 
-def _interval_of_mean(table: Sequence[Sequence[float]], settings: EvaluationSettings) -> list[float] | None:
+def interval_of_mean(table: Sequence[Sequence[float]], settings: EvaluationSettings) -> list[float] | None:
     """Of the mean over members of groups. `table` holds for each group the sum of its members and their number."""
     table = np.array(table)
     return bootstrap_interval(table, lambda indices: np.divide(*table[indices].sum(0)), settings)
@@ -80,7 +80,7 @@ def _summarize_answers(
         for hit, clip in pairs:
             sums[clip][0] += hit
             sums[clip][1] += 1
-        summary[f"{name}_interval"] = _interval_of_mean(list(sums.values()), settings)
+        summary[f"{name}_interval"] = interval_of_mean(list(sums.values()), settings)
     if "choice" in summary:
         summary["num_unparsable"] = sum(answer.get("choice", "") is None for answer in answers)
     return summary
@@ -160,5 +160,5 @@ def _summarize_frames(clips: Sequence[dict[str, list[float]]], settings: Evaluat
     else:
         summary["skill_interval"] = bootstrap_interval(sums, skill, settings)
     consistent = [[sum(clip["temporal_consistency"]), len(clip["temporal_consistency"])] for clip in clips]
-    summary["temporal_consistency_interval"] = _interval_of_mean(consistent, settings)
+    summary["temporal_consistency_interval"] = interval_of_mean(consistent, settings)
     return summary

@@ -5,6 +5,7 @@ read from the checkpoint itself: base model and relation, training recipe (train
 scripts/evaluate.py writes).
 """
 
+import importlib.metadata
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import yaml
 from evaluation_settings import weights_sha256
 from evaluation_tables import format_results
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from packaging.requirements import Requirement
 from transformers.utils import logging
 
 from llava_next_ar.hub_files import MODEL_TAGS, hub_id, is_library_card
@@ -31,9 +33,15 @@ GENERATED = "<!-- Generated from model_card.md and written again with every push
 # Keys of a recipe that say where things are on one computer, or who may push.
 _PRIVATE_KEYS = {
     *("model", "processor", "train_data", "eval_data", "video_root", "image_root", "output_dir", "logging_dir"),
-    *("resume_from_checkpoint", "run_name", "deepspeed", "fsdp_config", "report_to", "trackio_space_id", "project"),
+    *("resume_from_checkpoint", "run_name", "report_to", "project"),
+    *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+    *("deepspeed", "fsdp_config", "accelerator_config", "parallelism_config"),
     *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision", "hub_always_push"),
 }
+
+
+# What the code of a card needs, but for what these bring along.
+_NEEDED = ("torch", "transformers", "pillow", "av")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +55,8 @@ class CardOptions:
     relation: str | None = None
     """One of `RELATIONS`; read from the folder if None."""
     license: str | None = None
-    language: Sequence[str] = ("en",)
+    language: Sequence[str] = ()
+    """ISO 639 codes of what the model reads and writes."""
     datasets: Sequence[str] = ()
     """Hub ids of the training data."""
     results: Path | None = None
@@ -83,7 +92,7 @@ def build_card(
     tags = sorted({*MODEL_TAGS, *(["lora"] if adapter.get("peft_type") == "LORA" else [])})
     data = ModelCardData(
         license=options.license,
-        language=list(options.language),
+        language=list(options.language) or None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag=PIPELINE_TAG,
         base_model=base_model,
@@ -103,6 +112,7 @@ def build_card(
         relation=relation,
         base_model=base_model,
         base_revision=options.base_revision,
+        requirements=_requirements((*_NEEDED, "peft") if adapter else _NEEDED),
         has_head=HEAD in (adapter.get("modules_to_save") or ())
         if adapter
         else config.get("enable_autoregressive", False),
@@ -148,6 +158,12 @@ def _relation(adapter: dict[str, Any], config: dict[str, Any]) -> str:
     if adapter:
         return "adapter"
     return "quantized" if config.get("quantization_config") else "finetune"
+
+
+def _requirements(names: Sequence[str]) -> str:
+    """For pip: packages with the ranges that this one asks for."""
+    found = {one.name: one.specifier for one in map(Requirement, importlib.metadata.requires("llava-next-ar"))}
+    return " ".join(f'"{name}{found[name]}"' for name in names)
 
 
 def _recipe_text(recipe: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from evaluation_measures import answer_tokens, load_checkpoint, positions_of, score_choices
+from evaluation_measures import answer_tokens, load_checkpoint, prompt_positions, score_choices
 from evaluation_questions import prompt_sample
 from evaluation_settings import EvaluationSettings, resolved_revision
 from PIL import Image
@@ -287,7 +287,7 @@ class RequestAnswerer:
         ]
         outputs = self.model(
             **batch,
-            position_ids=positions_of(batch["attention_mask"]),
+            position_ids=prompt_positions(batch["attention_mask"]),
             past_key_values=DynamicCache(config=self.model.config.get_text_config()),
             use_cache=True,
             skip_reconstruction=True,

@@ -97,6 +97,7 @@ def push(folder: Path, repo_id: str, options: argparse.Namespace) -> CommitInfo 
         base_revision=base_revision,
         relation=options.relation,
         license=options.license or license_of_base,
+        language=options.language,
         datasets=options.dataset,
         results=options.results,
     )
@@ -159,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> CommitInfo | None:
     card.add_argument("--base-model", "--base_model", help="Hub id; needed for an adapter of a local folder")
     card.add_argument("--relation", choices=RELATIONS, help="to the base; read from the folder by default")
     card.add_argument("--license", help="such as apache-2.0; that of the base's card by default")
+    card.add_argument("--language", nargs="+", default=(), help="ISO 639 codes, such as en")
     card.add_argument("--dataset", nargs="+", default=(), help="Hub ids of the training data")
     card.add_argument(
         "--results", type=Path, help="JSON of scripts/evaluate.py; results.json of the folder by default"

@@ -1,8 +1,4 @@
-"""Pictures and a self-contained HTML page about what a model predicted; used by scripts/demo.py and scripts/evaluate.py.
-
-Features are shown as colours: their first three principal components as red, green and blue. One basis serves all
-rows of a picture, so that equal features have equal colours and a prediction can be compared with the truth by eye.
-"""
+"""A self-contained HTML page, and plots of training and evaluation; used by scripts/demo.py, evaluate.py and visualize.py."""
 
 import base64
 import html
@@ -12,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -20,80 +15,7 @@ from matplotlib.patches import Patch
 _GRAY, _LIGHT, _BLUE, _GREEN, _ORANGE = "#888888", "#cccccc", "#2563a8", "#4d9078", "#d2691e"
 
 
-# -- Features as colours
-
-
-def pca_colours(features: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """`[P_i, D]` arrays -> `[P_i, 3]` in 0 to 1, on the first three principal components of all of them together."""
-    stacked = np.concatenate(features).astype(np.float64)
-    mean = stacked.mean(0)
-    _, _, basis = np.linalg.svd(stacked - mean, full_matrices=False)
-    projected = (stacked - mean) @ basis[:3].T
-    low, high = np.percentile(projected, [1, 99], axis=0)
-    colours = np.clip((projected - low) / np.maximum(high - low, 1e-9), 0, 1)
-    return np.split(colours, np.cumsum([len(some) for some in features])[:-1])
-
-
-def unnormalise(frames: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """`[T, 3, H, W]` as the model takes it -> `[T, H, W, 3]` in 0 to 1."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
-    return (frames.float() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-
-
 # -- Figures
-
-
-def prediction_figure(frames: np.ndarray, prediction: Any, timestamps: Sequence[float], title: str) -> Figure:
-    """One column for each sampled frame: the frame, its true and predicted features, where the prediction is wrong.
-
-    Args:
-        frames: `[T, H, W, 3]` in 0 to 1.
-        prediction: a `NextFramePrediction` of this clip.
-        timestamps: seconds of each frame.
-    """
-    num_frames = len(frames)
-    targets, predictions, copies = (
-        [patches.float().numpy() for patches in some]
-        for some in (prediction.targets, prediction.predictions, prediction.copies)
-    )
-    # The first frame is never predicted; the copy baseline of the second one holds its features.
-    colours = pca_colours([copies[0], *targets, *predictions])
-    true_colours, predicted_colours = colours[: len(targets) + 1], colours[len(targets) + 1 :]
-    errors, copy_errors = (
-        [((a - b) ** 2).mean(-1) for a, b in zip(some, targets, strict=True)] for some in (predictions, copies)
-    )
-    largest = max(float(np.max(some)) for some in (*errors, *copy_errors))
-    rows = ("frame", "true\nfeatures", "predicted\nfeatures", "error", "error of\ncopying")
-    figure = Figure(figsize=(1.25 * num_frames + 1.2, 1.3 * len(rows) + 0.8), layout="constrained")
-    axes = figure.subplots(len(rows), num_frames, squeeze=False)
-    figure.suptitle(title, fontsize=11)
-    error_picture = None
-    for t in range(num_frames):
-        axes[0, t].imshow(frames[t])
-        axes[0, t].set_title(f"{timestamps[t]:.2f} s", fontsize=8)
-        grid = prediction.grids[max(t - 1, 0)]
-        axes[1, t].imshow(true_colours[t].reshape(*grid, 3), interpolation="nearest")
-        if t == 0:
-            for row in range(2, len(rows)):
-                axes[row, 0].set_facecolor("#eeeeee")
-                axes[row, 0].set_box_aspect(1)
-            continue
-        axes[2, t].imshow(predicted_colours[t - 1].reshape(*grid, 3), interpolation="nearest")
-        for row, some in ((3, errors), (4, copy_errors)):
-            error_picture = axes[row, t].imshow(
-                some[t - 1].reshape(grid), cmap="magma", vmin=0, vmax=largest, interpolation="nearest"
-            )
-            axes[row, t].set_xlabel(f"{some[t - 1].mean():.2f}", fontsize=8, labelpad=2)
-    for row, name in enumerate(rows):
-        axes[row, 0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
-    for ax in axes.flat:
-        ax.set_xticks([])
-        ax.set_yticks([])
-    if error_picture is not None:
-        bar = figure.colorbar(error_picture, ax=axes[3:, :], fraction=0.02, pad=0.01)
-        bar.set_label("squared error", fontsize=8)
-        bar.ax.tick_params(labelsize=7)
-    return figure
 
 
 def _smooth(values: Sequence[float], window: int) -> np.ndarray:
@@ -225,51 +147,46 @@ def gap_figure(by_horizon: dict[str, Any]) -> Figure:
     return figure
 
 
-def surprise_figure(prediction: Any, timestamps: Sequence[float], title: str) -> Figure:
-    """Error of each predicted frame relative to that of copying the last one."""
-    metrics = prediction.frame_metrics
-    figure = Figure(figsize=(6, 2.3), layout="constrained")
-    ax = figure.subplots()
-    times = [timestamps[t] for t in prediction.frame_index.tolist()]
-    ax.plot(times, metrics["mse"].tolist(), marker="o", markersize=4, color=_BLUE, label="prediction")
-    ax.plot(times, metrics["copy_mse"].tolist(), marker="o", markersize=4, color=_GRAY, label="copying the last frame")
-    ax.set(ylim=(0, None))
-    ax.set_title(title, fontsize=10)
-    ax.set_xlabel("seconds", fontsize=8)
-    ax.set_ylabel("mse", fontsize=8)
-    ax.tick_params(labelsize=7)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=8, frameon=False)
-    return figure
-
-
 # -- The page
 
 
-def _picture(png: bytes, alt: str, width: int | None = None) -> str:
-    data = base64.b64encode(png).decode("ascii")
-    size = f' style="width:{width}px"' if width else ""
-    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}"{size}>'
-
-
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}"
-    "img{max-width:100%;margin:.5em 0}table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right;"
-    "border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}"
-    "pre{background:#f5f5f5;padding:.8em;overflow-x:auto;font-size:13px}h2{margin-top:1.8em}"
-    ".note{color:#555}"
-)
+_STYLE = """\
+:root{color-scheme:light dark;--paper:#fff;--ink:#1f2328;--pale:#59636e;--line:#d9dee3;--shade:#f4f5f7;--link:#0969da}
+@media(prefers-color-scheme:dark){:root{--paper:#15191e;--ink:#e6e9ed;--pale:#9aa4af;--line:#343b44;--shade:#1f252c;--link:#6cb6ff}}
+body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:var(--ink);background:var(--paper)}
+h1,h2,li,p{overflow-wrap:anywhere}a{color:var(--link)}h2{margin-top:1.8em}h3{margin:1.6em 0 .3em}
+h2+p,h3+p{margin-top:.3em}
+figure,.wide{margin:.6em 0;overflow-x:auto}
+img{max-width:max(100%,40rem);height:auto;display:block;border-radius:4px;background:#fff}
+figcaption,.note{color:var(--pale)}
+table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid var(--line)}
+td:first-child,th:first-child{text-align:left}
+.facts td{text-align:left;vertical-align:top;overflow-wrap:anywhere}
+.facts td:first-child{white-space:nowrap;color:var(--pale)}
+pre{background:var(--shade);padding:.8em;overflow-x:auto;font-size:13px}
+"""
 
 
 class Report:
-    """Sections of text, tables, code and pictures, in the order in which they are added."""
+    """Sections of text, tables, code and pictures, in the order in which they are added.
+
+    The page is one file that asks for no other, follows the reader's choice of light or dark, and fits narrow screens:
+    what is too wide for them scrolls by itself.
+    """
 
     def __init__(self, title: str) -> None:
         self.title = title
         self._parts: list[str] = []
 
-    def heading(self, text: str) -> None:
-        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+    def heading(self, text: str, level: int = 2, anchor: str | None = None) -> None:
+        """`anchor` is what `contents` links to."""
+        place = "" if anchor is None else f' id="{html.escape(anchor)}"'
+        self._parts.append(f"<h{level}{place}>{html.escape(text)}</h{level}>")
+
+    def contents(self, anchors: dict[str, str]) -> None:
+        """Links to headings by their anchors, with their text."""
+        links = (f'<li><a href="#{html.escape(anchor)}">{html.escape(text)}</a>' for anchor, text in anchors.items())
+        self._parts.append(f"<ul>{''.join(links)}</ul>")
 
     def text(self, text: str, note: bool = False) -> None:
         self._parts.append(f"<p{' class=note' if note else ''}>{html.escape(text)}</p>")
@@ -279,25 +196,43 @@ class Report:
 
     def table(self, rows: Sequence[Sequence[str]]) -> None:
         """The first row is the header."""
-        head, *body = ("".join(f"<{{0}}>{html.escape(cell)}</{{0}}>" for cell in row) for row in rows)
-        lines = [head.replace("{0}", "th"), *(line.replace("{0}", "td") for line in body)]
-        self._parts.append("<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>")
+        head, *body = rows
+        lines = [_table_row(head, "th"), *(_table_row(row, "td") for row in body)]
+        self._parts.append(f'<div class="wide"><table>{"".join(lines)}</table></div>')
 
-    def picture(self, path: Path, width: int | None = None) -> None:
-        self._parts.append(_picture(path.read_bytes(), path.stem, width))
+    def facts(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Names and what they are, in a table without a header."""
+        lines = "".join(_table_row(row, "td") for row in rows)
+        self._parts.append(f'<div class="wide"><table class="facts">{lines}</table></div>')
+
+    def picture(self, path: Path, width: int | None = None, alt: str | None = None) -> None:
+        """A PNG file. `width` in pixels of the page; `alt` says what it shows to those who cannot see it."""
+        self._picture(path.read_bytes(), path.stem if alt is None else alt, width)
 
     def figure(self, figure: Figure, alt: str, width: int | None = None) -> None:
-        """A figure that is not in a file; `alt` says what it shows to those who cannot see it."""
+        """A figure that is not in a file."""
         buffer = io.BytesIO()
         # Without the date and version that matplotlib adds, equal results give equal pages.
         figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-        self._parts.append(_picture(buffer.getvalue(), alt, width))
+        self._picture(buffer.getvalue(), alt, width)
+
+    def _picture(self, png: bytes, alt: str, width: int | None) -> None:
+        data = base64.b64encode(png).decode("ascii")
+        size = f' style="width:{width}px"' if width else ""
+        self._parts.append(f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(alt)}"{size}></figure>')
 
     def write(self, path: Path) -> None:
         body = "\n".join(self._parts)
         title = html.escape(self.title)
         path.write_text(
-            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width,initial-scale=1">'
+            # Without it, browsers ask the server for an icon.
+            f'<link rel="icon" href="data:,"><title>{title}</title><style>{_STYLE}</style>'
             f"</head><body><h1>{title}</h1>\n{body}\n</body></html>\n",
             encoding="utf-8",
         )
+
+
+def _table_row(cells: Sequence[str], tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"

@@ -67,7 +67,9 @@ def step_memory(
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     is_mixed = compute_dtype != torch.float32
     per_parameter = next((n for name, n in OPTIMIZER_BYTES.items() if optimizer.startswith(name)), None)
-    saved = round(num_quantized * (compute_dtype.itemsize - QUANTIZED_BYTES))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # What is quantized would have the precision of the vocabulary, which is not and does not train either.
+    saved = round(num_quantized * (base.get_input_embeddings().weight.dtype.itemsize - QUANTIZED_BYTES))
     parts = {
         "weights": sum(map(_bytes, parameters)) - saved,
         "gradients": sum(map(_bytes, trained)),
@@ -76,7 +78,6 @@ def step_memory(
         ),
         "copies": sum(2 * p.numel() for p in trained if is_mixed and p.dtype == torch.float32 and p.ndim > 1),
     }
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config
     cast = copy.deepcopy(base).to(compute_dtype).train()
     text, vision = config.text_config, config.vision_config

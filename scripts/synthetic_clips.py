@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -231,6 +232,12 @@ def entries_of(clips: Sequence[Clip]) -> list[dict]:
         for clip in clips
         for question in clip.questions
     ]
+
+
+def training_mix(entries: Sequence[dict[str, Any]], one_in: int = 4) -> list[dict[str, Any]]:
+    """All questions about motion and every fourth one about color, the easy control, which needs no more."""
+    colors = [entry for entry in entries if entry["question_type"] == "color"]
+    return [entry for entry in entries if entry["question_type"] != "color"] + colors[::one_in]
 
 
 def chance_levels(entries: Sequence[dict]) -> dict[str, dict[str, float]]:

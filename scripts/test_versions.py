@@ -337,24 +337,26 @@ def run_environments(
             first = result
         else:
             shutil.rmtree(home / "venv", ignore_errors=True)
+        progress.write("  ".join(_row(result)))  # at once: all environments together take an hour and more
     return results, right, wrong
+
+
+def _row(result: Result) -> list[str]:
+    row = [result.environment.name, result.environment.python]
+    if result.not_run is not None:
+        return [*row, f"not run: {result.not_run}"]
+    numbers = (result.passed, result.failed, result.skipped, round(result.seconds))
+    return [*row, *(result.versions[package] for package in SHOWN), *map(str, numbers)]
 
 
 def report(results: Sequence[Result], right: Sequence[str], wrong: Sequence[str]) -> str:
     """The table, the reasons of skips, and the exchanges."""
     head = ("environment", "python", *SHOWN, "passed", "failed", "skipped", "seconds")
-    rows = [head]
-    for result in results:
-        row = [result.environment.name, result.environment.python]
-        if result.not_run is None:
-            numbers = (result.passed, result.failed, result.skipped, round(result.seconds))
-            row += [*(result.versions[package] for package in SHOWN), *map(str, numbers)]
-        rows.append((*row, *[""] * (len(head) - len(row))))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    for index, result in enumerate(results, start=1):
-        if result.not_run is not None:
-            lines[index] += f"  not run: {result.not_run}"
+    rows = [head, *map(_row, results)]
+    full = [row for row in rows if len(row) == len(head)]
+    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
+    widths[0] = max(len(row[0]) for row in rows)
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
     for result in results:
         lines += [f"skipped in {result.environment.name!r}: {reason}" for reason in sorted(result.skip_reasons)]
     return "\n".join([*lines, *right, *(f"WRONG: {line}" for line in wrong)])

@@ -20,7 +20,7 @@ SECONDS = 30  # that one input may take; milliseconds are usual, but the machine
 _VALUES = [
     *(None, True, False, -1, 0, 1, 2, 3, 5, 1000, 2**31, 2**70, -(2**70), 0.5, 1e308, math.nan, math.inf, -math.inf),
     *("", "x", "1", "../../etc/passwd", "average", "\x00", "é" * 50, [], {}, [None], [0], [-1, "x"], [[]], {"": None}),
-    *({"height": 0, "width": 0}, [0.5, 0.5], "http://127.0.0.1:1/x.mp4"),
+    *({"height": 0, "width": 0}, [0.5, 0.5], "http://127.0.0.1:1/x.mp4", "http://127.0.0.1:1/a b.mp4", "http://[::1"),
 ]
 
 

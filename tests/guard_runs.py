@@ -5,11 +5,14 @@ import json
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tiny import make_sample, tiny_model
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from llava_next_ar.training_llava_next_ar import (
@@ -37,8 +40,32 @@ def named_samples(config: Any, number: int, bad: int | None = None) -> list[dict
     return samples
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A sample that tells when it is read."""
+
+    index: int
+    sample: dict[str, Any]
+    read: list[int]
+
+    def read_sample(self) -> dict[str, Any]:
+        self.read.append(self.index)
+        return self.sample
+
+
+class Stream(IterableDataset):
+    """Samples in their order. `read`: which of them this process has read."""
+
+    def __init__(self, samples: list[dict[str, Any]]) -> None:
+        self.samples = samples
+        self.read: list[int] = []
+
+    def __iter__(self) -> Iterator[Unread]:
+        return iter([Unread(index, sample, self.read) for index, sample in enumerate(self.samples)])
+
+
 def train(
-    samples: list[dict[str, Any]],
+    samples: list[dict[str, Any]] | Stream,
     steps: int,
     bad_steps: BadStepPolicy | None = None,
     trainer_class: type[AutoregressiveTrainer] = AutoregressiveTrainer,
@@ -58,10 +85,11 @@ def train(
         defaults |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "logging_steps": 1, "report_to": "none"}
         defaults |= {"use_cpu": True, "disable_tqdm": True, "train_sampling_strategy": "sequential"}
         defaults |= {"ddp_find_unused_parameters": False, "max_steps": steps}
+        data = copy.deepcopy(samples)
         trainer = trainer_class(
             model,
             TrainingArguments(folder, **{**defaults, **options}),
-            copy.deepcopy(samples),
+            data,
             data_collator=LlavaVideoCollator(0),
             bad_steps=bad_steps,
             callbacks=[StopOnSigterm()],
@@ -83,29 +111,41 @@ def train(
             "processes": trainer.accelerator.num_processes,
             "steps": trainer.state.global_step,
             "checkpoints": sorted(path.name for path in Path(folder).glob("checkpoint-*")),
+            "read": data.read if isinstance(data, Stream) else None,
         }
 
 
 class Terminated(AutoregressiveTrainer):
-    """Only the second rank gets the signal, in the middle of the first step."""
+    """Only the second rank gets the signal, in the middle of the last step but one."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == 0 and self.args.process_index == 1:
+        if self.state.global_step == self.args.max_steps - 2 and self.args.process_index == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return super().training_step(*args, **kwargs)
 
 
+def whole_and_in_parts(
+    samples: list[dict[str, Any]] | Stream, steps: int, folder: Path, **options: Any
+) -> dict[str, dict[str, Any]]:
+    """A run; another that is stopped before its last step; and what finishes that one."""
+    options = {"dropout": 0.1, "logging_steps": steps, **options}
+    return {
+        "whole": train(samples, steps, **options),
+        "terminated": train(samples, steps, trainer_class=Terminated, folder=str(folder), **options),
+        "resumed": train(samples, steps, folder=str(folder), resume=True, **options),
+    }
+
+
 def run_on_ranks(folder: Path) -> dict[str, Any]:
-    """On two ranks, in three steps of 2 x 2 samples: the second step spoiled by the second rank's last batch; a run that
-    is stopped after the first step and resumed."""
+    """On two ranks, in steps of 2 x 2 of twelve samples: the second step spoiled by the second rank's last batch; runs
+    that are stopped and resumed, in a random order in the second epoch."""
     config = tiny_model().config
     spoiled, good = named_samples(config, 12, bad=7), named_samples(config, 12)
-    resumable = {"folder": str(folder / "terminated"), "dropout": 0.1, "logging_steps": 2}
     return {
         "skip": train(spoiled, 3, BadStepPolicy("skip")),
         "absent": train(good[:4] + good[8:], 2),
         "stop": train(spoiled, 3),
-        "whole": train(good, 3, dropout=0.1, logging_steps=2),
-        "terminated": train(good, 3, trainer_class=Terminated, **resumable),
-        "resumed": train(good, 3, resume=True, **resumable),
+        "in order": whole_and_in_parts(good, 3, folder / "in_order"),
+        "at random": whole_and_in_parts(good, 6, folder / "random", train_sampling_strategy="random"),
+        "stream": whole_and_in_parts(Stream(good), 3, folder / "stream"),
     }

@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 
 import demo
-import numpy as np
 import pytest
-import report
 from demo_folder import entries_of, make_demo_folder
 from tiny_checkpoint import word_tokenizer
 
@@ -72,14 +70,6 @@ def test_logs_are_told_from_other_output():
     assert demo._logged(line) == {"loss": 0.5, "main_loss": 0.25, "autoregressive_loss": 0.1, "epoch": 0.5}
     for other in ("saved to x", "{'train_loss': '1'}", "{'main_loss': broken", "main_loss 3"):
         assert demo._logged(other) is None
-
-
-def test_equal_features_have_equal_colours():
-    features = np.random.default_rng(0).normal(size=(9, 16))
-    a, b, c = report.pca_colours([features, features.copy(), features + 3 * features[0]])
-    assert np.array_equal(a, b) and not np.allclose(a, c)
-    assert a.min() >= 0 and a.max() <= 1
-    assert np.std(a, axis=0).min() > 0.05  # three components, all in use
 
 
 @pytest.mark.slow

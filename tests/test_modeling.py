@@ -1094,6 +1094,17 @@ def test_layers_behind_the_features_stay_frozen(tmp_path):
     assert all(p.requires_grad for p in reloaded.model.vision_tower.encoder.layers[0].parameters())
 
 
+def test_a_class_without_a_file_of_its_own_is_not_saved(tmp_path):
+    """Its code could not travel: the checkpoint would load on this computer only, or never."""
+    model = tiny_model()
+    model.__class__ = type("Mine", (type(model),), {"__module__": "__main__"})
+    with pytest.raises(
+        ValueError, match="Mine is defined in __main__, whose code cannot be saved: put it into a file"
+    ):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_files_hold_the_names_of_the_state_dict(tmp_path):
     """`Trainer` resumes with `load_state_dict`, which knows nothing of legacy names."""
     model = tiny_model()

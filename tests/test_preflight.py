@@ -10,6 +10,7 @@ import pytest
 import torch
 import train
 from memory_run import NUM_FRAMES, NUM_TARGETS, NUM_TEXT, NUM_VIDEOS, memory_config
+from preflight import examine
 from recipes import ModelArguments
 from step_memory import step_memory
 from test_train_script import CONFIGS
@@ -79,6 +80,8 @@ def test_what_would_fail_is_named_and_the_exit_code_says_so(work, capsys):
     assert check(work, capsys, "bad.json", "--on_bad_sample", "skip", "--max_bad_share", "0.25")[0] == 0
     code, report = check(work, capsys, "bad.json", "--on_bad_sample", "skip", "--max_bad_share", "0.2")
     assert code == 1 and "4 bad samples alone are more than max_bad_share=0.2 of 16" in report
+    stream = ("--streaming", "true", "--max_steps", "9")  # of which no share is known
+    assert check(work, capsys, "bad.json", "--on_bad_sample", "skip", "--max_bad_share", "0.2", *stream)[0] == 0
     code, report = check(work, capsys, "bad.json", "--on_bad_sample", "skip", "--max_bad_samples", "3")
     assert code == 1 and "4 bad samples alone are more than max_bad_samples=3" in report
     code, report = check(work, capsys, "good.json", "--max_length", "100")
@@ -112,8 +115,44 @@ def test_memory_by_part(tmp_path):
     assert step_memory(meta_model("head", tmp_path), **batch)["activations"] < 0.5 * parts["activations"]
     with_tower = step_memory(meta_model("full", tmp_path, freeze_vision_tower=False), **batch)
     assert with_tower["activations"] > parts["activations"] and with_tower["weights"] > parts["weights"]
-    adapters = step_memory(meta_model("lora", tmp_path), **batch)
+    lora = meta_model("lora", tmp_path)
+    adapters = step_memory(lora, **batch)
     assert adapters["gradients"] < parts["gradients"] and adapters["activations"] > 0.5 * parts["activations"]
+    # In four bits a weight takes half a byte and its share of the scales, whatever is computed in.
+    for options in ({}, {"compute_dtype": torch.bfloat16}):
+        plain = step_memory(lora, **batch, **options)
+        quantized = step_memory(lora, **batch, **options, num_quantized=10_000)
+        changed = {name: plain[name] - quantized[name] for name in plain if plain[name] != quantized[name]}
+        assert changed == {"weights": 40_000 - 5_160, "total": 40_000 - 5_160}
+    # A mask of bool, and what is added to the scores.
+    masked = step_memory(full, **batch, masked_length=1000)
+    assert masked["mask"] == 1000**2 * (1 + 4) and parts["mask"] == 0
+    assert masked["total"] == parts["total"] + masked["mask"]
+
+
+@pytest.mark.parametrize(
+    ("more", "has_mask"),
+    [
+        (("--packing", "true"), True),
+        (("--packing", "true", "--attn_implementation", "flash_attention_2"), False),
+        (("--packing", "false"), False),
+    ],
+)
+def test_a_packed_row_has_a_mask_where_attention_needs_one(work, capsys, more, has_mask):
+    _, report = check(work, capsys, "good.json", "--per_device_train_batch_size", "4", *more)
+    assert (", mask " in report) is has_mask
+
+
+def test_check_counts_what_will_be_in_four_bits(work, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "check_quantization", lambda args: None)  # there need be no GPU
+    monkeypatch.setattr(
+        train, "examine", lambda *args, **more: seen.append(more["num_quantized"]) or examine(*args, **more)
+    )
+    for quantized in ("true", "false"):
+        check(work, capsys, "good.json", "--trainable", "lora", "--merge_lora", "true", "--load_in_4bit", quantized)
+    text = LlavaNextARForConditionalGeneration(tiny_config()).model.language_model.layers
+    assert seen == [sum(p.numel() for name, p in text.named_parameters() if name.endswith("proj.weight")), 0]
 
 
 @pytest.mark.slow

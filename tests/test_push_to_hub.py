@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
 
 import hub_card
@@ -15,6 +16,7 @@ import yaml
 from card_metadata import check_card
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard, constants
+from test_hub_card import RESULTS
 from tiny import tiny_model
 from tiny_processor import tiny_processor
 from training_runs import make_samples
@@ -137,6 +139,9 @@ def test_damaged_and_ambiguous_weights_are_refused(folder):
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="holds model.safetensors and shards"):
         read_hub_folder(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a model and an adapter: delete adapter_config.json or"):
+        read_hub_folder(folder)
 
 
 @pytest.mark.parametrize("sizes", [("50GB", "90KB"), ("90KB", "50GB"), ("40KB", "90KB")])
@@ -155,6 +160,13 @@ def test_a_save_over_an_older_one_leaves_no_weights_of_it(tmp_path, sizes):
         else {"model.safetensors"}
     )
     assert weights == expected and (size == "50GB") == (len(weights) == 1)
+
+
+def test_a_save_beside_an_adapter_says_which_of_the_two_loads(tmp_path, caplog):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    tiny_model().save_pretrained(tmp_path)
+    assert f"{tmp_path} holds an adapter too, and from_pretrained loads that instead" in caplog.text
+    assert (tmp_path / "adapter_config.json").is_file()  # it may be the adapter of this very model
 
 
 def test_stale_files():
@@ -316,28 +328,6 @@ def test_what_cannot_be_loaded_is_named(hub, folder, monkeypatch, auto_class):
 
 # ---- the card -------------------------------------------------------------------------------------------------------
 
-FRAMES = {
-    **{"num_videos": 2, "num_frames": 6, "mse": 0.5, "copy_mse": 1.0, "skill": 0.5, "cosine": 0.9},
-    **{"temporal_consistency": 0.3, "temporal_consistency_chance": 0.125},
-}
-RESULTS = {
-    "settings": {
-        **{"data": "clips/test.json", "dtype": "float32", "num_frames": None, "max_samples": None},
-        "frame_order": "natural",
-    },
-    "versions": {"python": "3.11", "torch": "2.13", "transformers": "5.23"},
-    "model": {"id": "out", "revision": None, "weights_sha256": None},
-    "question_answering": {
-        "all": {"num_questions": 4, "chance": 0.25, "best_guess": 0.5, "exact": 0.75, "exact_interval": [0.5, 1.0]},
-        "by_type": {},
-    },
-    "reconstruction": {**FRAMES, "horizon": 1, "by_horizon": {"1": {**FRAMES, "by_gap": []}}},
-    "num_bad_samples": 0,
-    "bad_samples": [],
-    "seconds": 1.0,
-    "answers": [],
-}
-
 
 def write_recipe(folder: Path, **more: object) -> None:
     recipe = {
@@ -356,7 +346,6 @@ def test_the_card_says_what_the_folder_does(hub, folder):
     card = ModelCard(hub.repo("ann/model").files()["README.md"].decode())
     assert card.data.to_dict() == {
         "license": "apache-2.0",
-        "language": ["en"],
         "library_name": "transformers",
         "pipeline_tag": "video-text-to-text",
         "base_model": "llava-hf/base",
@@ -410,6 +399,7 @@ def test_the_code_of_a_card_runs_as_it_stands(hub, folder, tmp_path, monkeypatch
     if kind == "adapter":
         assert (data.base_model, data.base_model_relation, data.library_name) == ("ann/model", "adapter", "peft")
         assert f'pinned = {{"revision": "{hub.repo("ann/model").resolve("main").oid}", ' in block
+        assert re.search(r'^pip install .*"peft>=', content, re.MULTILINE)
 
 
 def test_a_card_that_somebody_wrote_is_kept(hub, folder, capsys):
@@ -420,8 +410,9 @@ def test_a_card_that_somebody_wrote_is_kept(hub, folder, capsys):
     push(folder, "ann/model", "--message", "again")
     assert hub.repo("ann/model").files()["README.md"] == b"---\nlicense: mit\n---\nMine.\n"
     assert "README.md (the Hub's was written by hand; --overwrite-card replaces it)" in capsys.readouterr().out
-    push(folder, "ann/model", "--overwrite-card", "--license", "apache-2.0")
-    assert hub_card.GENERATED in hub.repo("ann/model").files()["README.md"].decode()
+    push(folder, "ann/model", "--overwrite-card", "--license", "apache-2.0", "--language", "en", "de")
+    card = ModelCard(hub.repo("ann/model").files()["README.md"].decode())
+    assert hub_card.GENERATED in card.text and card.data.language == ["en", "de"]
 
 
 @pytest.mark.parametrize(
@@ -472,6 +463,27 @@ def test_an_adapter_of_a_local_folder_needs_to_be_told_its_base(hub, folder, tmp
     assert "config.json" not in hub.repo("ann/adapter").files()
     loaded = AutoModelForImageTextToText.from_pretrained("ann/adapter", trust_remote_code=True)
     assert any("lora_A" in name for name in loaded.state_dict())
+
+
+def test_an_adapter_whose_base_others_cannot_find_is_refused(hub, tmp_path, monkeypatch):
+    """Also one that looks like an id: whoever takes that name on the Hub would run code wherever the adapter is loaded."""
+
+    def commit(base: str) -> None:
+        config = json.dumps({"base_model_name_or_path": base}).encode()
+        commit_files("ann/adapter", {"adapter_config.json": config}, commit_message="adapter")
+
+    HfApi().create_repo("adapter")
+    (tmp_path / "outputs" / "run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for base in ("ann/none", "outputs/run", str(tmp_path / "outputs" / "run"), "/gone/away"):
+        with pytest.raises(ValueError, match=f"the adapter's base '{base}' is not on the Hub"):
+            commit(base)
+    with pytest.raises(ValueError, match="ann/adapter is the base of the adapter, which would replace it"):
+        commit("ann/adapter")
+    assert hub.repo("ann/adapter").titles() == ["initial commit"]
+    HfApi().create_repo("base")
+    commit("ann/base")
+    assert hub.repo("ann/adapter").titles() == ["adapter", "initial commit"]
 
 
 def test_hub_ids(tmp_path, monkeypatch):
@@ -580,20 +592,61 @@ def test_a_failed_push_during_the_training_is_told_and_does_not_stop_it(hub, tmp
     assert "a push during the training failed" in caplog.text and "403" in caplog.text
 
 
-def test_the_trainer_pushes_a_complete_adapter(hub, folder, tmp_path):
+def test_a_failed_push_is_told_before_the_next_begins_and_does_not_stop_it(hub, tmp_path, caplog, monkeypatch):
+    begun = []
+
+    def commit(repo_id, files, *, commit_message, **options):
+        begun.append((commit_message, "a push during the training failed: no space" in caplog.text))
+        if len(begun) == 1:
+            raise OSError("no space")
+
+    def run_at_once(api, function, *arguments, **options):
+        future = Future()
+        try:
+            future.set_result(function(*arguments, **options))
+        except OSError as error:
+            future.set_exception(error)
+        return future
+
+    monkeypatch.setattr("llava_next_ar.training_hub.commit_files", commit)
+    monkeypatch.setattr(HfApi, "run_as_future", run_at_once)
+    make_trainer(tmp_path / "run", save_strategy="steps", save_steps=1, hub_strategy="every_save").train()
+    assert begun == [("Training in progress, step 1", False), ("Training in progress, step 2", True)]
+    assert not list((tmp_path / "run").glob("_pushing_*"))
+
+
+def test_an_adapter_of_a_local_base_names_its_whole_path(hub, folder, tmp_path, monkeypatch):
+    """So that it loads from any folder; without the module that the class had in this process."""
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer(tmp_path / "lora", adapter_of="run")
+    trainer.save_model(_internal_call=True)  # without a push, which would ask for the base
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["auto_mapping"]) == (str(folder), None)
+    monkeypatch.chdir(tmp_path / "lora")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "lora", trust_remote_code=True)
+    assert any("lora_A" in name for name in loaded.state_dict())
+
+
+def test_the_trainer_pushes_a_complete_adapter(hub, folder, tmp_path, caplog):
+    """During the training too: PEFT's card named the base by its folder, and the Hub refused every push."""
     push(folder, "ann/base", "--license", "apache-2.0")
     snapshot = huggingface_hub.snapshot_download("ann/base")
     trainer = make_trainer(tmp_path / "lora", adapter_of=snapshot, save_strategy="steps", save_steps=1)
     trainer.train()
+    trainer._finish_current_push()
+    assert "a push during the training failed" not in caplog.text
+    assert "Training in progress, step 1" in hub.repo("ann/lora").titles()
+    assert ModelCard(hub.repo("ann/lora").files()["README.md"].decode()).data.base_model == "ann/base"
     checkpoint = read_hub_folder(tmp_path / "lora" / "checkpoint-2")
     assert {"modeling_llava_next_ar.py", "configuration_llava_next_ar.py"} <= checkpoint.files.keys()
     trainer.push_to_hub(blocking=False).result()
     names = MODEL_NAMES - {"config.json", "generation_config.json", "model.safetensors"}
     assert pushed_names(hub, "ann/lora") == names | {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     config = json.loads(hub.repo("ann/lora").files()["adapter_config.json"])
-    assert config["base_model_name_or_path"] == "ann/base"
+    assert (config["base_model_name_or_path"], config["auto_mapping"]) == ("ann/base", None)
     card = ModelCard(hub.repo("ann/lora").files()["README.md"].decode())
     assert card.data.base_model == "ann/base" and card.data.library_name == "peft"
+    assert not any(str(tmp_path).encode() in content for content in hub.repo("ann/lora").files().values())
     loaded = AutoModelForImageTextToText.from_pretrained("ann/lora", trust_remote_code=True)
     state = {
         name.replace(".default", ""): value for name, value in trainer.model.base_model.model.state_dict().items()

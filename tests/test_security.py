@@ -5,6 +5,7 @@ but what was asked for. The data: no file but the one that was named, no network
 """
 
 import ast
+import base64
 import json
 import os
 import subprocess
@@ -322,8 +323,10 @@ def test_a_program_is_not_run_for_a_frame(tmp_path, monkeypatch):
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
     with pytest.raises(VideoReadError, match="cannot identify image file"):
         load_video([path, path])
-    with pytest.raises(ValueError, match="cannot load image .*cannot identify"):
-        load_images(str(path))
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    for source in (str(path), f"data:image/png;base64,{encoded}", encoded):
+        with pytest.raises(ValueError, match="cannot load image .*cannot identify"):
+            load_images(source)
     with pytest.raises(OSError, match="cannot identify"), path.open("rb") as file:
         open_image(file)
 

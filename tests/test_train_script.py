@@ -285,6 +285,15 @@ def test_the_command_line_wins_over_the_recipe():
     assert sections["autoregressive_config"] == {"loss_weight": 0.5, "num_hist": 7, "num_layers": 3, "num_heads": 8}
 
 
+def test_no_as_a_strategy_is_no_although_yaml_reads_false(tmp_path):
+    strategies = ("save_strategy", "eval_strategy", "logging_strategy")
+    (tmp_path / "recipe.yaml").write_text("".join(f"{name}: no\n" for name in strategies) + "bf16: no\n")
+    common = ["--config", str(tmp_path / "recipe.yaml"), "--model", "m", "--train_data", "d"]
+    for more in ([], [word for name in strategies for word in (f"--{name}", "no")]):
+        _, _, _, args, _, _ = recipes.parse_arguments([*common, "--output_dir", str(tmp_path), *more])
+        assert [getattr(args, name) for name in strategies] == ["no"] * 3 and args.bf16 is False
+
+
 @pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
 def test_recipes_name_activation_checkpointing_as_the_installed_transformers_does(name, monkeypatch):
     monkeypatch.setattr(recipes, "ACTIVATION_CHECKPOINTING", name)
@@ -307,6 +316,11 @@ def test_recipes_name_activation_checkpointing_as_the_installed_transformers_doe
             "autoregressive_config.num_hist is given twice",
         ),
         (["5"], "expected --key before '5'"),
+        (["--streaming", "true"], "streaming: true needs max_steps"),
+        (
+            ["--streaming", "true", "--max_steps", "5", "--train_sampling_strategy", "group_by_length"],
+            "group_by_length needs all lengths, which a stream does not know",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line(arguments, message, capsys):

@@ -368,11 +368,20 @@ def test_ranks_stop_together_and_say_why(steps):
     assert error["step"] == 2 and "batch 1 of rank 1 (loss nan): clip 7." in error["message"]
 
 
-def test_ranks_stop_together_when_one_is_terminated_and_go_on_exactly(steps):
-    whole, terminated, resumed = (steps["guards"][name] for name in ("whole", "terminated", "resumed"))
-    assert (terminated["steps"], terminated["checkpoints"], terminated["log"]) == (1, ["checkpoint-1"], [])
-    assert resumed["log"] == whole["log"] and [entry["step"] for entry in whole["log"]] == [2]
+# Stopped after step 5 of 6, in the second epoch, accelerate would go on in the order of the first.
+@pytest.mark.parametrize(("kind", "num_steps"), [("in order", 3), ("at random", 6), ("stream", 3)])
+def test_ranks_stop_together_when_one_is_terminated_and_go_on_exactly(steps, kind, num_steps):
+    whole, terminated, resumed = (steps["guards"][kind][name] for name in ("whole", "terminated", "resumed"))
+    stop = num_steps - 1
+    assert (terminated["steps"], terminated["checkpoints"], terminated["log"]) == (stop, [f"checkpoint-{stop}"], [])
+    assert resumed["log"] == whole["log"] and [entry["step"] for entry in whole["log"]] == [num_steps]
     assert all(torch.equal(resumed["weights"][name], value) for name, value in whole["weights"].items())
+
+
+def test_ranks_read_nothing_of_a_stream_that_they_have_trained_on(steps):
+    runs = steps["guards"]["stream"]
+    assert runs["whole"]["read"] == [0, 2, 4, 6, 8, 10]  # of the first rank
+    assert runs["resumed"]["read"] == [8, 10]
 
 
 def test_a_plain_trainer_survives_a_step_without_any_label(tmp_path):

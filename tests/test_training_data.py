@@ -3,8 +3,11 @@
 import itertools
 import json
 import pickle
+import shutil
+import tracemalloc
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import datasets
@@ -12,20 +15,20 @@ import numpy as np
 import pytest
 import recipes
 import torch
-from accelerate.data_loader import IterableDatasetShard
+from accelerate.data_loader import DataLoaderShard, IterableDatasetShard
 from PIL import Image
 from tiny import tiny_model
 from tiny_processor import tiny_processor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from training_runs import KeepGradients, difference
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from video_clips import cut, picture, write_clip
 
 from llava_next_ar import training_samples, video_frames
 from llava_next_ar.bad_samples import BadSample, BadSampleError, BadSampleLedger, TooManyBadSamplesError
-from llava_next_ar.training_collator import LlavaVideoCollator
+from llava_next_ar.training_collator import LlavaVideoCollator, first_batches_unread, read_samples
 from llava_next_ar.training_data import LlavaVideoDataset, load_training_data
-from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer
+from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer, last_complete_checkpoint
 from llava_next_ar.training_mixture import EpochSampler, LlavaVideoMixture
 from llava_next_ar.training_sources import DataSource, JsonEntries
 from llava_next_ar.training_stream import LlavaVideoStream
@@ -131,6 +134,29 @@ def test_frames_saved_by_numpy_are_a_video(processor, root):
         [{"video": "frames.npy"}, {"video": np.load(root / "frames.npy")}], processor, video_root=root
     )
     assert saved["pixel_values_videos"].shape[1] == 5 and same(saved, images)
+
+
+def write_empty_frames(path: Path, num_frames: int, *, size: int) -> None:
+    """A numpy file whose header claims frames of 48 x 64, with `size` bytes after it that take no place on the disk."""
+    with open(path, "wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (num_frames, 48, 64, 3)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + size)
+
+
+def test_of_frames_saved_by_numpy_only_those_sampled_are_read_whatever_the_header_claims(processor, tmp_path):
+    of_one = 48 * 64 * 3
+    write_empty_frames(tmp_path / "long.npy", 10**5, size=10**5 * of_one)
+    write_empty_frames(tmp_path / "claims.npy", 10**12, size=of_one)
+    long = LlavaVideoDataset([{"video": "long.npy"}], processor, video_root=tmp_path)
+    tracemalloc.start()
+    sample, (length,) = long[0], long.lengths()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sample["pixel_values_videos"].shape[1] == 5 and length == len(sample["input_ids"])
+    assert peak < 1000 * of_one
+    with pytest.raises(BadSampleError, match="claims.npy.*mmap length is greater than file size"):
+        LlavaVideoDataset([{"video": "claims.npy"}], processor, video_root=tmp_path)[0]
 
 
 def test_entries_of_a_file_are_one_block_of_memory_or_none(tmp_path):
@@ -354,6 +380,88 @@ def test_a_stream_resumes_exactly(entries, processor, root, tmp_path, num_worker
 
     workers = {"dataloader_num_workers": num_workers, "gradient_accumulation_steps": 2 - num_workers // 2}
     _resumed_and_whole(make_data, tmp_path, steps=4, stop=2, **workers)
+
+
+class PutBack(TrainerCallback):
+    """Moves files back when the epoch that a run was resumed in is over."""
+
+    def __init__(self, away: Path, folder: Path) -> None:
+        self.away, self.folder, self.epochs = away, folder, 0
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.epochs += 1
+        if self.epochs == 2:
+            for path in self.away.iterdir():
+                path.rename(self.folder / path.name)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "stop", "options"),
+    [
+        (0, 2, {"gradient_accumulation_steps": 2}),
+        (1, 4, {}),
+        (2, 2, {"gradient_accumulation_steps": 2, "dataloader_persistent_workers": True}),
+        (2, 14, {"dataloader_persistent_workers": True}),  # in the second of three epochs of twelve steps
+    ],
+)
+def test_a_resumed_stream_opens_no_media_that_were_trained_on(processor, root, tmp_path, num_workers, stop, options):
+    """What was trained on is not even there any more; bad samples are known from the first run."""
+    media, away = tmp_path / "media", tmp_path / "away"
+    media.mkdir(), away.mkdir()
+    is_endless = stop < 12
+    count = 36 if is_endless else 24  # workers are far ahead, and must not come to what is gone a second time
+    for index in range(count):
+        if index not in (5, 17):
+            shutil.copy(root / "short.mp4", media / f"{index}.mp4")
+    data = [{"video": f"{i}.mp4", "conversations": turns("<video>\nWhat?", f"{i:03d}")} for i in range(count)]
+    path = write_lines(tmp_path / "data.jsonl", data)
+    steps, in_epoch = (stop + 2, stop + 2) if is_endless else (26, 12)
+
+    def make_data() -> LlavaVideoStream:
+        ledger = BadSampleLedger(tmp_path / "bad.jsonl", max_samples=2)
+        return LlavaVideoStream(
+            str(path), processor, video_root=media, shuffle_buffer=4, bad_samples=ledger, repeat=is_endless
+        )
+
+    def run(folder: Path, *callbacks: TrainerCallback) -> tuple[list[float], dict[str, torch.Tensor]]:
+        given = {"save_strategy": "steps", "save_steps": stop, "dataloader_num_workers": num_workers, **options}
+        args = arguments(folder, max_steps=steps, **given)
+        trainer = AutoregressiveTrainer(tiny_model(), args, make_data(), callbacks=list(callbacks))
+        trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+        return [log["loss"] for log in trainer.state.log_history if "loss" in log], trainer.model.state_dict()
+
+    losses, weights = run(tmp_path / "run")
+    bad = (tmp_path / "bad.jsonl").read_text()
+    for step in range(stop + 1, steps + 1):
+        shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}", ignore_errors=True)
+    order = make_data()
+    order.set_epoch(stop // in_epoch)
+    num_batches = stop % in_epoch * options.get("gradient_accumulation_steps", 1)
+    trained_on = [sample.index for sample in itertools.islice(order, 2 * num_batches)]
+    for index in {*trained_on} - {5, 17}:
+        (media / f"{index}.mp4").rename(away / f"{index}.mp4")
+    resumed_losses, resumed_weights = run(tmp_path / "run", PutBack(away, media))
+    assert len(losses) == steps and len({*losses}) > steps // 2 and resumed_losses == losses
+    assert all(torch.equal(resumed_weights[name], tensor) for name, tensor in weights.items())
+    assert (tmp_path / "bad.jsonl").read_text() == bad and 5 in trained_on and 17 not in trained_on
+
+
+class Uneven(IterableDataset):
+    """Unread numbers, of which the first worker has but two: of five batches the last three are the second worker's."""
+
+    def __iter__(self):
+        own = get_worker_info().id
+        return (SimpleNamespace(read_sample=lambda n=n: n) for n in range(10 * own, 10 * own + (2, 7)[own]))
+
+
+def test_no_batch_stays_unread_that_may_be_needed():
+    expected = [[0, 1], [10, 11], [12, 13], [14, 15], [16]]
+    for in_order, num_batches, read in ((True, 2, expected[2:]), (True, 4, expected[3:]), (False, 4, expected)):
+        loader = DataLoaderShard(Uneven(), batch_size=2, num_workers=2, collate_fn=read_samples, in_order=in_order)
+        with first_batches_unread(loader, num_batches):
+            batches = list(loader)
+        assert len(batches) == 5 and sorted(b for b in batches if isinstance(b, list)) == read
+        assert list(loader) == expected or not in_order  # and no other pass leaves any out
 
 
 def test_refusals_of_a_stream(processor, tmp_path):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import resume_runs
 import torch
@@ -199,6 +200,56 @@ def test_a_model_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     assert not list(folder.glob("model-*")) and not staged.exists() and (folder / "mine.txt").exists()
 
 
+@pytest.fixture
+def saved(tmp_path) -> dict[str, Path]:
+    """A model, and an adapter whose base is elsewhere, each beside a card of its own."""
+    folders = {name: tmp_path / name for name in ("base", "model", "adapter")}
+    for name in ("base", "model"):
+        tiny_model(seed=len(name)).save_pretrained(folders[name])
+    model = peft.get_peft_model(tiny_model(seed=4), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.peft_config["default"].base_model_name_or_path = str(folders["base"])
+    model.save_pretrained(folders["adapter"])
+    for name in ("model", "adapter"):
+        (folders[name] / "README.md").write_text(name)
+    return folders
+
+
+@pytest.mark.parametrize(("old", "new"), [("adapter", "model"), ("model", "adapter")])
+def test_a_model_in_the_place_of_an_adapter_is_what_loads_and_the_other_way_round(saved, tmp_path, old, new):
+    folder = Path(shutil.copytree(saved[old], tmp_path / "run"))
+    (folder / "mine.txt").write_text("stays")
+    replace_model(shutil.copytree(saved[new], folder / "_unfinished"), folder)
+    assert (folder / "README.md").read_text() == new and (folder / "mine.txt").exists()
+    weights = {"model": "model.safetensors", "adapter": "adapter_model.safetensors"}
+    assert (folder / weights[new]).read_bytes() == (saved[new] / weights[new]).read_bytes()
+    assert not (folder / weights[old]).exists() and (folder / "adapter_config.json").exists() is (new == "adapter")
+    expected, loaded = (
+        AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True) for path in (saved[new], folder)
+    )
+    assert loaded.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
+
+
+def test_what_is_saved_without_weights_leaves_those_that_are_there(saved, tmp_path):
+    # FSDP's shards stay in checkpoints; a card beside them once deleted the weights of the folder.
+    folder = Path(shutil.copytree(saved["model"], tmp_path / "run"))
+    staged = folder / "_unfinished"
+    staged.mkdir()
+    (staged / "README.md").write_text("new")
+    replace_model(staged, folder)
+    assert (folder / "README.md").read_text() == "new" and not staged.exists()
+    assert (folder / "model.safetensors").read_bytes() == (saved["model"] / "model.safetensors").read_bytes()
+
+
+def test_an_adapter_does_not_replace_its_own_base(saved, tmp_path):
+    (tmp_path / "link").symlink_to(saved["base"])
+    staged = Path(shutil.copytree(saved["adapter"], saved["base"] / "_unfinished"))
+    before = {path: path.read_bytes() for path in saved["base"].rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="is the base of the adapter"):
+        replace_model(staged, tmp_path / "link")
+    assert before == {path: path.read_bytes() for path in saved["base"].rglob("*") if path.is_file()}
+
+
 def test_a_run_that_was_killed_in_its_last_save_takes_no_further_step(copied):
     # 5 steps end in the middle of an epoch, where Trainer would have made a sixth.
     before = (copied / "model.safetensors").read_bytes()
@@ -288,6 +339,31 @@ def test_sigterm_saves_at_the_end_of_the_step_and_stops(finished, tmp_path):
     again.train(resume_from_checkpoint=True)
     losses = [entry for entry in again.state.log_history if "loss" in entry]
     assert losses == [entry for entry in read_log(finished / "checkpoint-5") if "loss" in entry]
+
+
+def break_off(*args, **kwargs):
+    raise RuntimeError("broken off")
+
+
+def test_sigterm_means_what_it_meant_after_an_error_too(tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGTERM)
+    trainer = make_trainer(tmp_path, "full", max_steps=1, save_strategy="no")
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "training_step", break_off)
+        with pytest.raises(RuntimeError, match="broken off"):
+            trainer.train()
+    assert signal.getsignal(signal.SIGTERM) is handler
+    stop = StopOnSigterm()
+    plain = Trainer(trainer.model, trainer.args, trainer.data_collator, trainer.train_dataset, callbacks=[stop])
+    with monkeypatch.context() as patched:
+        patched.setattr(plain, "training_step", break_off)
+        with pytest.raises(RuntimeError, match="broken off"):
+            plain.train()
+    assert signal.getsignal(signal.SIGTERM) == stop._request  # nobody told it
+    plain.train()  # and is not taken for the one from before
+    assert signal.getsignal(signal.SIGTERM) is handler
+    stop.restore()
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_sigterm_works_with_a_plain_trainer(tmp_path):

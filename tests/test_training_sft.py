@@ -11,7 +11,9 @@ from training_runs import KeepGradients, difference, make_samples, one_step
 from transformers import AutoModelForImageTextToText, TrainingArguments
 
 from llava_next_ar import modeling_llava_next_ar, video_language_model
-from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer, LlavaVideoCollator
+from llava_next_ar.training_guards import StepGuard
+from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer, LlavaVideoCollator, LlavaVideoDataset
+from llava_next_ar.training_mixture import LlavaVideoMixture
 
 trl = pytest.importorskip("trl", reason="TRL is not installed (pip install trl)")
 from llava_next_ar import training_sft  # noqa: E402
@@ -108,6 +110,38 @@ def test_evaluation_and_checkpoints_are_those_of_the_autoregressive_trainer(tmp_
     trainer.train()
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "sft" / "checkpoint-1", trust_remote_code=True)
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_names_mixtures_and_lengths_are_those_of_the_real_data_sets(tmp_path, monkeypatch):
+    """The indices that TRL is given instead have no names, know no epochs and are all equally long."""
+    seen: list[list[list[str | None]]] = []
+    begin = StepGuard.begin
+
+    def spy(self, batches):
+        begin(self, batches)
+        seen[-1] += self._names
+
+    monkeypatch.setattr(StepGuard, "begin", spy)
+    processor = tiny_processor(tiny_model().config)
+    texts = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * i}]}
+        for i in range(1, 11)
+    ]
+    options = {
+        **OPTIONS,
+        "max_steps": 8,
+        "per_device_train_batch_size": 2,
+        "train_sampling_strategy": "group_by_length",
+    }
+    plain, sft = TrainingArguments(tmp_path, **options), config(tmp_path, 2, **options)
+    for trainer_class, args in ((AutoregressiveTrainer, plain), (training_sft.AutoregressiveSFTTrainer, sft)):
+        seen.append([])
+        parts = [LlavaVideoDataset(texts[start::2], processor) for start in range(2)]
+        data = LlavaVideoMixture(parts, [1.0, 0.6])
+        trainer_class(tiny_model(), args, data).train()
+    assert seen[0] == seen[1] and len(seen[0]) == 8
+    epochs = [sorted(sum(half, [])) for half in (seen[0][:4], seen[0][4:])]
+    assert epochs[0] != epochs[1] and all(name.startswith("sample ") for name in epochs[0])
 
 
 def test_adapters_of_trl_train_the_head_too(tmp_path):

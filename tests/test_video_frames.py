@@ -90,6 +90,12 @@ def test_urls(clip):
                 self.send_header("Content-Length", "100000")
                 self.end_headers()
                 self.wfile.write(b"x" * 1000)
+            elif self.path == "/odd_length.mp4":
+                self.send_response(200)
+                self.send_header("Content-Length", "many")
+                self.end_headers()
+            elif self.path == "/no_http.mp4":
+                self.wfile.write(b"Good morning!\r\n\r\n")
             else:
                 super().do_GET()
 
@@ -101,11 +107,21 @@ def test_urls(clip):
         for url in (f"{base}/{clip.name}", clip.as_uri()):
             video = load_video(url, FOUR)
             assert torch.equal(video.frames, expected.frames) and video.source == url
-        with pytest.raises(VideoReadError, match=f"{base}/nothing.mp4: download failed: .*404"):
-            load_video(f"{base}/nothing.mp4")
-        with pytest.raises(VideoReadError, match="download"):
-            load_video(f"{base}/cut.mp4")
+        for name, cause in (
+            ("nothing.mp4", "failed: .*404"),
+            ("cut.mp4", "stopped after 1000 of 100000 bytes"),
+            ("odd_length.mp4", "failed: .*'many'"),
+            ("no_http.mp4", "failed: Good morning!"),  # http.client.BadStatusLine, which is no OSError
+            ("a b.mp4", "failed: URL can't contain control characters"),
+        ):
+            with pytest.raises(VideoReadError, match=f"{base}/{name}: download {cause}"):
+                load_video(f"{base}/{name}")
         server.shutdown()
+
+
+def test_what_cannot_be_a_url_is_named():
+    with pytest.raises(VideoReadError, match=r"cannot read video http://\[::1: no such file"):
+        load_video("http://[::1")
 
 
 def test_arrays_of_any_layout(pictures):

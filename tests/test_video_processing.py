@@ -1,5 +1,6 @@
 """LlavaNextARVideoProcessor: the pixels of the original, every kind of input, every option, and clear refusals."""
 
+import base64
 import io
 import json
 from pathlib import Path
@@ -234,6 +235,23 @@ def test_ambiguous_channels_follow_the_input_data_format():
     first = pixels(video, do_resize=False, input_data_format="channels_first")
     last = pixels(video, do_resize=False, input_data_format="channels_last")
     assert first.shape == (1, 6, 3, 8, 3) and last.shape == (1, 6, 3, 3, 8)
+
+
+def test_images_come_from_files_and_base64_alike(tmp_path):
+    picture = Image.fromarray(frames(1)[0])
+    picture.save(tmp_path / "a.png")
+    encoded = base64.encodebytes((tmp_path / "a.png").read_bytes()).decode()  # in lines
+    sources = [tmp_path / "a.png", [str(tmp_path / "a.png")], encoded, f"data:image/png;base64,{encoded}"]
+    loaded = video_inputs.load_images(sources)
+    assert [np.array(image).tolist() for image in (loaded[0], loaded[1][0], *loaded[2:])] == [
+        np.array(picture).tolist()
+    ] * 4
+
+
+@pytest.mark.parametrize("text", ["gone.png", "data:image/png;base64,iVBO%", "iVBOR", "data:video/mp4;base64,AAAA"])
+def test_what_is_neither_a_file_nor_base64_is_named(text):
+    with pytest.raises(ValueError, match=f"cannot load image '{text}': there is no such file, and it is no base64"):
+        video_inputs.load_images([text])
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(sum))

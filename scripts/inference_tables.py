@@ -1,0 +1,213 @@
+"""Raw numbers of scripts/inference_uses.py -> tables with intervals and paired differences, and a plot."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evaluation_metrics import interval_of_mean
+from evaluation_settings import EvaluationSettings
+from matplotlib.figure import Figure
+from temporal_questions import QUESTION_TYPES
+
+Value = tuple[float, list[float] | None]  # a mean and its 95% interval
+_COLOURS = {"uniform": "#888888", "random": "#cccccc", "surprise": "#2563a8", "error": "#8ab4e8", "change": "#d2691e",
+            "pixels": "#4d9078"}  # fmt: skip
+_NAMES = {
+    "key_frames": {"change": "feature difference", "pixels": "pixel difference", "error": "prediction error"},
+    "tokens": {"change": "EVS", "error": "prediction error"},
+}
+_COSTS = {
+    "key_frames": """\
+Surprise and prediction error take a pass of all frames through the language model first, and so does a model that is
+simply shown all of them. The feature difference takes the vision tower on all frames, the pixel difference takes decoded
+frames alone.""",
+    "tokens": """\
+EVS takes the embeddings alone. Surprise and prediction error take a pass of all tokens first: see the time of the prefill.""",
+    "prefill": """\
+Seconds from the vision features to the first answer token. The scores are found once for a video: from so many questions
+on, each with a prefill of its own, surprise costs less than dropping nothing. Where the cache of the video is kept from one
+question to the next, the scoring pass has filled that of all tokens already, and only memory is left to save.""",
+}
+# The cheap way that every other one is compared with.
+BASELINE = {"key_frames": "uniform", "tokens": "change"}
+
+
+def needs_time(question_type: str) -> bool:
+    """Whether one frame cannot tell the answer; of types that the temporal benchmark does not know, yes."""
+    return question_type not in QUESTION_TYPES or QUESTION_TYPES[question_type].one_frame < 1
+
+
+def mean_over_clips(values: Sequence[float], clips: Sequence[Any], settings: EvaluationSettings) -> Value:
+    """The mean, and its interval over clips: questions about the same one are drawn together."""
+    sums: dict[Any, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for value, clip in zip(values, clips, strict=True):
+        sums[clip][0] += value
+        sums[clip][1] += 1
+    return sum(values) / len(values), interval_of_mean(list(sums.values()), settings)
+
+
+class Answers:
+    """The answers of one results file.
+
+    Args:
+        results: what `key-frames` or `tokens` wrote.
+        kind: `key_frames` or `tokens`.
+    """
+
+    def __init__(self, results: dict[str, Any], kind: str) -> None:
+        self.kind, self.results = kind, results
+        self._settings = EvaluationSettings(**results["settings"])
+        self._questions = results["questions"]
+        self._right = {(c["way"], c["budget"]): c["right"] for c in results["conditions"]}
+        self.types = sorted({q["question_type"] for q in self._questions})
+        self.budgets = results["budgets"]
+        self.ways = list(dict.fromkeys(way for way, _ in self._right if way != "all"))
+
+    def accuracy(self, way: str, budget: float | None = None, *, question_type: str | None = None) -> Value:
+        """Over one type of question, or all that need time."""
+        return self._mean(self._right[way, budget], question_type)
+
+    def difference(self, way: str, other: str, budget: float) -> Value:
+        """How much more often the first is right at the same budget: paired, question by question."""
+        pairs = zip(self._right[way, budget], self._right[other, budget], strict=True)
+        return self._mean([one - two for one, two in pairs], None)
+
+    def _mean(self, values: Sequence[float], question_type: str | None) -> Value:
+        kinds = [q["question_type"] for q in self._questions]
+        asked = [
+            n for n, kind in enumerate(kinds) if kind == question_type or question_type is None and needs_time(kind)
+        ]
+        videos = [self._questions[n]["video"] for n in asked]
+        return mean_over_clips([values[n] for n in asked], videos, self._settings)
+
+    def chance(self, question_type: str) -> float:
+        numbers = [q["num_choices"] for q in self._questions if q["question_type"] == question_type]
+        return sum(1 / number for number in numbers) / len(numbers)
+
+    def label(self, way: str) -> str:
+        score, _, rule = way.partition(" ")
+        return f"{_NAMES[self.kind].get(score, score)}{', ' if rule else ''}{rule}"
+
+
+def _text(value: Value, sign: str = "") -> str:
+    mean, interval = value
+    numbers = [f"{number:{sign}.3f}" for number in (mean, *(interval or ()))]
+    return numbers[0] + (f" [{', '.join(numbers[1:])}]" if interval else "")
+
+
+def knowledge_rows(answers: Answers) -> list[list[str]]:
+    """What the model knows when it sees everything, beside chance."""
+    rows = [["question type", "needs time", "accuracy", "chance"]]
+    for name in answers.types:
+        asked = "yes" if needs_time(name) else "no"
+        rows.append([name, asked, _text(answers.accuracy("all", question_type=name)), f"{answers.chance(name):.2f}"])
+    return rows
+
+
+def accuracy_rows(answers: Answers) -> list[list[str]]:
+    """For each way a row, for each budget its accuracy and how it differs from the cheap way."""
+    baseline = BASELINE[answers.kind]
+    unit = "frames" if answers.kind == "key_frames" else "of the tokens"
+    heads = [
+        f"{budget:g} {unit}{extra}" for budget in answers.budgets for extra in ("", f" - {answers.label(baseline)}")
+    ]
+    rows = [["chosen by", *heads]]
+    for way in answers.ways:
+        row = [answers.label(way)]
+        for budget in answers.budgets:
+            row.append(_text(answers.accuracy(way, budget)))
+            row.append("" if way == baseline else _text(answers.difference(way, baseline, budget), "+"))
+        rows.append(row)
+    full = _text(answers.accuracy("all"))
+    rows.append(["everything shown", *[full, ""] * len(answers.budgets)])
+    return rows
+
+
+def prefill_rows(results: dict[str, Any]) -> list[list[str]]:
+    """Time and memory over the share; with the scores' cost, for one question and until it pays."""
+    rows = [["share", "tokens", "prefill, s", "of all", "cache, MB", "of all", "with EVS scores, of all",
+             "with surprise scores, of all", "questions until surprise pays"]]  # fmt: skip
+    full = next(row for row in results["by_share"] if row["share"] == 1)
+    change, surprise = results["change_seconds"], results["surprise_seconds"]
+    for row in results["by_share"]:
+        saved = full["seconds"] - row["seconds"]
+        is_full = row is full
+        rows.append(
+            [
+                f"{row['share']:g}",
+                str(row["num_tokens"]),
+                f"{row['seconds']:.2f}",
+                f"{row['seconds'] / full['seconds']:.2f}",
+                f"{row['cache_bytes'] / 1e6:.1f}",
+                f"{row['cache_bytes'] / full['cache_bytes']:.2f}",
+                "-" if is_full else f"{(row['seconds'] + change) / full['seconds']:.2f}",
+                "-" if is_full else f"{(row['seconds'] + surprise) / full['seconds']:.2f}",
+                "-" if is_full or saved <= 0 else f"{surprise / saved:.1f}",
+            ]
+        )
+    return rows
+
+
+def as_markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
+def accuracy_figure(answers: Sequence[Answers]) -> Figure:
+    """Accuracy over the budget, a line for each way of choosing, a panel for each kind."""
+    figure = Figure(figsize=(6.5 * len(answers), 4), layout="constrained")
+    for ax, own in zip(figure.subplots(1, len(answers), squeeze=False)[0], answers, strict=True):
+        full, _ = own.accuracy("all")
+        ax.axhline(full, color="#333333", linewidth=1, linestyle="--", label="everything shown")
+        for number, way in enumerate(own.ways):
+            values = [own.accuracy(way, budget) for budget in own.budgets]
+            score, _, rule = way.partition(" ")
+            x = [place + 0.03 * (number - len(own.ways) / 2) for place in range(len(own.budgets))]
+            y = [mean for mean, _ in values]
+            error = [
+                [mean - (i or [mean])[0] for mean, i in values],
+                [(i or [0, mean])[1] - mean for mean, i in values],
+            ]
+            ax.errorbar(x, y, yerr=error, color=_COLOURS[score], linestyle=":" if rule == "spread" else "-", marker="o",
+                        markersize=3, linewidth=1.4, elinewidth=0.6, label=own.label(way))  # fmt: skip
+        ax.set_xticks(range(len(own.budgets)), [f"{budget:g}" for budget in own.budgets])
+        ax.set_xlabel("frames shown" if own.kind == "key_frames" else "share of the visual tokens")
+        ax.set_ylabel("accuracy on questions that need time")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def write_tables(results: Path, split: str = "test") -> str:
+    """Writes `tables.md` and `accuracy.png` beside the raw numbers; returns the text.
+
+    Args:
+        results: folder with `key_frames_<split>.json`, `tokens_<split>.json` and `prefill.json`, or some of them.
+        split: whose numbers go into the plot; tables are made of all.
+
+    Raises:
+        FileNotFoundError: if there is none of them.
+    """
+    parts, drawn = [], []
+    titles = {"key_frames": "Key frames", "tokens": "Fewer visual tokens"}
+    for kind, title in titles.items():
+        for path in sorted(results.glob(f"{kind}_*.json")):
+            answers = Answers(json.loads(path.read_text(encoding="utf-8")), kind)
+            name = path.stem.removeprefix(f"{kind}_")
+            drawn += [answers] if name == split else []
+            parts += [f"## {title}, {name} split", f"`{answers.results['command']}`"]
+            parts += [as_markdown(knowledge_rows(answers)), as_markdown(accuracy_rows(answers)), _COSTS[kind]]
+    prefill = results / "prefill.json"
+    if prefill.exists():
+        raw = json.loads(prefill.read_text(encoding="utf-8"))
+        parts += ["## Time and memory of the prefill", f"`{raw['command']}`", as_markdown(prefill_rows(raw))]
+        parts += [_COSTS["prefill"]]
+    if not parts:
+        raise FileNotFoundError(f"{results} holds no results: run key-frames, tokens or prefill first")
+    text = "\n\n".join(["# What the head buys at inference", *parts]) + "\n"
+    (results / "tables.md").write_text(text, encoding="utf-8")
+    if drawn:
+        accuracy_figure(drawn).savefig(results / "accuracy.png", dpi=110, metadata={"Software": None})
+    return text

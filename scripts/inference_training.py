@@ -1,0 +1,143 @@
+"""A small model that has seen videos with frames and tokens left out; used by scripts/inference_uses.py.
+
+A model that only knows evenly spaced frames would count it against a rule that it spaces them otherwise. This one is trained on
+random frames of random number, and in half of the batches on a random share of the tokens. So no rule is what it knows best.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from evaluation_measures import load_checkpoint
+from inference_selection import keep_frames
+from synthetic_clips import training_mix
+from tiny_checkpoint import build_tiny_checkpoint, texts_of
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import TrainingArguments
+
+from llava_next_ar.training_collator import LlavaVideoCollator
+from llava_next_ar.training_data import LlavaVideoDataset
+from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer
+
+LOSS_WEIGHT = 8.0  # as in scripts/configs/demo.yaml: few patches change from frame to frame, so the errors are small
+
+
+class DecodedSamples(Dataset):
+    """The samples of a data set, decoded once and held in memory; pixels in half precision, finer than their 8 bits."""
+
+    def __init__(self, dataset: LlavaVideoDataset, *, progress: bool = True) -> None:
+        self.processor = dataset.processor
+        self._samples = []
+        for index in tqdm(range(len(dataset)), desc="decoding", unit="clip", disable=not progress):
+            sample = dataset[index]
+            self._samples.append({**sample, "pixel_values_videos": sample["pixel_values_videos"].half()})
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = self._samples[index]
+        return {**sample, "pixel_values_videos": sample["pixel_values_videos"].float()}
+
+
+class ThinningCollator:
+    """Samples of one video each -> a batch in which a random choice of frames is shown, and in half of them of tokens.
+
+    A token is left out by its place in `attention_mask`: to those that stay that is the same as if it were not there.
+
+    Args:
+        processor: for the collator.
+        config: of the model.
+        num_frames: numbers of frames to draw from, one for a batch.
+        num_whole: so many batches come first that leave nothing out: motion is learned from these.
+        least_share: of the tokens that stay.
+        seed: of the draws.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        config: Any,
+        num_frames: Sequence[int],
+        *,
+        num_whole: int = 0,
+        least_share: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        self._collate = LlavaVideoCollator(processor)
+        self._layout, self._video_token = config.frame_token_layout, config.video_token_id
+        self._num_frames, self._num_whole, self._least_share = list(num_frames), num_whole, least_share
+        self._rng = np.random.default_rng(seed)
+
+    def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        if self._num_whole > 0:
+            self._num_whole -= 1
+            return self._collate(samples)
+        number = int(self._rng.choice(self._num_frames))
+        batch = self._collate([self._thin(sample, number) for sample in samples])
+        if self._rng.random() < 0.5:
+            share = self._rng.uniform(self._least_share, 1)
+            drawn = torch.from_numpy(self._rng.random(batch["input_ids"].shape))
+            dropped = (batch["input_ids"] == self._video_token) & (drawn > share)
+            batch["attention_mask"] = batch["attention_mask"].masked_fill(dropped, 0)
+        return batch
+
+    def _thin(self, sample: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:
+        frames = np.sort(self._rng.permutation(sample["pixel_values_videos"].shape[1])[:number]).tolist()
+        return keep_frames(sample, frames, self._layout, self._video_token)
+
+
+def train_small_model(
+    data: Path | str,
+    output: Path | str,
+    *,
+    steps: int = 1200,
+    batch_size: int = 16,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+    num_frames: Sequence[int] = (3, 4, 6, 8, 12),
+    whole_share: float = 0.6,
+    progress: bool = True,
+) -> None:
+    """Trains a model with random weights on `train.json` of a folder, and saves it with the log.
+
+    Args:
+        data: a folder of scripts/synthetic_clips.py or temporal_benchmark.py; the model knows the words of all its splits.
+        num_frames: see `ThinningCollator`; the largest is how many the model's processor samples.
+        whole_share: of the steps, the first of which leave nothing out.
+    """
+    data, output = Path(data), Path(output)
+    entries = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(data.glob("*.json"))}
+    texts = texts_of([entry for split in entries.values() if isinstance(split, list) for entry in split])
+    base = output / "base"
+    build_tiny_checkpoint(base, texts, num_frames=max(num_frames), seed=seed)
+    model, processor = load_checkpoint(str(base))
+    model.config.autoregressive_config.loss_weight = LOSS_WEIGHT
+    model.model.vision_tower.requires_grad_(False)
+    dataset = LlavaVideoDataset(training_mix(entries["train"]), processor, video_root=data)
+    samples = DecodedSamples(dataset, progress=progress)
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        learning_rate=learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=50,
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        use_cpu=True,
+        seed=seed,
+        save_steps=200,
+        save_total_limit=1,
+        logging_steps=max(1, steps // 100),
+        report_to="none",
+        disable_tqdm=not progress,
+        remove_unused_columns=False,
+    )
+    collator = ThinningCollator(processor, model.config, num_frames, num_whole=int(whole_share * steps), seed=seed)
+    trainer = AutoregressiveTrainer(model, arguments, samples, processing_class=processor, data_collator=collator)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()

@@ -1,0 +1,199 @@
+"""What the head buys at inference, against the obvious cheap way at the same budget.
+
+    # clips with questions, and a small model that has seen videos with frames and tokens left out
+    python scripts/synthetic_clips.py --output uses/clips --num-train 1500 --num-test 360 --num-frames 12 --size 64 \\
+        --question-types direction order bounce color
+    python scripts/inference_uses.py train --data uses/clips --output uses/model
+
+    # one command for each table; each writes raw numbers to scripts/study_results/inference/
+    python scripts/inference_uses.py key-frames --model uses/model --data uses/clips/test.json
+    python scripts/inference_uses.py tokens --model uses/model --data uses/clips/test.json
+    python scripts/inference_uses.py prefill
+
+    # raw numbers -> tables.md and accuracy.png beside them
+    python scripts/inference_uses.py tables
+
+`key-frames`: of a dense sampling, K frames are shown. Chosen evenly, at random, or by a score of each frame: surprise or
+prediction error of the head, the difference of features or of pixels to the frame before. A score chooses in two ways: `top`
+takes the first frame and the K - 1 highest, `spread` goes in equal steps along the sum of the scores.
+
+`tokens`: a share of each video's patch tokens reaches the language model; the others are dropped before it, and those that
+stay keep their positions. Chosen at random, by the difference to the frame before (Efficient Video Sampling), or by surprise or
+prediction error of each patch. The first frame comes first in all of them. Newline tokens stay and do not count.
+
+`prefill`: seconds and memory of the cache over the share, and what the scores cost.
+
+Accuracy is that of the most probable choice, over the questions that one frame cannot answer. Intervals are 95% bootstrap
+intervals over clips; differences are paired. Any checkpoint with a head and any LLaVA JSON with `choices` and one video for
+each question will do.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from evaluation_measures import load_checkpoint
+from evaluation_questions import Question, read_questions
+from evaluation_settings import (
+    EvaluationSettings,
+    entries_sha256,
+    hardware,
+    model_identity,
+    resolved_revision,
+    versions,
+)
+from evaluation_tables import write_results
+from inference_measures import measure_key_frames, measure_tokens
+from inference_tables import write_tables
+from inference_timing import PrefillSettings, measure_prefill
+from inference_training import train_small_model
+from transformers.utils import logging
+
+from llava_next_ar.training_data import LlavaVideoDataset
+
+RESULTS = Path(__file__).resolve().parent / "study_results" / "inference"
+
+
+def measure(
+    kind: str,
+    settings: EvaluationSettings,
+    budgets: Sequence[float],
+    *,
+    model: Any = None,
+    processor: Any = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """The raw numbers of a table.
+
+    Args:
+        kind: `key_frames`, where budgets are numbers of frames, or `tokens`, where they are shares.
+        model, processor: instead of those that `settings.model` names.
+
+    Returns:
+        what the numbers were made with, `questions`, and `conditions`: the fields of each `Condition`.
+
+    Raises:
+        ValueError: for a model without a head, or a question without choices or with other media than one video.
+    """
+    settings = replace(settings, generation=False, reconstruction=False)
+    identity = {}
+    if model is None:
+        revision = resolved_revision(settings.model, settings.revision)
+        settings = replace(settings, revision=revision)
+        options = {"trust_remote_code": settings.trust_remote_code, "device": settings.device, "dtype": settings.dtype}
+        model, processor = load_checkpoint(settings.model, revision=revision, **options)
+        identity = model_identity(settings.model, model, revision)
+    dataset = LlavaVideoDataset(settings.data, processor, video_root=settings.video_root)
+    questions = read_questions(dataset, settings.max_samples)
+    _check_questions(questions)
+    results: dict[str, Any] = {
+        "settings": asdict(settings),
+        "budgets": list(budgets),
+        "versions": versions(),
+        "model": identity,
+        "data": {"path": settings.data, "sha256": entries_sha256(dataset.entries[: settings.max_samples])},
+        "hardware": hardware(settings.device),
+    }
+    measure_all = measure_key_frames if kind == "key_frames" else measure_tokens
+    conditions = measure_all(model, processor, questions, settings, budgets, progress=progress)
+    results["questions"] = [
+        {"id": q.id, "question_type": q.question_type, "video": Path(q.media[0]).name, "num_choices": len(q.choices)}
+        for q in questions
+    ]
+    results["conditions"] = [asdict(condition) for condition in conditions]
+    return results
+
+
+def _check_questions(questions: Sequence[Question]) -> None:
+    for question in questions:
+        if not question.choices:
+            raise ValueError(f"question {question.id} has no choices, and is scored by the most probable one")
+        if len(question.media) != 1:
+            raise ValueError(f"question {question.id} is about {len(question.media)} images and videos, expected one")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = _make_parser()
+    options = vars(parser.parse_args(argv))
+    command = shlex.join(["python", "scripts/inference_uses.py", *(sys.argv[1:] if argv is None else argv)])
+    job, results = options.pop("job"), options.pop("results", RESULTS)
+    logging.set_verbosity_error()
+    try:
+        if job == "train":
+            train_small_model(**options)
+        elif job == "tables":
+            print(write_tables(results, options["split"]))
+        elif job == "prefill":
+            shares = options.pop("shares")
+            settings = PrefillSettings(**options)
+            numbers = measure_prefill(settings, shares)
+            made_with = {"settings": asdict(settings), "versions": versions(), "hardware": hardware(settings.device)}
+            _write({"command": command, **made_with, **numbers}, results / "prefill.json")
+        else:
+            budgets = options.pop("budgets")
+            kind = job.replace("-", "_")
+            settings = EvaluationSettings(**options)
+            _write(
+                {"command": command, **measure(kind, settings, budgets)},
+                results / f"{kind}_{Path(settings.data).stem}.json",
+            )
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def _write(results: dict[str, Any], path: Path) -> None:
+    write_results(results, path)
+    print(f"written to {path}; `python scripts/inference_uses.py tables` makes tables of it")
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    defaults = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], **defaults)
+    jobs = parser.add_subparsers(dest="job", required=True)
+
+    train = jobs.add_parser("train", help="a small model on a folder of clips with questions", **defaults)
+    train.add_argument("--data", type=Path, required=True, help="that folder")
+    train.add_argument("--output", type=Path, required=True, help="folder of the model")
+    train.add_argument("--steps", type=int, default=1200)
+    train.add_argument("--batch-size", type=int, default=16)
+    train.add_argument("--learning-rate", type=float, default=2e-3)
+    train.add_argument("--seed", type=int, default=0)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for job, name, kind, budgets in (
+        ("key-frames", "--num-kept", int, [2, 4, 8]),
+        ("tokens", "--shares", float, [0.7, 0.5, 0.3, 0.1]),
+    ):
+        own = jobs.add_parser(job, help=f"accuracy by {name.strip('-')}", **defaults)
+        own.add_argument("--model", required=True, help="checkpoint with a head: a folder or a Hub id")
+        own.add_argument("--data", required=True, help="LLaVA JSON with choices, one video for each question")
+        own.add_argument(name, dest="budgets", type=kind, nargs="+", default=budgets)
+        own.add_argument("--trust-remote-code", action="store_true", help="run the code that the checkpoint carries")
+        own.add_argument("--num-frames", type=int, help="of the dense sampling, if other than the processor says")
+        own.add_argument("--max-samples", type=int, help="only the first so many questions")
+        own.add_argument("--batch-size", type=int, default=32)
+        own.add_argument("--device", default=device)
+        own.add_argument("--seed", type=int, default=0)
+        own.add_argument("--results", type=Path, default=RESULTS, help="folder for the raw numbers")
+
+    prefill = jobs.add_parser("prefill", help="time and memory by share", **defaults)
+    sizes = PrefillSettings()
+    for name in ("num_layers", "num_frames", "repeats"):
+        prefill.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(sizes, name))
+    prefill.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.7, 0.5, 0.3, 0.1])
+    prefill.add_argument("--device", default=device)
+    prefill.add_argument("--results", type=Path, default=RESULTS, help="folder for the raw numbers")
+
+    tables = jobs.add_parser("tables", help="raw numbers -> tables and a plot", **defaults)
+    tables.add_argument("--results", type=Path, default=RESULTS, help="folder of the raw numbers")
+    tables.add_argument("--split", default="test", help="what the plot shows")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""What the study compares. A table is a set of arms, and an arm is what it changes about the common settings.
+
+Nothing else differs between two arms: they share clips, and for each seed the first weights and the order of the samples.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+from study_data import DataSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """One training run, but for its seed."""
+
+    data: DataSettings = DataSettings()
+    hidden_size: int = 96
+    """Of the language model, a GPT-2 that starts from random weights."""
+    num_layers: int = 3
+    num_attention_heads: int = 4
+    head: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of `autoregressive_config` beside those of `HEAD`."""
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of the configuration about video tokens beside those of `LAYOUT`."""
+    labeled_share: float = 1.0
+    """Of the training questions, drawn by the seed."""
+    batch_size: int = 16
+    """Questions of a step."""
+    unlabeled_batch_size: int = 0
+    """Clips of a step without a question, of all training clips."""
+    num_steps: int = 1200
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    warmup_steps: int = 100
+    curve_points: int = 6
+    """How often the development split is measured during training."""
+
+
+# The head is as wide as the language model, and the layout keeps all patches: there are few.
+HEAD = MappingProxyType({"embedding_dim": 96, "num_heads": 4, "num_layers": 1})
+LAYOUT = MappingProxyType(
+    {"mm_spatial_pool_stride": 1, "mm_spatial_pool_mode": "average", "mm_newline_position": "no_token"}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    table: str
+    """Whose runs it is stored with; other tables may show it too."""
+    name: str
+    title: str
+    changes: Mapping[str, Any]
+    """Fields of `RunSettings` that differ from the defaults; keys of `head` and `layout` are added to them."""
+
+    def settings(self, common: RunSettings) -> RunSettings:
+        merged = {
+            name: {**getattr(common, name), **value} if isinstance(value, Mapping) else value
+            for name, value in self.changes.items()
+        }
+        return replace(common, **merged)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    name: str
+    title: str
+    arms: tuple[Arm, ...]
+    """The first one is what the others are compared with."""
+    num_seeds: int
+
+
+def _head(table: str, name: str, title: str, **keys: Any) -> Arm:
+    return Arm(table=table, name=name, title=title, changes={"head": keys})
+
+
+_WITHOUT = _head("main", "weight-0", "loss weight 0", loss_weight=0.0)
+_DEFAULT = _head("main", "weight-0.1", "loss weight 0.1", loss_weight=0.1)
+_FULL = _head("main", "weight-1", "loss weight 1.0", loss_weight=1.0)
+
+
+def _few(name: str, title: str, weight: float, unlabeled: int = 0) -> Arm:
+    changes = {
+        "head": {"loss_weight": weight},
+        "labeled_share": 0.1,
+        "batch_size": 8,
+        "unlabeled_batch_size": unlabeled,
+    }
+    return Arm(table="few-labels", name=name, title=title, changes=changes)
+
+
+_GRID = {"mm_newline_position": "grid"}
+
+TABLES: Mapping[str, Table] = MappingProxyType(
+    {
+        table.name: table
+        for table in (
+            Table(name="main", title="Weight of the loss", arms=(_WITHOUT, _DEFAULT, _FULL), num_seeds=5),
+            Table(
+                name="few-labels",
+                title="A tenth of the labels",
+                arms=(
+                    _few("labels-alone", "labels alone", 0.0),
+                    _few("objective-on-labeled", "and the objective on the same clips, weight 1.0", 1.0),
+                    _few("objective-on-all", "and the objective on ten times as many clips, weight 1.0", 1.0, 8),
+                ),
+                num_seeds=5,
+            ),
+            Table(
+                name="causal",
+                title="Frame-causal mask",
+                arms=(
+                    _DEFAULT,
+                    _head("causal", "leaky", "mask off: the target is seen", use_frame_causal_mask=False),
+                ),
+                num_seeds=3,
+            ),
+            Table(
+                name="history",
+                title="Frames that the head sees",
+                arms=(
+                    _DEFAULT,
+                    _head("history", "hist-1", "num_hist 1", num_hist=1),
+                    _head("history", "hist-8", "num_hist 8", num_hist=8),
+                ),
+                num_seeds=3,
+            ),
+            Table(
+                name="layout",
+                title="Slow and fast frames, several scales",
+                arms=(
+                    Arm(table="layout", name="grid", title="all frames alike, newline after each row", changes={"layout": _GRID}),
+                    Arm(
+                        table="layout",
+                        name="slow-fast",
+                        title="slow and fast frames (every third is slow)",
+                        changes={"layout": {**_GRID, "add_faster_video": True, "faster_token_stride": 3}},
+                    ),
+                    Arm(
+                        table="layout",
+                        name="multi-scale",
+                        title="loss on coarser grids too",
+                        changes={
+                            "layout": _GRID,
+                            # Without these two, several scales would also pool the finest one, by 2.
+                            "head": {"enable_multiscale_pooling": True, "mm_spatial_pool_stride": 1, "add_faster_video": False},
+                        },
+                    ),
+                ),
+                num_seeds=3,
+            ),
+            Table(
+                name="weights",
+                title="Other weights",
+                arms=(
+                    _WITHOUT,
+                    _head("weights", "weight-0.03", "loss weight 0.03", loss_weight=0.03),
+                    _DEFAULT,
+                    _head("weights", "weight-0.3", "loss weight 0.3", loss_weight=0.3),
+                    _FULL,
+                    _head("weights", "weight-3", "loss weight 3.0", loss_weight=3.0),
+                ),
+                num_seeds=3,
+            ),
+        )
+    }
+)

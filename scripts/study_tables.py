@@ -1,0 +1,224 @@
+"""Runs of the study -> tables with intervals, and plots.
+
+Every number is a mean over seeds with its 95% t interval. An arm is compared with the first one of its table seed by seed:
+the same seed has the same first weights and the same order of samples, so that the interval of the differences is narrower
+than those of the means. What the pairs of possible and impossible clips show is resampled over pairs instead (bootstrap):
+there, what is uncertain is which pairs there are, more than how training went.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from study_arms import TABLES, Arm, RunSettings, Table
+from study_runs import read_run
+from temporal_questions import QUESTION_TYPES
+
+# 97.5% quantile of Student's t for 1, 2... degrees of freedom
+T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
+BOOTSTRAP_SAMPLES = 10_000
+
+Runs = Mapping[str, Sequence[dict[str, Any]]]
+"""By name of the arm its runs, of the seeds that all arms have."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers of a run
+
+
+def accuracy(run: dict[str, Any], question_type: str | None = None, answers: str = "answers") -> float:
+    """Share of right answers, of all questions or those of a type."""
+    digits = run[answers]
+    return _share("".join(digits.values()) if question_type is None else digits[question_type])
+
+
+def _share(digits: str) -> float:
+    return digits.count("1") / len(digits)
+
+
+def pair_accuracy(run: dict[str, Any], score: str) -> float:
+    """Share of pairs in which the impossible clip scores higher than the possible one; a tie counts half."""
+    return float(pair_wins(run, score).mean())
+
+
+def pair_wins(run: dict[str, Any], score: str) -> np.ndarray:
+    """For each pair 1, 0.5 or 0."""
+    return np.array([int(digit) / 2 for digits in run["pairs"][score].values() for digit in digits])
+
+
+MEASURES: Mapping[str, Callable[[dict[str, Any]], float]] = {
+    "accuracy": accuracy,
+    "accuracy, frames shuffled": lambda run: accuracy(run, answers="answers_shuffled"),
+    "mse": lambda run: run["frames"]["mse"],
+    "skill": lambda run: run["frames"]["skill"],
+    "temporal consistency": lambda run: run["frames"]["temporal_consistency"],
+    "impossible clip more surprising": lambda run: pair_accuracy(run, "surprise"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Intervals
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of some seeds, and half the width of its 95% t interval (NaN for one seed)."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, math.nan
+    return mean, T_QUANTILES[len(values) - 2] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def bootstrap_of_mean(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """95% percentile interval of a mean over redrawn values."""
+    values = np.asarray(values, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(len(values), size=(BOOTSTRAP_SAMPLES, len(values)))
+    low, high = np.percentile(values[drawn].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _cell(values: Sequence[float], signed: bool = False) -> str:
+    mean, half = mean_interval(values)
+    text = f"{mean:+.3f}" if signed else f"{mean:.3f}"
+    return text if math.isnan(half) else f"{text} ± {half:.3f}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def read_table(table: Table, common: RunSettings, results: Path) -> Runs:
+    """The runs of a table, of the seeds that all of its arms have; an arm without any run at all is left out."""
+    found = {
+        arm.name: {
+            seed: run
+            for seed in range(table.num_seeds)
+            if (run := read_run(results, arm, common, seed)) is not None
+        }
+        for arm in table.arms
+    }
+    found = {name: runs for name, runs in found.items() if runs}
+    seeds = set.intersection(*map(set, found.values())) if found else set()
+    return {name: [runs[seed] for seed in sorted(seeds)] for name, runs in found.items() if seeds}
+
+
+def format_table(table: Table, runs: Runs) -> str:
+    """Markdown: all measures of all arms, what they differ from the first one, and accuracy by question type."""
+    arms = [arm for arm in table.arms if arm.name in runs]
+    num_seeds = len(runs[arms[0].name])
+    missing = [arm.name for arm in table.arms if arm.name not in runs]
+    lines = [f"### {table.title}", "", f"{num_seeds} of {table.num_seeds} seeds each."]
+    lines += [f"Not run: {', '.join(missing)}."] if missing else []
+    header = ["", *(arm.title for arm in arms), *(f"{arm.title}, less {arms[0].title}" for arm in arms[1:])]
+    rows = [[name, *_row(arms, runs, measure)] for name, measure in MEASURES.items()]
+    lines += ["", *_markdown([header, *rows]), "", "Accuracy by question type:", ""]
+    types = sorted(runs[arms[0].name][0]["answers"], key=list(QUESTION_TYPES).index)
+    header[1:1] = ["chance or unordered", "shuffled"]
+    rows = [
+        [
+            name,
+            f"{unordered_ceiling(name):.2f}",
+            _cell([accuracy(run, name, "answers_shuffled") for run in runs[arms[0].name]]),
+            *_row(arms, runs, lambda run, name=name: accuracy(run, name)),
+        ]
+        for name in types
+    ]
+    return "\n".join([*lines, *_markdown([header, *rows]), "", *_pair_lines(arms, runs)])
+
+
+def unordered_ceiling(question_type: str) -> float:
+    """The best accuracy that is to be had without the order of the frames."""
+    return QUESTION_TYPES[question_type].unordered
+
+
+def _row(arms: Sequence[Arm], runs: Runs, measure: Callable[[dict[str, Any]], float]) -> list[str]:
+    values = [[measure(run) for run in runs[arm.name]] for arm in arms]
+    differences = [np.subtract(some, values[0]).tolist() for some in values[1:]]
+    return [*map(_cell, values), *(_cell(some, signed=True) for some in differences)]
+
+
+def _pair_lines(arms: Sequence[Arm], runs: Runs) -> list[str]:
+    """How often the impossible clip of a pair scores higher, for each score, with intervals over pairs."""
+    scores = list(runs[arms[0].name][0]["pairs"])
+    header = ["score of a clip", *(arm.title for arm in arms)]
+    rows = []
+    for score in scores:
+        cells = []
+        for arm in arms:
+            wins = np.mean([pair_wins(run, score) for run in runs[arm.name]], axis=0)
+            low, high = bootstrap_of_mean(wins)
+            cells.append(f"{wins.mean():.3f} [{low:.2f}, {high:.2f}]")
+        rows.append([score, *cells])
+    ahead = []
+    for arm in arms:
+        difference = np.mean(
+            [pair_wins(run, "surprise") - pair_wins(run, "frame_difference") for run in runs[arm.name]], axis=0
+        )
+        low, high = bootstrap_of_mean(difference)
+        ahead.append(f"{difference.mean():+.3f} [{low:+.2f}, {high:+.2f}]")
+    rows.append(["surprise, less frame difference", *ahead])
+    return ["Pairs in which the impossible clip scores higher (intervals over pairs):", "", *_markdown([header, *rows])]
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    head, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return [head, "|" + "---|" * len(rows[0]), *body]
+
+
+def write_tables(names: Sequence[str], common: RunSettings, results: Path) -> str:
+    """Writes `<table>.md` and plots into the folder of the runs, for every table that has any; returns the text."""
+    texts = []
+    for name in names:
+        table = TABLES[name]
+        runs = read_table(table, common, results)
+        if not runs:
+            texts.append(f"### {table.title}\n\nNot run.")
+            continue
+        texts.append(format_table(table, runs))
+        (results / f"{name}.md").write_text(texts[-1] + "\n", encoding="utf-8")
+        arms = [arm for arm in table.arms if arm.name in runs]
+        curves_figure(arms, runs).savefig(results / f"{name}_curves.png", dpi=80, metadata={"Software": None})
+        types_figure(arms, runs).savefig(results / f"{name}_types.png", dpi=80, metadata={"Software": None})
+    return "\n\n".join(texts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plots
+
+
+def curves_figure(arms: Sequence[Arm], runs: Runs) -> Figure:
+    """Accuracy, skill and pairs on the development split over training; thin lines are single seeds."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    measures = {
+        "accuracy": lambda point: point["accuracy"],
+        "skill": lambda point: point["skill"],
+        "impossible clip more surprising": lambda point: point["pairs"]["surprise"],
+    }
+    for axes, (name, measure) in zip(figure.subplots(1, len(measures)), measures.items(), strict=True):
+        for number, arm in enumerate(arms):
+            steps = [point["step"] for point in runs[arm.name][0]["curve"]]
+            values = np.array([[measure(point) for point in run["curve"]] for run in runs[arm.name]])
+            axes.plot(steps, values.T, color=f"C{number}", linewidth=0.6, alpha=0.5)
+            axes.plot(steps, values.mean(0), color=f"C{number}", linewidth=2, label=arm.title)
+        axes.set(xlabel="step", title=name)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def types_figure(arms: Sequence[Arm], runs: Runs) -> Figure:
+    """Accuracy by question type, with 95% intervals over seeds; the marks are what is to be had without order."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    axes = figure.subplots()
+    types = sorted(runs[arms[0].name][0]["answers"], key=list(QUESTION_TYPES).index)
+    places, width = np.arange(len(types)), 0.8 / len(arms)
+    for number, arm in enumerate(arms):
+        stats = [mean_interval([accuracy(run, name) for run in runs[arm.name]]) for name in types]
+        means, halves = zip(*stats, strict=True)
+        left = places + (number - (len(arms) - 1) / 2) * width
+        axes.bar(left, means, width, yerr=np.nan_to_num(halves), color=f"C{number}", label=arm.title)
+    axes.scatter(places, [unordered_ceiling(name) for name in types], marker="_", s=400, color="black", zorder=3)
+    axes.set(xticks=places, xticklabels=types, ylabel="accuracy", ylim=(0, 1))
+    axes.legend(fontsize="small")
+    return figure

@@ -1,0 +1,409 @@
+"""The study: its arms, its cached features, and how its numbers become tables."""
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import study
+import study_features
+import study_runs
+import torch
+from study_arms import TABLES, Arm, RunSettings, Table
+from study_data import END, PAD, VIDEO, DataSettings, StudyData, StudySamples
+from study_features import (
+    FeatureBank,
+    StandardizedTower,
+    encode_frames,
+    feature_statistics,
+    normalized_pixels,
+    open_features,
+)
+from study_measures import SCORES, clip_scores, measure_answers, measure_frames, measure_pairs
+from study_runs import as_json, build_model, read_run, run_path, training_samples, write_run
+from study_tables import accuracy, bootstrap_of_mean, format_table, mean_interval, pair_accuracy, read_table
+
+from llava_next_ar.frame_surprise import VideoSurprise
+from llava_next_ar.training_collator import LlavaVideoCollator
+
+TINY_DATA = DataSettings(num_train=4, num_val=4, num_test=4, num_pairs=4, image_size=28, tower_layers=1)
+TINY = RunSettings(
+    data=TINY_DATA,
+    hidden_size=16,
+    num_layers=1,
+    num_attention_heads=2,
+    head={"embedding_dim": 16, "num_heads": 2},
+    batch_size=4,
+    num_steps=3,
+    warmup_steps=1,
+    curve_points=2,
+)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return StudyData(TINY_DATA)
+
+
+@pytest.fixture(scope="module")
+def tower(data):
+    return build_model(TINY, 0, len(data.vocabulary)).model.vision_tower.eval()
+
+
+@pytest.fixture(scope="module")
+def raw_features(data, tower):
+    return encode_frames(tower, np.concatenate([data.frames(clip) for clip in range(len(data.clips))])).numpy()
+
+
+@pytest.fixture(scope="module")
+def bank(raw_features):
+    return FeatureBank(raw_features, *feature_statistics(raw_features))
+
+
+def all_arms() -> list[Arm]:
+    return list({(arm.table, arm.name): arm for table in TABLES.values() for arm in table.arms}.values())
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
+def test_clips_of_a_bigger_training_set_begin_with_those_of_a_smaller_one():
+    few, more = (StudyData(replace(TINY_DATA, num_train=number)) for number in (4, 8))
+    assert [clip.name for clip in more.clips[: len(few.clips)]] == [clip.name for clip in few.clips]
+    assert len(more.clips) > len(few.clips)
+
+
+def test_questions_and_pairs_point_to_their_clips(data):
+    for split, questions in data.questions.items():
+        assert len({question.question_type for question in questions}) == 13
+        for question in questions:
+            assert question.id == f"{data.clips[question.clip].name}_{question.question_type}"
+            assert question.id.startswith(split)
+    for split in ("val", "test"):
+        assert len(data.pairs[split]) == TINY_DATA.num_pairs
+        for pair in data.pairs[split]:
+            possible, impossible = (data.frames(clip) for clip in (pair.possible, pair.impossible))
+            first = -(-pair.event_frame // TINY_DATA.frame_step)
+            differs = (possible != impossible).any(axis=(1, 2, 3))
+            assert not differs[:first].any() and differs[first]
+
+
+def test_a_sample_is_the_video_the_question_and_one_token_of_answer(data):
+    layout = build_model(TINY, 0, len(data.vocabulary)).config.frame_token_layout
+    question = data.questions["train"][0]
+    sample = StudySamples(data, [question], layout)[0]
+    answer = question.choices[question.answer]
+    num_video = layout.num_tokens(7)
+    assert sample["input_ids"].tolist() == [VIDEO] * num_video + [*question.prompt, answer, END]
+    assert sample["labels"].tolist() == [-100] * (num_video + len(question.prompt)) + [answer, END]
+    numbers = sample["pixel_values_videos"].flatten().tolist()
+    assert numbers == [question.clip * 7 + frame for frame in range(7)]
+    assert sample["video_timestamps"][0].tolist() == [0.5 * frame for frame in range(7)]
+    silent = StudySamples(data, [question], layout, labeled=[False])[0]
+    assert silent["input_ids"].tolist() == [VIDEO] * num_video + [END] and set(silent["labels"].tolist()) == {-100}
+
+
+def test_shuffled_frames_are_all_frames_and_the_same_for_both_clips_of_a_pair(data):
+    moved = 0
+    for pair in data.pairs["test"]:
+        orders = [data.frame_numbers(clip, shuffled=True) - 7 * clip for clip in (pair.possible, pair.impossible)]
+        assert orders[0].tolist() == orders[1].tolist() and sorted(orders[0]) == list(range(7))
+        moved += orders[0].tolist() != list(range(7))
+    assert moved
+
+
+# --- features computed before --------------------------------------------------------------------------------------
+
+
+def test_training_on_the_bank_gives_the_losses_and_weights_of_training_on_pixels(data, tower, bank):
+    """The very reason why the study's numbers speak about the package: only the tower's pass is left out."""
+    seen, numbers = {}, [0, 13, 26, 39]
+    for name, own in (("pixels", StandardizedTower(tower, bank.mean, bank.deviation)), ("bank", bank)):
+        model = build_model(TINY, 0, len(data.vocabulary), own)
+        samples = StudySamples(data, data.questions["train"], model.config.frame_token_layout)
+        batch = LlavaVideoCollator(PAD)([samples[number] for number in numbers])
+        if name == "pixels":
+            frames = [data.frames(data.questions["train"][number].clip) for number in numbers]
+            batch["pixel_values_videos"] = torch.stack([normalized_pixels(some) for some in frames])
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses = []
+        for _ in range(3):
+            outputs = model.train()(**batch, skip_logits=True)
+            outputs.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append([outputs.main_loss.item(), outputs.autoregressive_loss.item()])
+        weights = {n: p.detach() for n, p in model.named_parameters() if "vision_tower" not in n}
+        seen[name] = losses, weights
+    np.testing.assert_allclose(*(losses for losses, _ in seen.values()), rtol=1e-5)
+    assert losses[2][1] < losses[0][1]  # or nothing would have been compared
+    for name, weight in seen["pixels"][1].items():
+        torch.testing.assert_close(seen["bank"][1][name], weight, atol=1e-4, rtol=1e-3)
+
+
+def test_patches_are_standardized_and_the_class_token_counts_as_none():
+    features = np.random.default_rng(0).normal(3, 2, size=(50, 5, 4)).astype(np.float32)
+    features[:, 0] = 1000.0
+    bank = FeatureBank(features, *feature_statistics(features))
+    patches = bank(torch.arange(50.0).view(50, 1, 1, 1)).hidden_states[-1][:, 1:].flatten(0, 1)
+    torch.testing.assert_close(patches.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(patches.std(0), torch.ones(4))
+
+
+def test_features_are_computed_once_and_a_half_written_file_is_none(tmp_path, data, tower, raw_features):
+    path, calls = tmp_path / "features.npy", []
+
+    def frames_of(clip):
+        calls.append(clip)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return data.frames(clip)
+
+    with pytest.raises(KeyboardInterrupt):
+        open_features(path, 20, frames_of, lambda: tower)
+    assert not path.exists()
+    features = open_features(path, 20, data.frames, lambda: tower)
+    np.testing.assert_allclose(features, raw_features[: 20 * 7], atol=1e-5)
+    again = open_features(path, 20, frames_of, lambda: pytest.fail("the tower was called again"))
+    assert np.array_equal(again, features)
+
+
+def test_the_onnx_file_becomes_a_dinov2():
+    onnx = pytest.importorskip("onnx", reason="only the study's tower needs it")
+    width, numpy_helper = study_features.TOWER_WIDTH, onnx.numpy_helper
+    rng = np.random.default_rng(0)
+    arrays = {
+        "backbone.encoder.layer.0.attention.attention.query.bias": rng.normal(size=width),
+        "onnx::MatMul_7": rng.normal(size=(width, width)),
+        "onnx::Concat_8": rng.normal(size=(1, 1, width)),
+        "onnx::Reshape_9": rng.normal(size=(1, study_features.POSITIONS, width)),
+        "decoder.bias": rng.normal(size=3),
+    }
+    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+    node = onnx.helper.make_node(
+        "MatMul", ["x", "onnx::MatMul_7"], ["y"], name="/backbone/encoder/layer.0/attention/attention/query/MatMul"
+    )
+    tensors = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    graph = onnx.helper.make_graph([node], "tower", [], [], initializer=tensors)
+    state = study_features.dinov2_state(onnx.helper.make_model(graph).SerializeToString())
+    query = "encoder.layer.0.attention.attention.query"
+    assert set(state) == {
+        f"{query}.weight", f"{query}.bias", "embeddings.position_embeddings", "embeddings.mask_token"
+    }  # fmt: skip
+    assert np.array_equal(state[f"{query}.weight"], arrays["onnx::MatMul_7"].T)
+    assert np.array_equal(state["embeddings.position_embeddings"][:, 1:], arrays["onnx::Reshape_9"])
+
+
+# --- arms ----------------------------------------------------------------------------------------------------------
+
+
+def leaves(values: dict, prefix: str = "") -> dict:
+    """Nested dicts -> one dict by dotted names."""
+    out = {}
+    for name, value in values.items():
+        out |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return out
+
+
+@pytest.mark.parametrize("arm", all_arms(), ids=lambda arm: f"{arm.table}/{arm.name}")
+def test_an_arm_differs_in_what_it_names_alone(arm):
+    common, own = (leaves(as_json(settings)) for settings in (RunSettings(), arm.settings(RunSettings())))
+    changed = {name: own.get(name) for name in own.keys() | common.keys() if own.get(name) != common.get(name)}
+    assert changed.items() <= leaves(json.loads(json.dumps(dict(arm.changes), default=dict))).items()
+    assert changed or arm.name == "weight-0.1"  # which spells out the default
+
+
+def test_arms_of_a_table_share_first_weights_and_samples(data, bank):
+    for table in TABLES.values():
+        if table.name in ("layout", "few-labels"):
+            continue  # their models and batches differ, which is what they are about
+        weights, orders = [], []
+        for arm in table.arms:
+            settings = arm.settings(TINY)
+            model = build_model(settings, 3, len(data.vocabulary), bank)
+            weights.append(torch.nn.utils.parameters_to_vector(model.parameters()))
+            orders.append(training_samples(settings, 3, data, model).indices)
+        assert all(torch.equal(one, weights[0]) for one in weights)
+        assert all(order == orders[0] for order in orders)
+
+
+def test_few_labels_are_the_same_with_and_without_more_clips(data, bank):
+    table = TABLES["few-labels"]
+    common = replace(TINY, num_steps=20)
+    asked, num_questions = {}, len(data.questions["train"])
+    for arm in table.arms:
+        settings = replace(arm.settings(common), labeled_share=0.25)
+        model = build_model(settings, 1, len(data.vocabulary), bank)
+        samples = training_samples(settings, 1, data, model)
+        steps = np.array(samples.indices).reshape(20, -1)
+        asked[arm.name] = steps[:, :8].tolist()
+        labels = [(samples[number]["labels"] != -100).any().item() for number in range(steps.shape[1])]
+        assert labels == [True] * 8 + [False] * (steps.shape[1] - 8)
+        shown = {samples.dataset.questions[number].clip for number in steps[:, 8:].flatten()}
+        assert not shown or len(shown) == num_questions * 12 // 13  # `color` shares its clips with `direction`
+    first, *others = asked.values()
+    assert all(other == first for other in others)
+    assert len({number for step in first for number in step}) == round(0.25 * num_questions)
+
+
+def test_a_share_of_labels_too_small_for_a_step_is_refused(data, bank):
+    settings = replace(TINY, labeled_share=0.02)
+    model = build_model(settings, 0, len(data.vocabulary), bank)
+    with pytest.raises(ValueError, match="labeled_share is 0.02, which leaves 1 of 52 questions"):
+        training_samples(settings, 0, data, model)
+
+
+# --- measures ------------------------------------------------------------------------------------------------------
+
+
+def test_answers_are_those_of_the_most_probable_choice(data, bank):
+    model, questions = build_model(TINY, 0, len(data.vocabulary), bank).eval(), data.questions["test"]
+    right = measure_answers(model, data, questions)
+    for number in (0, 7, len(questions) - 1):  # one by one, unpadded
+        sample = StudySamples(data, questions, model.config.frame_token_layout, answered=False)[number]
+        batch = LlavaVideoCollator(PAD)([sample])
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[0, -1]
+        choices = questions[number].choices
+        assert right[number] == (max(choices, key=lambda token: logits[token]) == choices[questions[number].answer])
+    assert 0 < sum(right) < len(right)
+
+
+def test_an_untrained_head_copies_and_a_copying_head_is_as_surprised_as_frames_differ(data, bank):
+    model = build_model(TINY, 0, len(data.vocabulary), bank).eval()
+    frames = measure_frames(model, data, [0, 1, 2])
+    assert frames["skill"] == 0 and frames["mse"] == frames["copy_mse"] > 0
+    assert frames["linear_skill"] == 1 - frames["linear_mse"] / frames["copy_mse"] < 0
+    wins = measure_pairs(model, data, data.pairs["test"])
+    assert set(wins) == set(SCORES) and all(len(some) == TINY_DATA.num_pairs for some in wins.values())
+    assert wins["error"] == wins["frame_difference"] and wins["patch_error"] == wins["patch_difference"]
+
+
+def test_a_clip_is_scored_from_the_event_on():
+    def maps(*values):
+        return [torch.tensor([value, 0.0]).view(1, 2) for value in values]
+
+    surprise = VideoSurprise(
+        frame_index=torch.tensor([1, 2, 3]),
+        seconds=torch.arange(3.0),
+        frames=torch.tensor([9.0, 2.0, 1.0]),
+        patches=maps(9.0, 4.0, 1.0),
+        errors=maps(9.0, 1.0, 3.0),
+        copy_errors=maps(9.0, 5.0, 1.0),
+    )
+    assert clip_scores(surprise, 2) == {
+        "surprise": 2.0,
+        "error": 1.5,
+        "frame_difference": 2.5,
+        "patch_surprise": 4.0,
+        "patch_error": 3.0,
+        "patch_difference": 5.0,
+    }
+
+
+# --- runs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_arms(monkeypatch):
+    arms = tuple(
+        Arm(table="pair", name=name, title=name, changes={"head": {"loss_weight": weight}})
+        for name, weight in (("off", 0.0), ("on", 1.0))
+    )
+    table = Table(name="pair", title="On and off", arms=arms, num_seeds=2)
+    for module in (study, __import__("study_tables")):
+        monkeypatch.setattr(module, "TABLES", {"pair": table})
+    return table
+
+
+def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, two_arms, bank):
+    calls = []
+
+    def run_arm(arm, common, seed, data, bank):
+        calls.append((arm.name, seed))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return {"settings": as_json(arm.settings(common))}
+
+    monkeypatch.setattr(study, "run_arm", run_arm)
+    monkeypatch.setattr(study, "open_bank", lambda data, cache: bank)
+    options = {"results": tmp_path / "results", "cache": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        study.run_tables(["pair"], TINY, **options)
+    assert study.run_tables(["pair"], TINY, **options) == 2
+    assert calls == [("off", 0), ("on", 0), ("off", 1), ("off", 1), ("on", 1)]
+    assert study.run_tables(["pair"], TINY, **options) == 0 and len(calls) == 5
+    with pytest.raises(ValueError, match=r"off_seed0.json was made with other settings \(num_steps\)"):
+        study.run_tables(["pair"], replace(TINY, num_steps=4), **options)
+
+
+def test_the_whole_way_from_clips_to_a_table(tmp_path, monkeypatch, two_arms, tower):
+    monkeypatch.setattr(study_runs, "load_tower", lambda folder, **keys: tower)
+    results = tmp_path / "results"
+    assert study.run_tables(["pair"], TINY, results=results, cache=tmp_path / "cache") == 4
+    off, on = (read_run(results, arm, TINY, 0) for arm in two_arms.arms)
+    assert off["frames"]["skill"] == 0 != on["frames"]["skill"]
+    assert [point["step"] for point in on["curve"]] == [2, 3]
+    assert [entry["step"] for entry in on["training_log"]] == [1, 2, 3]
+    assert on["training_log"][0] == off["training_log"][0]  # the first loss is that of the first weights
+    assert on["training_log"][2]["autoregressive_loss"] < off["training_log"][2]["autoregressive_loss"]
+    assert sum(map(len, on["answers"].values())) == 4 * 13 and sum(map(len, on["pairs"]["error"].values())) == 4
+    again = study_runs.run_arm(two_arms.arms[1], TINY, 0, *_data_and_bank(tmp_path / "cache"))
+    assert {**again, "cpu_seconds": 0} == {**on, "cpu_seconds": 0}
+    text = study.write_tables(["pair"], TINY, results)
+    assert "2 of 2 seeds each" in text and (results / "pair.md").read_text() == text + "\n"
+    for name in ("pair_curves.png", "pair_types.png"):
+        assert (results / name).stat().st_size > 10_000
+
+
+def _data_and_bank(cache):
+    data = StudyData(TINY_DATA)
+    return data, study_runs.open_bank(data, cache)
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def a_run(answers: str, pairs: str, skill: float) -> dict:
+    return {
+        "answers": {"color": answers},
+        "answers_shuffled": {"color": answers[::-1]},
+        "frames": {"mse": 1 - skill, "skill": skill, "temporal_consistency": 0.5},
+        "pairs": {"surprise": {"vanish": pairs}, "frame_difference": {"vanish": "0" * len(pairs)}},
+    }
+
+
+def test_intervals_are_students():
+    # mean 3, standard deviation 1.5811, of 5: half width 2.7764 * 1.5811 / sqrt(5)
+    mean, half = mean_interval([1, 2, 3, 4, 5])
+    assert mean == 3 and half == pytest.approx(1.9632, abs=1e-4)
+    assert mean_interval([0.25, 0.75]) == (0.5, pytest.approx(12.7062 * 0.25, abs=1e-4))
+    assert mean_interval([0.5])[0] == 0.5 and math.isnan(mean_interval([0.5])[1])
+    low, high = bootstrap_of_mean([0.0, 1.0] * 200)
+    assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.005) and high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.005)
+
+
+def test_a_table_of_known_numbers(tmp_path, two_arms):
+    off, on = two_arms.arms
+    for arm, runs in ((off, [("1100", "2100", 0.0), ("1110", "2100", 0.0)]), (on, [("1110", "2220", 0.3), ("1111", "2221", 0.5)])):
+        for seed, (answers, pairs, skill) in enumerate(runs):
+            write_run(tmp_path, arm, seed, {**a_run(answers, pairs, skill), "settings": as_json(arm.settings(TINY))})
+    runs = read_table(two_arms, TINY, tmp_path)
+    assert [accuracy(run) for run in runs["off"]] == [0.5, 0.75]
+    assert [pair_accuracy(run, "surprise") for run in runs["on"]] == [0.75, 0.875]
+    rows = [line.strip("| ").split(" | ") for line in format_table(two_arms, runs).splitlines() if line.startswith("| ")]
+    cells = {row[0]: row[1:] for row in rows[:7]}
+    # Both seeds are better by 0.25: the difference is certain, though the means are not.
+    assert cells["accuracy"] == ["0.625 ± 1.588", "0.875 ± 1.588", "+0.250 ± 0.000"]
+    assert cells["skill"] == ["0.000 ± 0.000", "0.400 ± 1.271", "+0.400 ± 1.271"]
+
+
+def test_only_seeds_that_all_arms_have_are_compared(tmp_path, two_arms):
+    off, on = two_arms.arms
+    for arm, seeds in ((off, [0, 1]), (on, [1])):
+        for seed in seeds:
+            run = {**a_run("10", "20", 0.1), "seed": seed, "settings": as_json(arm.settings(TINY))}
+            write_run(tmp_path, arm, seed, run)
+    runs = read_table(two_arms, TINY, tmp_path)
+    assert {name: [run["seed"] for run in some] for name, some in runs.items()} == {"off": [1], "on": [1]}
+    assert run_path(tmp_path, off, 1).parent.name == "pair"
