@@ -49,5 +49,5 @@ benchmark: setup ## measure decoding, the head and a training step
 	$(BIN)/python scripts/benchmark.py $(BENCHMARK_ARGS)
 
 clean: ## remove the environment, caches and outputs
-	rm -rf $(VENV) build dist *.egg-info demo_output .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info scripts/*.egg-info demo_output .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -141,7 +142,7 @@ class RequestAnswerer:
         """
         prompts = []
         for context, _, doc_to_visual, doc_id, task, split in (request.args for request in requests):
-            prompts.append(Prompt(f"{task}/{split}/{doc_id}", context, doc_to_visual(task_dict[task][split][doc_id])))
+            prompts.append(partial(_prompt_of, task_dict, context, doc_to_visual, doc_id, task, split))
         kwargs = [request.args[1] for request in requests]
         with tqdm(total=len(requests), desc="answering", unit="request", disable=not progress) as bar:
             return self._generate(prompts, kwargs, bar)
@@ -159,9 +160,8 @@ class RequestAnswerer:
         """
         prompts, texts, states = {}, [[] for _ in requests], [None] * len(requests)
         for place, request in enumerate(requests):
-            context, _, doc_to_visual, _, doc_id, task, split = request.args
-            visuals = doc_to_visual(task_dict[task][split][doc_id])
-            prompts[place] = Prompt(f"{task}/{split}/{doc_id}", context, visuals)
+            context, _, doc_to_visual, _, *where = request.args
+            prompts[place] = partial(_prompt_of, task_dict, context, doc_to_visual, *where)
         number = 0
         with tqdm(desc="answering", unit="round", disable=not progress) as bar:
             while prompts:
@@ -177,7 +177,7 @@ class RequestAnswerer:
                         previous_round_info=states[place],
                     )
                     if not is_over:
-                        following[place] = Prompt(prompts[place].name, context, visuals)
+                        following[place] = partial(Prompt, f"{task}/{split}/{doc_id}", context, visuals)
                 prompts = following
         return [list(own) for own in texts]
 
@@ -209,9 +209,8 @@ class RequestAnswerer:
             for some in _batches(list(documents.items()), self.batch_size):
                 prompts, choices = [], []
                 for (context, doc_to_visual, doc_id, task, split), places in some:
-                    document = task_dict[task][split][doc_id]
-                    prompts.append(Prompt(f"{task}/{split}/{doc_id}", context, doc_to_visual(document)))
-                    own = [requests[place].args[1] for place in places]
+                    prompts.append(_prompt_of(task_dict, context, doc_to_visual, doc_id, task, split))
+                    document, own = task_dict[task][split][doc_id], [requests[place].args[1] for place in places]
                     choices.append([choice(document) if callable(choice) else choice for choice in own])
                 scores = self._score(prompts, choices)
                 for (_, places), own in zip(some, scores, strict=True):
@@ -233,8 +232,13 @@ class RequestAnswerer:
         return {name: value.to(self.model.device) for name, value in batch.items() if name != "labels"}
 
     @torch.inference_mode()
-    def _generate(self, prompts: Sequence["Prompt"], kwargs: Sequence[dict[str, Any]], bar: tqdm) -> list[str]:
-        """A text for each prompt. Batches hold requests of the same generation options only."""
+    def _generate(
+        self, prompts: Sequence[Callable[[], "Prompt"]], kwargs: Sequence[dict[str, Any]], bar: tqdm
+    ) -> list[str]:
+        """A text for each prompt. Batches hold requests of the same generation options only.
+
+        Prompts are functions, so that the images of no more than one batch are in memory.
+        """
         by_options: dict[str, list[int]] = {}
         for place, own in enumerate(kwargs):
             by_options.setdefault(json.dumps(own, sort_keys=True, default=str), []).append(place)
@@ -242,7 +246,7 @@ class RequestAnswerer:
         for places in by_options.values():
             options, stops = self.decoding_options(kwargs[places[0]])
             for some in _batches(places, self.batch_size):
-                batch = self.batch_of([prompts[place] for place in some])
+                batch = self.batch_of([prompts[place]() for place in some])
                 length = batch["input_ids"].shape[1]
                 criteria = StoppingCriteriaList([_StopStrings(self._decode, length, stops)] if stops else [])
                 generated = self.model.generate(**batch, **options, stopping_criteria=criteria)
@@ -310,6 +314,12 @@ class Prompt:
             self.messages = to_messages(context, visuals)
         except ValueError as error:
             raise ValueError(f"document {name}: {error}") from error
+
+
+def _prompt_of(
+    task_dict: Any, context: str, doc_to_visual: Callable[[Any], Any], doc_id: int, task: str, split: str
+) -> Prompt:
+    return Prompt(f"{task}/{split}/{doc_id}", context, doc_to_visual(task_dict[task][split][doc_id]))
 
 
 class _StopStrings(StoppingCriteria):

@@ -18,6 +18,7 @@ scripts/evaluate.py where that asks the same.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -135,7 +136,10 @@ def make_environment(folder: Path, log: Path) -> Path:
     pip = (python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check")
     _run(*pip, "--no-deps", LMMS_EVAL, log=log)
     _run(*pip, "-c", ROOT / "constraints.txt", *NEEDED, log=log)
-    _run(*pip, "--no-deps", "-e", ROOT / "scripts" / "lmms_eval_plugin", log=log)
+    # Of a copy, so that nothing is left in the checkout.
+    scripts = folder.with_name("scripts")
+    shutil.copytree(ROOT / "scripts", scripts, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    _run(*pip, "--no-deps", "-e", scripts / "lmms_eval_plugin", log=log)
     return python
 
 
@@ -213,6 +217,7 @@ def run_lmms_eval(python: Path, folder: Path, name: str, checkpoint: Path) -> di
         ),
         *("--device", "cpu", "--batch_size", batch_size, "--tasks", ",".join(tasks)),
         *("--include_path", folder / "tasks", "--log_samples", "--output_path", output),
+        *("--verbosity", "DEBUG"),  # otherwise a run that failed ends with 0, too
     )
     _run(*command, log=folder / f"{output.name}.log")
     (results,) = output.rglob("*_results.json")

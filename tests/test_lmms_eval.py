@@ -13,6 +13,8 @@ from evaluation_settings import EvaluationSettings
 from lmms_eval_model import Prompt, RequestAnswerer, media_of, to_messages
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from tiny import tiny_model
+from tiny_processor import tiny_processor
 from video_clips import picture
 
 GREEDY = {"max_new_tokens": 4, "until": ["\n\n"], "do_sample": False}
@@ -136,6 +138,22 @@ def test_a_document_is_read_once_for_all_its_choices(answerers, task_dict):
     assert read == [document["text"] for document in clips["clips"]["test"]]
 
 
+def test_no_more_than_a_batch_of_documents_is_in_memory(answerers, task_dict):
+    clips, read, at_work = {"clips": task_dict["clips"]}, [], []
+
+    def counting(document: dict[str, Any]) -> Any:
+        read.append(document["text"])
+        return document["visuals"]
+
+    requests = [Request((*r.args[:2], counting, *r.args[3:])) for r in generation_requests(clips)]
+    hook = answerers[4].model.lm_head.register_forward_hook(lambda *_: at_work.append(len(read)))
+    try:
+        answerers[4].generate_until(requests, clips, progress=False)
+    finally:
+        hook.remove()
+    assert sorted(set(at_work)) == [4, 8] and len(requests) == 8
+
+
 # -- Likelihoods
 
 
@@ -178,6 +196,16 @@ def test_a_task_may_name_its_choice_by_a_function_of_the_document(answerers, tas
     by_function = Request((text, lambda document: document["choices"][0], *place))
     scores = answerers[1].loglikelihood([by_text, by_function], task_dict, progress=False)
     assert scores[0] == scores[1]
+
+
+def test_the_space_before_a_choice_is_no_part_of_an_answer(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    tiny_processor(model.config).save_pretrained(tmp_path)  # its tokens are characters, spaces among them
+    answerer, documents = RequestAnswerer(str(tmp_path)), {"texts": {"test": [None]}}
+    asked = [Request(("Where?", choice, lambda _: None, 0, "texts", "test")) for choice in (" up", "up", "u p")]
+    with_space, without, other = answerer.loglikelihood(asked, documents, progress=False)
+    assert with_space == without != other
 
 
 def test_requests_without_a_document_are_refused(answerers, task_dict):
