@@ -180,12 +180,12 @@ def accuracy_figure(answers: Sequence[Answers]) -> Figure:
     return figure
 
 
-def write_tables(results: Path, split: str = "test") -> str:
+def write_tables(results: Path, shown: str = "test") -> str:
     """Writes `tables.md` and `accuracy.png` beside the raw numbers; returns the text.
 
     Args:
-        results: folder with `key_frames_<split>.json`, `tokens_<split>.json` and `prefill.json`, or some of them.
-        split: whose numbers go into the plot; tables are made of all.
+        results: folder with `key_frames_<name>.json`, `tokens_<name>.json` and `prefill.json`, or some of them.
+        shown: name of the data whose numbers go into the plot; tables are made of all.
 
     Raises:
         FileNotFoundError: if there is none of them.
@@ -196,8 +196,8 @@ def write_tables(results: Path, split: str = "test") -> str:
         for path in sorted(results.glob(f"{kind}_*.json")):
             answers = Answers(json.loads(path.read_text(encoding="utf-8")), kind)
             name = path.stem.removeprefix(f"{kind}_")
-            drawn += [answers] if name == split else []
-            parts += [f"## {title}, {name} split", f"`{answers.results['command']}`"]
+            drawn += [answers] if name == shown else []
+            parts += [f"## {title}, data `{name}`", f"`{answers.results['command']}`"]
             parts += [as_markdown(knowledge_rows(answers)), as_markdown(accuracy_rows(answers)), _COSTS[kind]]
     prefill = results / "prefill.json"
     if prefill.exists():

@@ -1,13 +1,14 @@
 """What the head buys at inference, against the obvious cheap way at the same budget.
 
-    # clips with questions, and a small model that has seen videos with frames and tokens left out
-    python scripts/synthetic_clips.py --output uses/clips --num-train 1500 --num-test 360 --num-frames 12 --size 64 \\
-        --question-types direction order bounce color
-    python scripts/inference_uses.py train --data uses/clips --output uses/model
+    # a small model that has learned to predict motion, then one that has seen videos with frames and tokens left out
+    python scripts/demo.py --steps 700
+    python scripts/inference_uses.py train --model demo_output/model --data demo_output/clips/train_mix.json --output uses/model
+    python scripts/synthetic_clips.py --output uses/test --num-train 0 --num-test 400 --seed 7 --num-frames 8 --size 64 \\
+        --question-types direction color
 
     # one command for each table; each writes raw numbers to scripts/study_results/inference/
-    python scripts/inference_uses.py key-frames --model uses/model --data uses/clips/test.json
-    python scripts/inference_uses.py tokens --model uses/model --data uses/clips/test.json
+    python scripts/inference_uses.py key-frames --model uses/model --data uses/test/test.json
+    python scripts/inference_uses.py tokens --model uses/model --data uses/test/test.json
     python scripts/inference_uses.py prefill
 
     # raw numbers -> tables.md and accuracy.png beside them
@@ -51,7 +52,7 @@ from evaluation_tables import write_results
 from inference_measures import measure_key_frames, measure_tokens
 from inference_tables import write_tables
 from inference_timing import PrefillSettings, measure_prefill
-from inference_training import train_small_model
+from inference_training import train_with_parts_left_out
 from transformers.utils import logging
 
 from llava_next_ar.training_data import LlavaVideoDataset
@@ -125,9 +126,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.set_verbosity_error()
     try:
         if job == "train":
-            train_small_model(**options)
+            train_with_parts_left_out(**options)
         elif job == "tables":
-            print(write_tables(results, options["split"]))
+            print(write_tables(results, options["name"]))
         elif job == "prefill":
             shares = options.pop("shares")
             settings = PrefillSettings(**options)
@@ -135,12 +136,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             made_with = {"settings": asdict(settings), "versions": versions(), "hardware": hardware(settings.device)}
             _write({"command": command, **made_with, **numbers}, results / "prefill.json")
         else:
-            budgets = options.pop("budgets")
+            budgets, name = options.pop("budgets"), options.pop("name")
             kind = job.replace("-", "_")
             settings = EvaluationSettings(**options)
             _write(
                 {"command": command, **measure(kind, settings, budgets)},
-                results / f"{kind}_{Path(settings.data).stem}.json",
+                results / f"{kind}_{name}.json",
             )
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
@@ -156,17 +157,21 @@ def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], **defaults)
     jobs = parser.add_subparsers(dest="job", required=True)
 
-    train = jobs.add_parser("train", help="a small model on a folder of clips with questions", **defaults)
-    train.add_argument("--data", type=Path, required=True, help="that folder")
+    train = jobs.add_parser("train", help="on videos with frames and tokens left out", **defaults)
+    train.add_argument("--model", required=True, help="checkpoint with a head to go on from")
+    train.add_argument("--data", type=Path, required=True, help="LLaVA JSON with one video for each entry")
     train.add_argument("--output", type=Path, required=True, help="folder of the model")
-    train.add_argument("--steps", type=int, default=1200)
+    train.add_argument("--steps", type=int, default=700)
     train.add_argument("--batch-size", type=int, default=16)
     train.add_argument("--learning-rate", type=float, default=2e-3)
+    train.add_argument(
+        "--num-frames", type=int, nargs="+", default=[2, 3, 4, 6, 8], help="to draw from, of each video"
+    )
     train.add_argument("--seed", type=int, default=0)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for job, name, kind, budgets in (
-        ("key-frames", "--num-kept", int, [2, 4, 8]),
+        ("key-frames", "--num-kept", int, [2, 3, 4]),
         ("tokens", "--shares", float, [0.7, 0.5, 0.3, 0.1]),
     ):
         own = jobs.add_parser(job, help=f"accuracy by {name.strip('-')}", **defaults)
@@ -176,6 +181,7 @@ def _make_parser() -> argparse.ArgumentParser:
         own.add_argument("--trust-remote-code", action="store_true", help="run the code that the checkpoint carries")
         own.add_argument("--num-frames", type=int, help="of the dense sampling, if other than the processor says")
         own.add_argument("--max-samples", type=int, help="only the first so many questions")
+        own.add_argument("--name", default="test", help="of the data, in the name of the results")
         own.add_argument("--batch-size", type=int, default=32)
         own.add_argument("--device", default=device)
         own.add_argument("--seed", type=int, default=0)
@@ -191,7 +197,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
     tables = jobs.add_parser("tables", help="raw numbers -> tables and a plot", **defaults)
     tables.add_argument("--results", type=Path, default=RESULTS, help="folder of the raw numbers")
-    tables.add_argument("--split", default="test", help="what the plot shows")
+    tables.add_argument("--name", default="test", help="of the data that the plot shows")
     return parser
 
 
