@@ -48,7 +48,7 @@ class Unregistered:
     holds the original, not a hidden duplicate of it.
     """
 
-    def __init__(self, module: nn.Module | None):
+    def __init__(self, module: nn.Module | None) -> None:
         self.module = module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Unregistered":
