@@ -29,12 +29,18 @@ CACHE = Path("outputs/study")
 
 
 def run_tables(
-    names: Sequence[str], common: RunSettings, *, results: Path, cache: Path, seeds: Sequence[int] | None = None
+    names: Sequence[str],
+    common: RunSettings,
+    *,
+    results: Path,
+    cache: Path,
+    seeds: Sequence[int] | None = None,
+    arms: Sequence[str] | None = None,
 ) -> int:
     """Runs what is missing of some tables, one seed of every arm after the other; returns how many runs that were.
 
     Args:
-        seeds: only these.
+        seeds, arms: only these.
 
     Raises:
         ValueError: if a run with other settings is in its place.
@@ -43,6 +49,11 @@ def run_tables(
     for name in names:
         for seed in range(TABLES[name].num_seeds) if seeds is None else seeds:
             wanted += [(arm, seed) for arm in TABLES[name].arms if (arm, seed) not in wanted]
+    if arms is not None:
+        unknown = set(arms) - {arm.name for arm, _ in wanted}
+        if unknown:
+            raise ValueError(f"no arm {', '.join(sorted(unknown))} in {', '.join(names)}")
+        wanted = [(arm, seed) for arm, seed in wanted if arm.name in arms]
     missing = [(arm, seed) for arm, seed in wanted if read_run(results, arm, common, seed) is None]
     if not missing:
         return 0
@@ -63,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=("features", "run", "tables"))
     parser.add_argument("--table", nargs="+", choices=TABLES, default=list(TABLES), help="those to run or to write")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these; by default all that a table asks for")
+    parser.add_argument("--arms", nargs="+", help="only these; by default all of a table")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the runs")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the tower and its features")
     parser.add_argument("--threads", type=int, default=1, help="of the processor")
@@ -75,7 +87,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             open_bank(StudyData(common.data), options.cache)
         elif options.what == "run":
             number = run_tables(
-                options.table, common, results=options.results, cache=options.cache, seeds=options.seeds
+                options.table,
+                common,
+                results=options.results,
+                cache=options.cache,
+                seeds=options.seeds,
+                arms=options.arms,
             )
             print(f"{number} runs were missing, and are done")
         else:

@@ -69,8 +69,12 @@ class Vocabulary:
     """Words, punctuation and whole choices <-> numbers, as they occur in some entries of the benchmark."""
 
     def __init__(self, entries: Sequence[dict[str, Any]]) -> None:
-        phrases = sorted({choice for entry in entries for choice in entry["choices"]}, key=lambda text: (-len(text), text))
-        self._pattern = re.compile("|".join([*(rf"\b{re.escape(phrase)}\b" for phrase in phrases), r"\w+", r"[^\w\s]"]))
+        phrases = sorted(
+            {choice for entry in entries for choice in entry["choices"]}, key=lambda text: (-len(text), text)
+        )
+        self._pattern = re.compile(
+            "|".join([*(rf"\b{re.escape(phrase)}\b" for phrase in phrases), r"\w+", r"[^\w\s]"])
+        )
         pieces = sorted({piece for entry in entries for piece in self._pieces(_prompt_of(entry))} | set(phrases))
         self._ids = {piece: number for number, piece in enumerate(pieces, start=END + 1)}
 
@@ -113,9 +117,7 @@ class StudyData:
             entries[split] = entries_of(clips if split == "train" else [c for c in clips if c.name in wanted])
         self.vocabulary = Vocabulary([entry for some in entries.values() for entry in some])
         places = {clip.name: place for place, clip in enumerate(self.clips)}
-        self.questions = {
-            split: [self._question(entry, places) for entry in some] for split, some in entries.items()
-        }
+        self.questions = {split: [self._question(entry, places) for entry in some] for split, some in entries.items()}
         self.pairs = {
             split: [
                 EventPair(
@@ -140,6 +142,10 @@ class StudyData:
             choices=tuple(token for (token,) in choices),
             answer=entry["choices"].index(entry["conversations"][1]["value"]),
         )
+
+    def asked(self, split: str, question_types: Sequence[str]) -> list[StudyQuestion]:
+        """The questions of some types."""
+        return [question for question in self.questions[split] if question.question_type in question_types]
 
     @property
     def fingerprint(self) -> str:

@@ -72,7 +72,9 @@ def dinov2_state(onnx_file: bytes) -> dict[str, torch.Tensor]:
     try:
         import onnx
     except ImportError as error:
-        raise ImportError("the study's tower is in an ONNX file, which needs onnx to read: pip install onnx") from error
+        raise ImportError(
+            "the study's tower is in an ONNX file, which needs onnx to read: pip install onnx"
+        ) from error
     graph = onnx.load_from_string(onnx_file).graph
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     prefix = "backbone."
@@ -86,8 +88,10 @@ def dinov2_state(onnx_file: bytes) -> dict[str, torch.Tensor]:
     (of_class,) = [array for array in nameless if array.shape == (1, 1, TOWER_WIDTH)]
     (of_patches,) = [array for array in nameless if array.shape == (1, POSITIONS, TOWER_WIDTH)]
     state["embeddings.position_embeddings"] = np.concatenate([of_class, of_patches], axis=1)
-    state["embeddings.mask_token"] = np.zeros((1, TOWER_WIDTH), dtype=np.float32)  # of the pretraining, not in the file
-    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in state.items()}
+    state["embeddings.mask_token"] = np.zeros(
+        (1, TOWER_WIDTH), dtype=np.float32
+    )  # of the pretraining, not in the file
+    return {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
 
 
 @torch.no_grad()
@@ -108,10 +112,11 @@ def normalized_pixels(frames: np.ndarray) -> torch.Tensor:
 
 
 class StandardizedTower(nn.Module):
-    """A tower whose features are brought to zero mean and unit variance, each over all patches of some frames.
+    """A tower whose features are brought to zero mean each, and all together to unit variance.
 
     As they come, those of the tower's middle layers hardly differ from patch to patch (standard deviation 0.05, means up to
-    0.7): a projector that starts from random weights would learn for long before it tells one patch from another.
+    0.7): a projector that starts from random weights would learn for long before it tells one patch from another. They
+    share one scale, so that those that say little stay small.
     """
 
     def __init__(self, tower: nn.Module, mean: torch.Tensor, deviation: torch.Tensor) -> None:
@@ -126,9 +131,13 @@ class StandardizedTower(nn.Module):
 
 
 def feature_statistics(features: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation `[Dv]` over all patches of frames `[N, 1 + P, Dv]`; the class token counts as none."""
+    """Mean `[Dv]`, and the standard deviation around it, a scalar, of all patches of frames `[N, 1 + P, Dv]`.
+
+    The class token counts as none.
+    """
     patches = torch.from_numpy(np.array(features[:, 1:])).flatten(0, 1)
-    return patches.mean(0), patches.std(0)
+    mean = patches.mean(0)
+    return mean, (patches - mean).square().mean().sqrt()
 
 
 class FeatureBank(nn.Module):

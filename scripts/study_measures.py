@@ -60,9 +60,7 @@ def measure_frames(model: Any, data: StudyData, clips: Sequence[int]) -> dict[st
 
 
 def _videos(model: Any, data: StudyData, clips: Sequence[int]) -> StudySamples:
-    questions = [
-        StudyQuestion(id="", clip=clip, question_type="", prompt=(), choices=(), answer=0) for clip in clips
-    ]
+    questions = [StudyQuestion(id="", clip=clip, question_type="", prompt=(), choices=(), answer=0) for clip in clips]
     return StudySamples(data, questions, model.config.frame_token_layout, labeled=[False] * len(clips))
 
 
@@ -74,9 +72,7 @@ SCORES = ("surprise", "error", "frame_difference", "patch_surprise", "patch_erro
 def measure_pairs(model: Any, data: StudyData, pairs: Sequence[EventPair]) -> dict[str, list[float]]:
     """For each way of scoring a clip and each pair: 1.0 where the impossible clip scores higher, 0.5 if as high, else 0.0."""
     clips = [clip for pair in pairs for clip in (pair.possible, pair.impossible)]
-    surprises = [
-        one for batch in _batches(model, _videos(model, data, clips)) for one in model.surprise(**batch)
-    ]
+    surprises = [one for batch in _batches(model, _videos(model, data, clips)) for one in model.surprise(**batch)]
     results: dict[str, list[float]] = {name: [] for name in SCORES}
     for pair, possible, impossible in zip(pairs, surprises[::2], surprises[1::2], strict=True):
         first = -(-pair.event_frame // data.settings.frame_step)  # the first frame shown that differs

@@ -1,6 +1,7 @@
 """One run of the study: train an arm with a seed, measure it, and write all of it to one file."""
 
 import json
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -15,7 +16,15 @@ import torch
 from evaluation_settings import versions
 from study_arms import HEAD, LAYOUT, Arm, RunSettings
 from study_data import END, IMAGE, PAD, VIDEO, StudyData, StudySamples
-from study_features import PATCH_SIZE, TOWER_WHEEL, TOWER_WIDTH, FeatureBank, feature_statistics, load_tower, open_features
+from study_features import (
+    PATCH_SIZE,
+    TOWER_WHEEL,
+    TOWER_WIDTH,
+    FeatureBank,
+    feature_statistics,
+    load_tower,
+    open_features,
+)
 from study_measures import measure_answers, measure_frames, measure_pairs
 from torch import nn
 from torch.utils.data import Subset
@@ -25,6 +34,8 @@ from llava_next_ar.configuration_llava_next_ar import LlavaNextARConfig
 from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from llava_next_ar.training_collator import LlavaVideoCollator
 from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer
+
+logger = logging.getLogger(__name__)
 
 STATISTICS_FRAMES = 2000  # of training clips, by which features are standardized
 
@@ -51,7 +62,8 @@ def build_model(
             "n_layer": settings.num_layers,
             "n_head": settings.num_attention_heads,
             "n_positions": 512,
-            "activation_function": "gelu",
+            "activation_function": "relu",
+            "initializer_range": settings.initializer_range,
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
             "vocab_size": vocab_size,
             "tie_word_embeddings": False,
@@ -81,7 +93,7 @@ def training_samples(settings: RunSettings, seed: int, data: StudyData, model: A
     A step is `batch_size` questions and then `unlabeled_batch_size` clips of which nothing is asked. Both go through their
     pool in random order, again and again.
     """
-    questions = data.questions["train"]
+    questions = data.asked("train", settings.question_types)
     num_labeled = round(settings.labeled_share * len(questions))
     if num_labeled < settings.batch_size:
         raise ValueError(
@@ -125,16 +137,16 @@ class _Curve(TrainerCallback):
         done = state.global_step * self.num_points
         if done // state.max_steps > (done - self.num_points) // state.max_steps:
             model.eval()
-            self.points.append({"step": state.global_step, **self.measure(model)})
+            point = {"step": state.global_step, **self.measure(model)}
+            self.points.append(point)
+            logger.info("step %(step)d: accuracy %(accuracy).3f, skill %(skill).3f", point)
             model.train()
 
 
 def open_bank(data: StudyData, cache: Path) -> FeatureBank:
     """The features of all clips, from `cache` or computed into it."""
     settings = data.settings
-    tower = partial(
-        load_tower, cache / "tower", num_layers=settings.tower_layers, image_size=settings.image_size
-    )
+    tower = partial(load_tower, cache / "tower", num_layers=settings.tower_layers, image_size=settings.image_size)
     path = cache / f"features-{data.fingerprint}.npy"
     features = open_features(path, len(data.clips), data.frames, tower)
     return FeatureBank(features, *feature_statistics(features[data.training_frames][:STATISTICS_FRAMES]))
@@ -146,11 +158,13 @@ def run_arm(arm: Arm, common: RunSettings, seed: int, data: StudyData, bank: nn.
     model = build_model(settings, seed, len(data.vocabulary), bank)
 
     def measure(model: Any) -> dict[str, Any]:
-        clips = sorted({question.clip for question in data.questions["val"]})
+        questions = data.asked("val", settings.question_types)
         return {
-            "accuracy": float(np.mean(measure_answers(model, data, data.questions["val"]))),
-            **measure_frames(model, data, clips),
-            "pairs": {name: float(np.mean(some)) for name, some in measure_pairs(model, data, data.pairs["val"]).items()},
+            "accuracy": float(np.mean(measure_answers(model, data, questions))),
+            **measure_frames(model, data, sorted({question.clip for question in questions})),
+            "pairs": {
+                name: float(np.mean(some)) for name, some in measure_pairs(model, data, data.pairs["val"]).items()
+            },
         }
 
     curve = _Curve(settings.curve_points, measure)
@@ -178,7 +192,7 @@ def run_arm(arm: Arm, common: RunSettings, seed: int, data: StudyData, bank: nn.
         )
         trainer.train()
     model.eval()
-    questions = data.questions["test"]
+    questions = data.asked("test", settings.question_types)
     return {
         "arm": arm.name,
         "seed": seed,

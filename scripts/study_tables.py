@@ -54,6 +54,7 @@ MEASURES: Mapping[str, Callable[[dict[str, Any]], float]] = {
     "accuracy, frames shuffled": lambda run: accuracy(run, answers="answers_shuffled"),
     "mse": lambda run: run["frames"]["mse"],
     "skill": lambda run: run["frames"]["skill"],
+    "skill of a straight line": lambda run: run["frames"]["linear_skill"],
     "temporal consistency": lambda run: run["frames"]["temporal_consistency"],
     "impossible clip more surprising": lambda run: pair_accuracy(run, "surprise"),
 }
@@ -93,9 +94,7 @@ def read_table(table: Table, common: RunSettings, results: Path) -> Runs:
     """The runs of a table, of the seeds that all of its arms have; an arm without any run at all is left out."""
     found = {
         arm.name: {
-            seed: run
-            for seed in range(table.num_seeds)
-            if (run := read_run(results, arm, common, seed)) is not None
+            seed: run for seed in range(table.num_seeds) if (run := read_run(results, arm, common, seed)) is not None
         }
         for arm in table.arms
     }
@@ -159,7 +158,11 @@ def _pair_lines(arms: Sequence[Arm], runs: Runs) -> list[str]:
         low, high = bootstrap_of_mean(difference)
         ahead.append(f"{difference.mean():+.3f} [{low:+.2f}, {high:+.2f}]")
     rows.append(["surprise, less frame difference", *ahead])
-    return ["Pairs in which the impossible clip scores higher (intervals over pairs):", "", *_markdown([header, *rows])]
+    return [
+        "Pairs in which the impossible clip scores higher (intervals over pairs):",
+        "",
+        *_markdown([header, *rows]),
+    ]
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
