@@ -36,11 +36,11 @@ class RunSettings:
     """Questions of a step."""
     unlabeled_batch_size: int = 0
     """Clips of a step without a question, of all training clips."""
-    num_steps: int = 2400
+    num_steps: int = 4000
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
-    warmup_steps: int = 100
-    curve_points: int = 6
+    warmup_steps: int = 200
+    curve_points: int = 8
     """How often the development split is measured during training."""
 
 
@@ -93,7 +93,7 @@ def _few(name: str, title: str, weight: float, unlabeled: int = 0) -> Arm:
         "head": {"loss_weight": weight},
         "labeled_share": 0.1,
         "unlabeled_batch_size": unlabeled,
-        "num_steps": 1200,
+        "num_steps": 1600,
     }
     return Arm(table="few-labels", name=name, title=title, changes=changes)
 

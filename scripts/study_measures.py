@@ -64,8 +64,10 @@ def _videos(model: Any, data: StudyData, clips: Sequence[int]) -> StudySamples:
     return StudySamples(data, questions, model.config.frame_token_layout, labeled=[False] * len(clips))
 
 
-# How a clip's surprise is read from that of its frames from the event on; chosen on the development split.
-SCORES = ("surprise", "error", "frame_difference", "patch_surprise", "patch_error", "patch_difference")
+# How a clip is scored, by what is surprising in it and where that is looked for.
+WHAT = ("surprise", "error", "difference")
+WHERE = ("at_event", "frame", "patch")
+SCORES = tuple(f"{what}_{where}" for what in WHAT for where in WHERE)
 
 
 @torch.inference_mode()
@@ -75,27 +77,32 @@ def measure_pairs(model: Any, data: StudyData, pairs: Sequence[EventPair]) -> di
     surprises = [one for batch in _batches(model, _videos(model, data, clips)) for one in model.surprise(**batch)]
     results: dict[str, list[float]] = {name: [] for name in SCORES}
     for pair, possible, impossible in zip(pairs, surprises[::2], surprises[1::2], strict=True):
-        first = -(-pair.event_frame // data.settings.frame_step)  # the first frame shown that differs
-        scores = [clip_scores(one, first) for one in (possible, impossible)]
+        event = -(-pair.event_frame // data.settings.frame_step)  # among the frames that are shown
+        scores = [clip_scores(one, event) for one in (possible, impossible)]
         for name in SCORES:
             low, high = (some[name] for some in scores)
             results[name].append(0.5 + 0.5 * ((high > low) - (high < low)))
     return results
 
 
-def clip_scores(surprise: VideoSurprise, first: int) -> dict[str, float]:
-    """One number for each of `SCORES`: the greatest of all frames, or patches, from frame `first` on.
+def clip_scores(surprise: VideoSurprise, event: int) -> dict[str, float]:
+    """One number for each of `SCORES`.
 
     `surprise` relates errors to those of copying (frame_surprise.py), `error` does not, and `difference` is the cheap way:
-    how much a frame differs from the one before.
+    how much a frame differs from the one before. `at_event` is the mean over the patches of the frame `event`, the first
+    that differs between the clips of a pair: both clips then come with the same prediction. The others know of no moment:
+    the greatest of all frames, or of all patches, from there on (before it the two clips are the same).
     """
-    shown = [number for number, frame in enumerate(surprise.frame_index.tolist()) if frame >= first]
-    errors, copies = ([values[n] for n in shown] for values in (surprise.errors, surprise.copy_errors))
-    return {
-        "surprise": max(float(surprise.frames[n]) for n in shown),
-        "error": max(float(frame.mean()) for frame in errors),
-        "frame_difference": max(float(frame.mean()) for frame in copies),
-        "patch_surprise": max(float(surprise.patches[n].max()) for n in shown),
-        "patch_error": max(float(frame.max()) for frame in errors),
-        "patch_difference": max(float(frame.max()) for frame in copies),
+    (first,) = (surprise.frame_index == event).nonzero().flatten().tolist()
+    of_frames = {
+        "surprise": surprise.frames[first:].tolist(),
+        "error": [float(frame.mean()) for frame in surprise.errors[first:]],
+        "difference": [float(frame.mean()) for frame in surprise.copy_errors[first:]],
     }
+    of_patches = {"surprise": surprise.patches, "error": surprise.errors, "difference": surprise.copy_errors}
+    scores = {}
+    for what in WHAT:
+        scores[f"{what}_at_event"] = of_frames[what][0]
+        scores[f"{what}_frame"] = max(of_frames[what])
+        scores[f"{what}_patch"] = max(float(frame.max()) for frame in of_patches[what][first:])
+    return scores

@@ -20,9 +20,17 @@ from study_features import (
     normalized_pixels,
     open_features,
 )
-from study_measures import SCORES, clip_scores, measure_answers, measure_frames, measure_pairs
+from study_measures import SCORES, WHERE, clip_scores, measure_answers, measure_frames, measure_pairs
 from study_runs import as_json, build_model, read_run, run_path, training_samples, write_run
-from study_tables import accuracy, bootstrap_of_mean, format_table, mean_interval, pair_accuracy, read_table
+from study_tables import (
+    SURPRISE_SCORE,
+    accuracy,
+    bootstrap_of_mean,
+    format_table,
+    mean_interval,
+    pair_accuracy,
+    read_table,
+)
 
 from llava_next_ar.frame_surprise import VideoSurprise
 from llava_next_ar.training_collator import LlavaVideoCollator
@@ -293,7 +301,7 @@ def test_an_untrained_head_copies_and_a_copying_head_is_as_surprised_as_frames_d
     assert frames["linear_skill"] == 1 - frames["linear_mse"] / frames["copy_mse"] < 0
     wins = measure_pairs(model, data, data.pairs["test"])
     assert set(wins) == set(SCORES) and all(len(some) == TINY_DATA.num_pairs for some in wins.values())
-    assert wins["error"] == wins["frame_difference"] and wins["patch_error"] == wins["patch_difference"]
+    assert all(wins[f"error_{where}"] == wins[f"difference_{where}"] for where in WHERE)
 
 
 def test_a_clip_is_scored_from_the_event_on():
@@ -303,18 +311,21 @@ def test_a_clip_is_scored_from_the_event_on():
     surprise = VideoSurprise(
         frame_index=torch.tensor([1, 2, 3]),
         seconds=torch.arange(3.0),
-        frames=torch.tensor([9.0, 2.0, 1.0]),
+        frames=torch.tensor([9.0, 2.0, 3.0]),
         patches=maps(9.0, 4.0, 1.0),
         errors=maps(9.0, 1.0, 3.0),
         copy_errors=maps(9.0, 5.0, 1.0),
     )
     assert clip_scores(surprise, 2) == {
-        "surprise": 2.0,
-        "error": 1.5,
-        "frame_difference": 2.5,
-        "patch_surprise": 4.0,
-        "patch_error": 3.0,
-        "patch_difference": 5.0,
+        "surprise_at_event": 2.0,
+        "surprise_frame": 3.0,
+        "surprise_patch": 4.0,
+        "error_at_event": 0.5,
+        "error_frame": 1.5,
+        "error_patch": 3.0,
+        "difference_at_event": 2.5,
+        "difference_frame": 2.5,
+        "difference_patch": 5.0,
     }
 
 
@@ -364,7 +375,7 @@ def test_the_whole_way_from_clips_to_a_table(tmp_path, monkeypatch, two_arms, to
     assert [entry["step"] for entry in on["training_log"]] == [1, 2, 3]
     assert on["training_log"][0] == off["training_log"][0]  # the first loss is that of the first weights
     assert on["training_log"][2]["autoregressive_loss"] < off["training_log"][2]["autoregressive_loss"]
-    assert sum(map(len, on["answers"].values())) == 4 * 8 and sum(map(len, on["pairs"]["error"].values())) == 4
+    assert sum(map(len, on["answers"].values())) == 4 * 8 and sum(map(len, on["pairs"]["error_frame"].values())) == 4
     again = study_runs.run_arm(two_arms.arms[1], TINY, 0, *_data_and_bank(tmp_path / "cache"))
     assert {**again, "cpu_seconds": 0} == {**on, "cpu_seconds": 0}
     text = study.write_tables(["pair"], TINY, results)
@@ -386,7 +397,7 @@ def a_run(answers: str, pairs: str, skill: float) -> dict:
         "answers": {"color": answers},
         "answers_shuffled": {"color": answers[::-1]},
         "frames": {"mse": 1 - skill, "skill": skill, "linear_skill": -1.0, "temporal_consistency": 0.5},
-        "pairs": {"surprise": {"vanish": pairs}, "frame_difference": {"vanish": "0" * len(pairs)}},
+        "pairs": {name: {"vanish": "1" * len(pairs)} for name in SCORES} | {SURPRISE_SCORE: {"vanish": pairs}},
     }
 
 
@@ -410,7 +421,7 @@ def test_a_table_of_known_numbers(tmp_path, two_arms):
             write_run(tmp_path, arm, seed, {**a_run(answers, pairs, skill), "settings": as_json(arm.settings(TINY))})
     runs = read_table(two_arms, TINY, tmp_path)
     assert [accuracy(run) for run in runs["off"]] == [0.5, 0.75]
-    assert [pair_accuracy(run, "surprise") for run in runs["on"]] == [0.75, 0.875]
+    assert [pair_accuracy(run, SURPRISE_SCORE) for run in runs["on"]] == [0.75, 0.875]
     rows = [
         line.strip("| ").split(" | ") for line in format_table(two_arms, runs).splitlines() if line.startswith("| ")
     ]
