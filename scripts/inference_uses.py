@@ -20,7 +20,8 @@ takes the first frame and the K - 1 highest, `spread` goes in equal steps along 
 
 `tokens`: a share of each video's patch tokens reaches the language model; the others are dropped before it, and those that
 stay keep their positions. Chosen at random, by the difference to the frame before (Efficient Video Sampling), or by surprise or
-prediction error of each patch. The first frame comes first in all of them. Newline tokens stay and do not count.
+prediction error of each patch. The first frame comes first in all of them, and uses up a share below one over the number of
+frames. Newline tokens stay and do not count.
 
 `prefill`: seconds and memory of the cache over the share, and what the scores cost.
 
@@ -172,7 +173,7 @@ def _make_parser() -> argparse.ArgumentParser:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for job, name, kind, budgets in (
         ("key-frames", "--num-kept", int, [2, 3, 4]),
-        ("tokens", "--shares", float, [0.7, 0.5, 0.3, 0.1]),
+        ("tokens", "--shares", float, [0.7, 0.5, 0.3, 0.2, 0.1]),
     ):
         own = jobs.add_parser(job, help=f"accuracy by {name.strip('-')}", **defaults)
         own.add_argument("--model", required=True, help="checkpoint with a head: a folder or a Hub id")
