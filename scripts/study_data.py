@@ -25,12 +25,16 @@ PAD, VIDEO, IMAGE, END = range(4)  # ids of the tokens that are no words
 class DataSettings:
     """Which clips there are; all that their features depend on."""
 
+    question_types: tuple[str, ...] = ("direction", "camera", "order", "color")
+    """Those of the benchmark that a model of this size begins to learn in minutes, and `color`, which needs no time."""
     num_train: int = 480
-    """Clips of each kind, a multiple of 4."""
+    """Clips of each kind, a multiple of 4. As many possible clips of the kind of the pairs are in the training set with
+    nothing asked: what a model is to find surprising later must not have happened before."""
     num_val: int = 20
     num_test: int = 80
-    num_pairs: int = 120
-    """Pairs of a possible and an impossible clip, in `val` and in `test` each."""
+    num_val_pairs: int = 100
+    """Pairs of a possible and an impossible clip, a multiple of 2."""
+    num_test_pairs: int = 400
     levels: tuple[str, ...] = ("easy",)
     num_frames: int = 14
     frame_step: int = 2
@@ -43,15 +47,15 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyQuestion:
-    id: str
     clip: int
     """Number of the clip among all of the study."""
-    question_type: str
-    prompt: tuple[int, ...]
-    """Tokens after the video."""
-    choices: tuple[int, ...]
+    id: str = ""
+    question_type: str = ""
+    prompt: tuple[int, ...] = ()
+    """Tokens after the video; none: the clip is shown, and nothing is asked."""
+    choices: tuple[int, ...] = ()
     """One token each."""
-    answer: int
+    answer: int = 0
     """The place of the right one."""
 
 
@@ -94,27 +98,26 @@ def _prompt_of(entry: dict[str, Any]) -> str:
 
 
 class StudyData:
-    """All clips of the study, numbered through, with their questions and pairs by split."""
+    """All clips of the study, numbered through, with their questions and pairs by split.
+
+    Of some training clips nothing is asked (`DataSettings.num_train`).
+    """
 
     def __init__(self, settings: DataSettings) -> None:
         self.settings = settings
         numbers = {"val": settings.num_val, "test": settings.num_test, "train": settings.num_train}
+        num_pairs = {"val": settings.num_val_pairs, "test": settings.num_test_pairs, "train": settings.num_train}
         options = {"seed": settings.seed, "num_frames": settings.num_frames, "levels": settings.levels}
         self.clips: list[BenchmarkClip] = []
         entries, pairs = {}, {}
         for split, number in numbers.items():
-            clips = make_clips(number, split=split, **options)
-            if split == "train":
-                clips.sort(key=lambda clip: clip.name[-4:])  # of more training clips, these are the first ones
-            else:
-                # The same clips, and more of the kind that comes in pairs.
-                wanted = {clip.name for clip in clips}
-                num_paired = max(2 * settings.num_pairs // len(settings.levels), number)
-                paired = make_clips(num_paired, split=split, question_types=["possible"], **options)
-                clips += [clip for clip in paired if clip.name not in wanted]
-                pairs[split] = paired
-            self.clips += clips
-            entries[split] = entries_of(clips if split == "train" else [c for c in clips if c.name in wanted])
+            clips = make_clips(number, split=split, question_types=settings.question_types, **options)
+            entries[split] = entries_of(clips, question_types=settings.question_types)
+            pairs[split] = make_clips(2 * num_pairs[split], split=split, question_types=["possible"], **options)
+            clips += pairs[split][::2] if split == "train" else pairs[split]
+            self.clips += sorted(
+                clips, key=lambda clip: clip.name[-4:]
+            )  # kinds are mixed: the first ones stand for all
         self.vocabulary = Vocabulary([entry for some in entries.values() for entry in some])
         places = {clip.name: place for place, clip in enumerate(self.clips)}
         self.questions = {split: [self._question(entry, places) for entry in some] for split, some in entries.items()}
@@ -129,7 +132,9 @@ class StudyData:
                 for one, other in zip(clips[::2], clips[1::2], strict=True)
             ]
             for split, clips in pairs.items()
+            if split != "train"
         }
+        self.questions["train"] += [StudyQuestion(clip=places[clip.name]) for clip in pairs["train"][::2]]
 
     def _question(self, entry: dict[str, Any], places: dict[str, int]) -> StudyQuestion:
         name = entry["video"].removeprefix("videos/").removesuffix(".mp4")
@@ -142,10 +147,6 @@ class StudyData:
             choices=tuple(token for (token,) in choices),
             answer=entry["choices"].index(entry["conversations"][1]["value"]),
         )
-
-    def asked(self, split: str, question_types: Sequence[str]) -> list[StudyQuestion]:
-        """The questions of some types."""
-        return [question for question in self.questions[split] if question.question_type in question_types]
 
     @property
     def fingerprint(self) -> str:
@@ -181,7 +182,6 @@ class StudySamples(Dataset):
 
     Args:
         layout: of the model's video tokens.
-        labeled: False leaves out all that is asked, and every label: what remains is the video.
         answered: with the answer, as in training.
         shuffled: the frames of each clip in random order, at the same times.
     """
@@ -192,12 +192,10 @@ class StudySamples(Dataset):
         questions: Sequence[StudyQuestion],
         layout: FrameTokenLayout,
         *,
-        labeled: Sequence[bool] | None = None,
         answered: bool = True,
         shuffled: bool = False,
     ) -> None:
         self.data, self.questions, self.layout = data, questions, layout
-        self.labeled = [True] * len(questions) if labeled is None else labeled
         self.answered, self.shuffled = answered, shuffled
 
     def __len__(self) -> int:
@@ -206,7 +204,7 @@ class StudySamples(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         question, settings = self.questions[index], self.data.settings
         video = [VIDEO] * self.layout.num_tokens(self.data.num_frames)
-        if self.labeled[index]:
+        if question.prompt:
             answer = [question.choices[question.answer], END] if self.answered else []
             text = [*question.prompt, *answer]
         else:

@@ -60,8 +60,7 @@ def measure_frames(model: Any, data: StudyData, clips: Sequence[int]) -> dict[st
 
 
 def _videos(model: Any, data: StudyData, clips: Sequence[int]) -> StudySamples:
-    questions = [StudyQuestion(id="", clip=clip, question_type="", prompt=(), choices=(), answer=0) for clip in clips]
-    return StudySamples(data, questions, model.config.frame_token_layout, labeled=[False] * len(clips))
+    return StudySamples(data, [StudyQuestion(clip=clip) for clip in clips], model.config.frame_token_layout)
 
 
 # How a clip is scored, by what is surprising in it and where that is looked for.
