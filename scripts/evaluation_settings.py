@@ -23,7 +23,8 @@ from transformers.utils import resolve_revision
 FRAME_ORDERS = ("natural", "shuffled", "reversed")
 # Settings that change no number.
 _WITHOUT_EFFECT = ("num_workers", "max_bad_samples")
-_WEIGHT_FILES = ("*.safetensors", "*.bin")
+# Not every `*.bin`: the settings that a Trainer leaves beside the weights are one too.
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
 
 
 @dataclass(frozen=True, kw_only=True)
