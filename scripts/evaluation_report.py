@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation_tables import MAX_ROWS, answer_rows, frame_rows, remarks, wrong_answers
-from report import Report, answers_figure, gap_figure
+from report import Report, answers_figure, gap_figure, horizon_figure
 
 
 def write_report(results: dict[str, Any], path: Path) -> None:
@@ -31,6 +31,8 @@ def write_report(results: dict[str, Any], path: Path) -> None:
     else:
         report.table(frame_rows(frames))
         report.figure(gap_figure(frames["by_horizon"]), "skill and temporal consistency by time gap")
+        if len(frames["by_horizon"]) > 1:
+            report.figure(horizon_figure(frames["by_horizon"]), "error by horizon")
         report.text(
             "Skill is 1 - mse / copy mse: 0 is as good as copying the last frame, 1 is perfect. Temporal consistency says how "
             "often the true frame is the nearest of its clip to the prediction; a blind guess is one over its frames. "

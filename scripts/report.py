@@ -147,6 +147,30 @@ def gap_figure(by_horizon: dict[str, Any]) -> Figure:
     return figure
 
 
+def horizon_figure(by_horizon: dict[str, Any]) -> Figure:
+    """Mean error of the predictions over how many frames ahead they are, beside the two ways that need no model.
+
+    Args:
+        by_horizon: of the `reconstruction` of an evaluation.
+    """
+    figure = Figure(figsize=(5.5, 3), layout="constrained")
+    ax = figure.subplots()
+    for name, label, colour in (
+        ("mse", "predicted", _BLUE),
+        ("copy_mse", "copying the last frame", _GRAY),
+        ("linear_mse", "straight line through the last two", _ORANGE),
+    ):
+        ax.plot(list(by_horizon), [summary[name] for summary in by_horizon.values()], color=colour, marker="o",
+                markersize=4, linewidth=1.2, linestyle="-" if name == "mse" else "--", label=label)  # fmt: skip
+    ax.set_yscale("log")  # a straight line is soon many times as far off
+    ax.set_xlabel("frames ahead", fontsize=8)
+    ax.set_title("mean squared error", fontsize=10)
+    ax.tick_params(labelsize=7)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=8, frameon=False)
+    return figure
+
+
 # -- The page
 
 

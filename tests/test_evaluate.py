@@ -20,6 +20,7 @@ from evaluation_records import RecordFiles
 from evaluation_report import write_report
 from evaluation_settings import EvaluationSettings, command_line, make_parser, resolved_revision
 from evaluation_tables import MAX_ROWS, format_results, write_results
+from report import horizon_figure
 
 from llava_next_ar.training_data import LlavaVideoDataset
 
@@ -430,7 +431,7 @@ def test_reconstruction_equals_predict_next_frames(folder, checkpoint):
     assert measured["gap"] == [0.5, 0.5, 0.75]
 
 
-def test_frames_further_ahead_are_imagined_and_compared_with_both_baselines(folder, checkpoint):
+def test_frames_further_ahead_are_imagined_and_compared_with_both_baselines(folder, checkpoint, tmp_path):
     model, processor = checkpoint
     settings = settings_for(folder, generation=False, likelihood=False, num_frames=6, horizons=3)
     results = evaluate.evaluate(settings, model, processor, progress=False)
@@ -455,6 +456,11 @@ def test_frames_further_ahead_are_imagined_and_compared_with_both_baselines(fold
     assert list(by_horizon) == ["1", "2", "3"]
     assert by_horizon["3"]["mse"] == pytest.approx(np.mean([r["horizons"]["3"]["mse"] for r in results["videos"]]))
     assert "straight line" in format_results(results)
+    drawn = {line.get_label(): list(line.get_ydata()) for line in horizon_figure(by_horizon).axes[0].lines}
+    assert drawn["predicted"] == [summary["mse"] for summary in by_horizon.values()]
+    assert drawn["straight line through the last two"][2] == by_horizon["3"]["linear_mse"]
+    write_report(results, tmp_path / "report.html")
+    assert "error by horizon" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_bins_of_time_gaps():
