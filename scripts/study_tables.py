@@ -41,14 +41,16 @@ def _share(digits: str) -> float:
     return digits.count("1") / len(digits)
 
 
-def pair_accuracy(run: dict[str, Any], score: str) -> float:
-    """Share of pairs in which the impossible clip scores higher than the possible one; a tie counts half."""
-    return float(pair_wins(run, score).mean())
+def pair_accuracy(run: dict[str, Any], score: str, event: str | None = None) -> float:
+    """Share of pairs, of all or those of an event, in which the impossible clip scores higher; a tie counts half."""
+    return float(pair_wins(run, score, event).mean())
 
 
-def pair_wins(run: dict[str, Any], score: str) -> np.ndarray:
+def pair_wins(run: dict[str, Any], score: str, event: str | None = None) -> np.ndarray:
     """For each pair 1, 0.5 or 0."""
-    return np.array([int(digit) / 2 for digits in run["pairs"][score].values() for digit in digits])
+    by_event = run["pairs"][score]
+    digits = "".join(by_event.values()) if event is None else by_event[event]
+    return np.array([int(digit) / 2 for digit in digits])
 
 
 MEASURES: Mapping[str, Callable[[dict[str, Any]], float]] = {
@@ -115,7 +117,7 @@ def format_table(table: Table, runs: Runs) -> str:
     header = ["", *(arm.title for arm in arms), *(f"{arm.title}, less {arms[0].title}" for arm in arms[1:])]
     rows = [[name, *_row(arms, runs, measure)] for name, measure in MEASURES.items()]
     lines += ["", *_markdown([header, *rows]), "", "Accuracy by question type:", ""]
-    types = sorted(runs[arms[0].name][0]["answers"], key=list(QUESTION_TYPES).index)
+    types = _question_types(runs, arms)
     header[1:1] = ["chance or unordered", "shuffled"]
     rows = [
         [
@@ -127,6 +129,10 @@ def format_table(table: Table, runs: Runs) -> str:
         for name in types
     ]
     return "\n".join([*lines, *_markdown([header, *rows]), "", *_pair_lines(arms, runs)])
+
+
+def _question_types(runs: Runs, arms: Sequence[Arm]) -> list[str]:
+    return sorted(runs[arms[0].name][0]["answers"], key=list(QUESTION_TYPES).index)
 
 
 def unordered_ceiling(question_type: str) -> float:
@@ -164,6 +170,24 @@ def _pair_lines(arms: Sequence[Arm], runs: Runs) -> list[str]:
         "Pairs in which the impossible clip scores higher (intervals over pairs):",
         "",
         *_markdown([header, *rows]),
+        "",
+        f"The same by event, for {SURPRISE_SCORE} (and first for {CHEAP_SCORE}, which no model has a part in):",
+        "",
+        *_markdown([["event", CHEAP_SCORE, *(arm.title for arm in arms)], *_event_rows(arms, runs)]),
+    ]
+
+
+def _event_rows(arms: Sequence[Arm], runs: Runs) -> list[list[str]]:
+    columns = [(arms[0], CHEAP_SCORE), *((arm, SURPRISE_SCORE) for arm in arms)]
+    return [
+        [
+            event,
+            *(
+                f"{np.mean([pair_accuracy(run, score, event) for run in runs[arm.name]]):.3f}"
+                for arm, score in columns
+            ),
+        ]
+        for event in runs[arms[0].name][0]["pairs"][CHEAP_SCORE]
     ]
 
 
@@ -186,6 +210,9 @@ def write_tables(names: Sequence[str], common: RunSettings, results: Path) -> st
         arms = [arm for arm in table.arms if arm.name in runs]
         curves_figure(arms, runs).savefig(results / f"{name}_curves.png", dpi=80, metadata={"Software": None})
         types_figure(arms, runs).savefig(results / f"{name}_types.png", dpi=80, metadata={"Software": None})
+        type_curves_figure(arms, runs).savefig(
+            results / f"{name}_type_curves.png", dpi=80, metadata={"Software": None}
+        )
     return "\n\n".join(texts)
 
 
@@ -212,11 +239,27 @@ def curves_figure(arms: Sequence[Arm], runs: Runs) -> Figure:
     return figure
 
 
+def type_curves_figure(arms: Sequence[Arm], runs: Runs) -> Figure:
+    """Accuracy of each question type on the development split over training: when an arm begins to see motion."""
+    types = _question_types(runs, arms)
+    figure = Figure(figsize=(3 * len(types), 2.8), layout="constrained")
+    for axes, question_type in zip(figure.subplots(1, len(types), squeeze=False)[0], types, strict=True):
+        for number, arm in enumerate(arms):
+            steps = [point["step"] for point in runs[arm.name][0]["curve"]]
+            values = [[_share(point["answers"][question_type]) for point in run["curve"]] for run in runs[arm.name]]
+            axes.plot(steps, np.array(values).T, color=f"C{number}", linewidth=0.6, alpha=0.5)
+            axes.plot(steps, np.mean(values, axis=0), color=f"C{number}", linewidth=2, label=arm.title)
+        axes.axhline(unordered_ceiling(question_type), color="black", linewidth=1, linestyle="--")
+        axes.set(xlabel="step", title=question_type, ylim=(0, 1.02))
+    axes.legend(fontsize="small")
+    return figure
+
+
 def types_figure(arms: Sequence[Arm], runs: Runs) -> Figure:
     """Accuracy by question type, with 95% intervals over seeds; the marks are what is to be had without order."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     axes = figure.subplots()
-    types = sorted(runs[arms[0].name][0]["answers"], key=list(QUESTION_TYPES).index)
+    types = _question_types(runs, arms)
     places, width = np.arange(len(types)), 0.8 / len(arms)
     for number, arm in enumerate(arms):
         stats = [mean_interval([accuracy(run, name) for run in runs[arm.name]]) for name in types]

@@ -387,7 +387,7 @@ def test_the_whole_way_from_clips_to_a_table(tmp_path, monkeypatch, two_arms, to
     assert {**again, "cpu_seconds": 0} == {**on, "cpu_seconds": 0}
     text = study.write_tables(["pair"], TINY, results)
     assert "2 of 2 seeds each" in text and (results / "pair.md").read_text() == text + "\n"
-    for name in ("pair_curves.png", "pair_types.png"):
+    for name in ("pair_curves.png", "pair_types.png", "pair_type_curves.png"):
         assert (results / name).stat().st_size > 5_000
 
 
@@ -436,6 +436,7 @@ def test_a_table_of_known_numbers(tmp_path, two_arms):
     # Both seeds are better by 0.25: the difference is certain, though the means are not.
     assert cells["accuracy"] == ["0.625 ± 1.588", "0.875 ± 1.588", "+0.250 ± 0.000"]
     assert cells["skill"] == ["0.000 ± 0.000", "0.400 ± 1.271", "+0.400 ± 1.271"]
+    assert rows[-1] == ["vanish", "0.500", "0.375", "0.812"]  # frame difference, then the arms
 
 
 def test_only_seeds_that_all_arms_have_are_compared(tmp_path, two_arms):
