@@ -176,7 +176,7 @@ def accuracy_figure(answers: Sequence[Answers]) -> Figure:
         ax.set_xlabel("frames shown" if own.kind == "key_frames" else "share of the visual tokens")
         ax.set_ylabel("accuracy on questions that need time")
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(fontsize=7, frameon=False)
+        ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
