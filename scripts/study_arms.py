@@ -35,7 +35,7 @@ class RunSettings:
     """Questions of a step."""
     unlabeled_batch_size: int = 0
     """Clips of a step without a question, of the whole training set."""
-    num_steps: int = 3000
+    num_steps: int = 2400
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     warmup_steps: int = 100
@@ -92,7 +92,7 @@ def _few(name: str, title: str, weight: float, unlabeled: int = 0) -> Arm:
         "head": {"loss_weight": weight},
         "train_share": 0.1,
         "unlabeled_batch_size": unlabeled,
-        "num_steps": 2000,
+        "num_steps": 1600,
     }
     return Arm(table="few-labels", name=name, title=title, changes=changes)
 
