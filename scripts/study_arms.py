@@ -124,6 +124,21 @@ TABLES: Mapping[str, Table] = MappingProxyType(
                 num_seeds=3,
             ),
             Table(
+                name="patience",
+                title="Without the objective, but twice as long",
+                arms=(
+                    _WITHOUT,
+                    Arm(
+                        table="patience",
+                        name="twice-the-steps",
+                        title="loss weight 0, twice the steps",
+                        changes={"head": {"loss_weight": 0.0}, "num_steps": 2 * RunSettings.num_steps},
+                    ),
+                    _FULL,
+                ),
+                num_seeds=3,
+            ),
+            Table(
                 name="history",
                 title="Frames that the head sees",
                 arms=(
