@@ -79,12 +79,13 @@ class Table:
 
 
 def _head(table: str, name: str, title: str, **keys: Any) -> Arm:
-    return Arm(table=table, name=name, title=title, changes={"head": keys})
+    """An arm with the objective in full; what is about the head shows most there."""
+    return Arm(table=table, name=name, title=title, changes={"head": {"loss_weight": 1.0, **keys}})
 
 
 _WITHOUT = _head("main", "weight-0", "loss weight 0", loss_weight=0.0)
 _DEFAULT = _head("main", "weight-0.1", "loss weight 0.1", loss_weight=0.1)
-_FULL = _head("main", "weight-1", "loss weight 1.0", loss_weight=1.0)
+_FULL = _head("main", "weight-1", "loss weight 1.0")
 
 
 def _few(name: str, title: str, weight: float, unlabeled: int = 0) -> Arm:
@@ -97,7 +98,7 @@ def _few(name: str, title: str, weight: float, unlabeled: int = 0) -> Arm:
     return Arm(table="few-labels", name=name, title=title, changes=changes)
 
 
-_GRID = {"mm_newline_position": "grid"}
+_GRID, _ON = {"mm_newline_position": "grid"}, {"loss_weight": 1.0}
 
 TABLES: Mapping[str, Table] = MappingProxyType(
     {
@@ -118,7 +119,7 @@ TABLES: Mapping[str, Table] = MappingProxyType(
                 name="causal",
                 title="Frame-causal mask",
                 arms=(
-                    _DEFAULT,
+                    _FULL,
                     _head("causal", "leaky", "mask off: the target is seen", use_frame_causal_mask=False),
                 ),
                 num_seeds=3,
@@ -142,7 +143,7 @@ TABLES: Mapping[str, Table] = MappingProxyType(
                 name="history",
                 title="Frames that the head sees",
                 arms=(
-                    _DEFAULT,
+                    _FULL,
                     _head("history", "hist-1", "num_hist 1", num_hist=1),
                     _head("history", "hist-8", "num_hist 8", num_hist=8),
                 ),
@@ -156,13 +157,16 @@ TABLES: Mapping[str, Table] = MappingProxyType(
                         table="layout",
                         name="grid",
                         title="all frames alike, newline after each row",
-                        changes={"layout": _GRID},
+                        changes={"layout": _GRID, "head": _ON},
                     ),
                     Arm(
                         table="layout",
                         name="slow-fast",
                         title="slow and fast frames (every third is slow)",
-                        changes={"layout": {**_GRID, "add_faster_video": True, "faster_token_stride": 3}},
+                        changes={
+                            "layout": {**_GRID, "add_faster_video": True, "faster_token_stride": 3},
+                            "head": _ON,
+                        },
                     ),
                     Arm(
                         table="layout",
@@ -172,6 +176,7 @@ TABLES: Mapping[str, Table] = MappingProxyType(
                             "layout": _GRID,
                             # Without these two, several scales would also pool the finest one, by 2.
                             "head": {
+                                **_ON,
                                 "enable_multiscale_pooling": True,
                                 "mm_spatial_pool_stride": 1,
                                 "add_faster_video": False,
