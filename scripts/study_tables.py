@@ -118,15 +118,15 @@ def format_table(table: Table, runs: Runs) -> str:
     rows = [[name, *_row(arms, runs, measure)] for name, measure in MEASURES.items()]
     lines += ["", *_markdown([header, *rows]), "", "Accuracy by question type:", ""]
     types = _question_types(runs, arms)
-    header[1:1] = ["chance or unordered", "shuffled"]
+    header[1:1] = ["best without order"]
     rows = [
         [
-            name,
+            name if answers == "answers" else f"{name}, shuffled",
             f"{unordered_ceiling(name):.2f}",
-            _cell([accuracy(run, name, "answers_shuffled") for run in runs[arms[0].name]]),
-            *_row(arms, runs, lambda run, name=name: accuracy(run, name)),
+            *_row(arms, runs, lambda run, name=name, answers=answers: accuracy(run, name, answers)),
         ]
         for name in types
+        for answers in ("answers", "answers_shuffled")
     ]
     return "\n".join([*lines, *_markdown([header, *rows]), "", *_pair_lines(arms, runs)])
 
