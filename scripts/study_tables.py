@@ -22,6 +22,7 @@ T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 
 BOOTSTRAP_SAMPLES = 10_000
 # How clips are scored in what is reported first, and the best cheap way, both chosen on the development split.
 SURPRISE_SCORE, CHEAP_SCORE = "error_at_event", "difference_at_event"
+NORMALIZED_SCORE = "surprise_at_event"  # what `model.surprise` returns: normalized by the error of copying
 
 Runs = Mapping[str, Sequence[dict[str, Any]]]
 """By name of the arm its runs, of the seeds that all arms have."""
@@ -158,14 +159,15 @@ def _pair_lines(arms: Sequence[Arm], runs: Runs) -> list[str]:
             low, high = bootstrap_of_mean(wins)
             cells.append(f"{wins.mean():.3f} [{low:.2f}, {high:.2f}]")
         rows.append([score, *cells])
-    ahead = []
-    for arm in arms:
-        difference = np.mean(
-            [pair_wins(run, SURPRISE_SCORE) - pair_wins(run, CHEAP_SCORE) for run in runs[arm.name]], axis=0
-        )
-        low, high = bootstrap_of_mean(difference)
-        ahead.append(f"{difference.mean():+.3f} [{low:+.2f}, {high:+.2f}]")
-    rows.append([f"{SURPRISE_SCORE}, less {CHEAP_SCORE}", *ahead])
+    for score in (SURPRISE_SCORE, NORMALIZED_SCORE):
+        ahead = []
+        for arm in arms:
+            difference = np.mean(
+                [pair_wins(run, score) - pair_wins(run, CHEAP_SCORE) for run in runs[arm.name]], axis=0
+            )
+            low, high = bootstrap_of_mean(difference)
+            ahead.append(f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
+        rows.append([f"{score}, less {CHEAP_SCORE}", *ahead])
     return [
         "Pairs in which the impossible clip scores higher (intervals over pairs):",
         "",
