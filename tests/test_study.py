@@ -456,3 +456,14 @@ def test_only_seeds_that_all_arms_have_are_compared(tmp_path, two_arms):
     runs = read_table(two_arms, TINY, tmp_path)
     assert {name: [run["seed"] for run in some] for name, some in runs.items()} == {"off": [1], "on": [1]}
     assert run_path(tmp_path, off, 1).parent.name == "pair"
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_in_the_repository_are_what_their_runs_say(name):
+    """And the runs were made with the settings that the arms have now."""
+    path = study.RESULTS / f"{name}.md"
+    if path.exists():
+        runs = read_table(TABLES[name], RunSettings(), study.RESULTS)
+        assert format_table(TABLES[name], runs) + "\n" == path.read_text(encoding="utf-8")
+    else:
+        assert not list((study.RESULTS / name).glob("*.json"))
