@@ -32,7 +32,7 @@ class RunSettings:
     train_share: float = 1.0
     """Of the training set, drawn by the seed."""
     batch_size: int = 8
-    """Questions of a step."""
+    """Samples of a step, drawn from that share."""
     unlabeled_batch_size: int = 0
     """Clips of a step without a question, of the whole training set."""
     num_steps: int = 2400
@@ -78,27 +78,25 @@ class Table:
     num_seeds: int
 
 
-def _head(table: str, name: str, title: str, **keys: Any) -> Arm:
-    """An arm with the objective in full; what is about the head shows most there."""
-    return Arm(table=table, name=name, title=title, changes={"head": {"loss_weight": 1.0, **keys}})
+def _arm(table: str, name: str, title: str, *, head: Mapping[str, Any] = MappingProxyType({}), **changes: Any) -> Arm:
+    """An arm with the objective in full unless `head` says otherwise; what is about the head shows most there."""
+    return Arm(table=table, name=name, title=title, changes={"head": {"loss_weight": 1.0, **head}, **changes})
 
 
-_WITHOUT = _head("main", "weight-0", "loss weight 0", loss_weight=0.0)
-_DEFAULT = _head("main", "weight-0.1", "loss weight 0.1", loss_weight=0.1)
-_FULL = _head("main", "weight-1", "loss weight 1.0")
+def _weight(table: str, name: str, title: str, weight: float, **changes: Any) -> Arm:
+    return _arm(table, name, title, head={"loss_weight": weight}, **changes)
+
+
+_WITHOUT = _weight("main", "weight-0", "loss weight 0", 0.0)
+_DEFAULT = _weight("main", "weight-0.1", "loss weight 0.1", 0.1)
+_FULL = _weight("main", "weight-1", "loss weight 1.0", 1.0)
 
 
 def _few(name: str, title: str, weight: float, unlabeled: int = 0) -> Arm:
-    changes = {
-        "head": {"loss_weight": weight},
-        "train_share": 0.1,
-        "unlabeled_batch_size": unlabeled,
-        "num_steps": 1600,
-    }
-    return Arm(table="few-labels", name=name, title=title, changes=changes)
+    return _weight("few-labels", name, title, weight, train_share=0.1, unlabeled_batch_size=unlabeled, num_steps=1600)
 
 
-_GRID, _ON = {"mm_newline_position": "grid"}, {"loss_weight": 1.0}
+_GRID = {"mm_newline_position": "grid"}
 
 TABLES: Mapping[str, Table] = MappingProxyType(
     {
@@ -120,7 +118,7 @@ TABLES: Mapping[str, Table] = MappingProxyType(
                 title="Frame-causal mask",
                 arms=(
                     _FULL,
-                    _head("causal", "leaky", "mask off: the target is seen", use_frame_causal_mask=False),
+                    _arm("causal", "leaky", "mask off: the target is seen", head={"use_frame_causal_mask": False}),
                 ),
                 num_seeds=3,
             ),
@@ -129,11 +127,12 @@ TABLES: Mapping[str, Table] = MappingProxyType(
                 title="Without the objective, but twice as long",
                 arms=(
                     _WITHOUT,
-                    Arm(
-                        table="patience",
-                        name="twice-the-steps",
-                        title="loss weight 0, twice the steps",
-                        changes={"head": {"loss_weight": 0.0}, "num_steps": 2 * RunSettings.num_steps},
+                    _weight(
+                        "patience",
+                        "twice-the-steps",
+                        "loss weight 0, twice the steps",
+                        0.0,
+                        num_steps=2 * RunSettings.num_steps,
                     ),
                     _FULL,
                 ),
@@ -144,8 +143,8 @@ TABLES: Mapping[str, Table] = MappingProxyType(
                 title="Frames that the head sees",
                 arms=(
                     _FULL,
-                    _head("history", "hist-1", "num_hist 1", num_hist=1),
-                    _head("history", "hist-8", "num_hist 8", num_hist=8),
+                    _arm("history", "hist-1", "num_hist 1", head={"num_hist": 1}),
+                    _arm("history", "hist-8", "num_hist 8", head={"num_hist": 8}),
                 ),
                 num_seeds=3,
             ),
@@ -153,34 +152,23 @@ TABLES: Mapping[str, Table] = MappingProxyType(
                 name="layout",
                 title="Slow and fast frames, several scales",
                 arms=(
-                    Arm(
-                        table="layout",
-                        name="grid",
-                        title="all frames alike, newline after each row",
-                        changes={"layout": _GRID, "head": _ON},
+                    _arm("layout", "grid", "all frames alike, newline after each row", layout=_GRID),
+                    _arm(
+                        "layout",
+                        "slow-fast",
+                        "slow and fast frames (every third is slow)",
+                        layout={**_GRID, "add_faster_video": True, "faster_token_stride": 3},
                     ),
-                    Arm(
-                        table="layout",
-                        name="slow-fast",
-                        title="slow and fast frames (every third is slow)",
-                        changes={
-                            "layout": {**_GRID, "add_faster_video": True, "faster_token_stride": 3},
-                            "head": _ON,
-                        },
-                    ),
-                    Arm(
-                        table="layout",
-                        name="multi-scale",
-                        title="loss on coarser grids too",
-                        changes={
-                            "layout": _GRID,
-                            # Without these two, several scales would also pool the finest one, by 2.
-                            "head": {
-                                **_ON,
-                                "enable_multiscale_pooling": True,
-                                "mm_spatial_pool_stride": 1,
-                                "add_faster_video": False,
-                            },
+                    _arm(
+                        "layout",
+                        "multi-scale",
+                        "loss on coarser grids too",
+                        layout=_GRID,
+                        # Without the last two, several scales would also pool the finest one, by 2.
+                        head={
+                            "enable_multiscale_pooling": True,
+                            "mm_spatial_pool_stride": 1,
+                            "add_faster_video": False,
                         },
                     ),
                 ),
@@ -191,11 +179,11 @@ TABLES: Mapping[str, Table] = MappingProxyType(
                 title="Other weights",
                 arms=(
                     _WITHOUT,
-                    _head("weights", "weight-0.03", "loss weight 0.03", loss_weight=0.03),
+                    _weight("weights", "weight-0.03", "loss weight 0.03", 0.03),
                     _DEFAULT,
-                    _head("weights", "weight-0.3", "loss weight 0.3", loss_weight=0.3),
+                    _weight("weights", "weight-0.3", "loss weight 0.3", 0.3),
                     _FULL,
-                    _head("weights", "weight-3", "loss weight 3.0", loss_weight=3.0),
+                    _weight("weights", "weight-3", "loss weight 3.0", 3.0),
                 ),
                 num_seeds=3,
             ),

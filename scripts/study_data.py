@@ -102,7 +102,7 @@ def _prompt_of(entry: dict[str, Any]) -> str:
 class StudyData:
     """All clips of the study, numbered through, with their questions and pairs by split.
 
-    Of some training clips nothing is asked (`DataSettings.num_train`).
+    Of some training clips nothing is asked (`DataSettings.num_watched`).
     """
 
     def __init__(self, settings: DataSettings) -> None:

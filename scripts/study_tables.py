@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from study_arms import TABLES, Arm, RunSettings, Table
 from study_runs import read_run
@@ -231,14 +232,19 @@ def curves_figure(arms: Sequence[Arm], runs: Runs) -> Figure:
         "impossible clip more surprising": lambda point: point["pairs"][SURPRISE_SCORE],
     }
     for axes, (name, measure) in zip(figure.subplots(1, len(measures)), measures.items(), strict=True):
-        for number, arm in enumerate(arms):
-            steps = [point["step"] for point in runs[arm.name][0]["curve"]]
-            values = np.array([[measure(point) for point in run["curve"]] for run in runs[arm.name]])
-            axes.plot(steps, values.T, color=f"C{number}", linewidth=0.6, alpha=0.5)
-            axes.plot(steps, values.mean(0), color=f"C{number}", linewidth=2, label=arm.title)
+        _draw_curves(axes, arms, runs, measure)
         axes.set(xlabel="step", title=name)
     axes.legend(fontsize="small")
     return figure
+
+
+def _draw_curves(axes: Axes, arms: Sequence[Arm], runs: Runs, measure: Callable[[dict[str, Any]], float]) -> None:
+    """The measure of each point of the curves; thin lines are single seeds."""
+    for number, arm in enumerate(arms):
+        steps = [point["step"] for point in runs[arm.name][0]["curve"]]
+        values = np.array([[measure(point) for point in run["curve"]] for run in runs[arm.name]])
+        axes.plot(steps, values.T, color=f"C{number}", linewidth=0.6, alpha=0.5)
+        axes.plot(steps, values.mean(0), color=f"C{number}", linewidth=2, label=arm.title)
 
 
 def type_curves_figure(arms: Sequence[Arm], runs: Runs) -> Figure:
@@ -246,11 +252,7 @@ def type_curves_figure(arms: Sequence[Arm], runs: Runs) -> Figure:
     types = _question_types(runs, arms)
     figure = Figure(figsize=(3 * len(types), 2.8), layout="constrained")
     for axes, question_type in zip(figure.subplots(1, len(types), squeeze=False)[0], types, strict=True):
-        for number, arm in enumerate(arms):
-            steps = [point["step"] for point in runs[arm.name][0]["curve"]]
-            values = [[_share(point["answers"][question_type]) for point in run["curve"]] for run in runs[arm.name]]
-            axes.plot(steps, np.array(values).T, color=f"C{number}", linewidth=0.6, alpha=0.5)
-            axes.plot(steps, np.mean(values, axis=0), color=f"C{number}", linewidth=2, label=arm.title)
+        _draw_curves(axes, arms, runs, lambda point, name=question_type: _share(point["answers"][name]))
         axes.axhline(unordered_ceiling(question_type), color="black", linewidth=1, linestyle="--")
         axes.set(xlabel="step", title=question_type, ylim=(0, 1.02))
     axes.legend(fontsize="small")

@@ -55,6 +55,7 @@ TINY = RunSettings(
     head={"embedding_dim": 16, "num_heads": 2},
     batch_size=4,
     num_steps=3,
+    learning_rate=1e-3,  # with more, three steps go astray
     warmup_steps=1,
     curve_points=2,
 )
@@ -279,7 +280,9 @@ def test_few_labels_are_the_same_with_and_without_more_clips(data, bank):
         steps = np.array(samples.indices).reshape(20, -1)
         asked[arm.name] = steps[:, :4].tolist()
         labels = [(samples[number]["labels"] != -100).any().item() for number in range(steps.shape[1])]
-        assert any(labels[:4]) and not any(labels[4:])
+        drawn = [samples.dataset.questions[number] for number in steps[0, :4]]
+        assert labels == [bool(question.prompt) for question in drawn] + [False] * (steps.shape[1] - 4)
+        assert any(labels)
         shown = {samples.dataset.questions[number].clip for number in steps[:, 4:].flatten()}
         assert shown == ({question.clip for question in questions} if arm.name == "objective-on-all" else set())
     first, *others = asked.values()
@@ -389,7 +392,7 @@ def test_the_whole_way_from_clips_to_a_table(tmp_path, monkeypatch, two_arms, to
     assert [point["step"] for point in on["curve"]] == [2, 3]
     assert [entry["step"] for entry in on["training_log"]] == [1, 2, 3]
     assert on["training_log"][0] == off["training_log"][0]  # the first loss is that of the first weights
-    assert on["training_log"][2]["autoregressive_loss"] != off["training_log"][2]["autoregressive_loss"]
+    assert on["training_log"][2]["autoregressive_loss"] < off["training_log"][2]["autoregressive_loss"]
     assert sum(map(len, on["answers"].values())) == 4 * 3 and sum(map(len, on["pairs"]["error_frame"].values())) == 4
     again = study_runs.run_arm(two_arms.arms[1], TINY, 0, *_data_and_bank(tmp_path / "cache"))
     assert {**again, "cpu_seconds": 0} == {**on, "cpu_seconds": 0}
