@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -69,12 +70,6 @@ def fetch_tower(folder: Path) -> None:
 
 def dinov2_state(onnx_file: bytes) -> dict[str, torch.Tensor]:
     """Weights of the backbone in an ONNX file -> those of `Dinov2Model`, under the names of released checkpoints."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise ImportError(
-            "the study's tower is in an ONNX file, which needs onnx to read: pip install onnx"
-        ) from error
     graph = onnx.load_from_string(onnx_file).graph
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     prefix = "backbone."
@@ -91,7 +86,7 @@ def dinov2_state(onnx_file: bytes) -> dict[str, torch.Tensor]:
     state["embeddings.mask_token"] = np.zeros(
         (1, TOWER_WIDTH), dtype=np.float32
     )  # of the pretraining, not in the file
-    return {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
+    return {name: torch.from_numpy(np.array(array, order="C")) for name, array in state.items()}
 
 
 @torch.no_grad()

@@ -5,11 +5,13 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 import study
 import study_features
 import study_runs
 import torch
+from safetensors.torch import load_file, save_file
 from study_arms import TABLES, Arm, RunSettings, Table
 from study_data import END, PAD, VIDEO, DataSettings, StudyData, StudyQuestion, StudySamples
 from study_features import (
@@ -194,8 +196,7 @@ def test_features_are_computed_once_and_a_half_written_file_is_none(tmp_path, da
     assert np.array_equal(again, features)
 
 
-def test_the_onnx_file_becomes_a_dinov2():
-    onnx = pytest.importorskip("onnx", reason="only the study's tower needs it")
+def test_the_onnx_file_becomes_a_dinov2(tmp_path):
     width, numpy_helper = study_features.TOWER_WIDTH, onnx.numpy_helper
     rng = np.random.default_rng(0)
     arrays = {
@@ -211,7 +212,9 @@ def test_the_onnx_file_becomes_a_dinov2():
     )
     tensors = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
     graph = onnx.helper.make_graph([node], "tower", [], [], initializer=tensors)
-    state = study_features.dinov2_state(onnx.helper.make_model(graph).SerializeToString())
+    written = study_features.dinov2_state(onnx.helper.make_model(graph).SerializeToString())
+    save_file(written, tmp_path / "model.safetensors")  # which takes contiguous tensors alone
+    state = load_file(tmp_path / "model.safetensors")
     query = "encoder.layer.0.attention.attention.query"
     assert set(state) == {
         f"{query}.weight", f"{query}.bias", "embeddings.position_embeddings", "embeddings.mask_token"
