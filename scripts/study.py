@@ -16,6 +16,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import CalledProcessError
 
 import torch
 from study_arms import TABLES, Arm, RunSettings
@@ -43,12 +44,18 @@ def run_tables(
         seeds, arms: only these.
 
     Raises:
-        ValueError: if a run with other settings is in its place.
+        ValueError: for a seed or an arm that no table shows, or if a run with other settings is in its place.
     """
+    unknown = set(seeds or ()) - set(range(max(TABLES[name].num_seeds for name in names)))
+    if unknown:
+        raise ValueError(
+            f"no seed {', '.join(map(str, sorted(unknown)))} in {', '.join(names)}: nothing would show it"
+        )
     wanted: list[tuple[Arm, int]] = []
     for name in names:
-        for seed in range(TABLES[name].num_seeds) if seeds is None else seeds:
-            wanted += [(arm, seed) for arm in TABLES[name].arms if (arm, seed) not in wanted]
+        for seed in range(TABLES[name].num_seeds):
+            if seeds is None or seed in seeds:
+                wanted += [(arm, seed) for arm in TABLES[name].arms if (arm, seed) not in wanted]
     if arms is not None:
         unknown = set(arms) - {arm.name for arm, _ in wanted}
         if unknown:
@@ -97,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{number} runs were missing, and are done")
         else:
             print(write_tables(options.table, common, options.results))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, CalledProcessError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 
 

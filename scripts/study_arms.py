@@ -185,7 +185,7 @@ TABLES: Mapping[str, Table] = MappingProxyType(
                     _FULL,
                     _weight("weights", "weight-3", "loss weight 3.0", 3.0),
                 ),
-                num_seeds=3,
+                num_seeds=5,
             ),
         )
     }

@@ -146,7 +146,7 @@ def open_bank(data: StudyData, cache: Path) -> FeatureBank:
     """The features of all clips, from `cache` or computed into it."""
     settings = data.settings
     tower = partial(load_tower, cache / "tower", num_layers=settings.tower_layers, image_size=settings.image_size)
-    path = cache / f"features-{data.fingerprint}.npy"
+    path = cache / f"features-{TOWER_WHEEL}-{data.fingerprint}.npy"
     features = open_features(path, len(data.clips), data.frames, tower)
     return FeatureBank(features, *feature_statistics(features[data.training_frames][:STATISTICS_FRAMES]))
 
@@ -249,14 +249,16 @@ def read_run(results: Path, arm: Arm, common: RunSettings, seed: int) -> dict[st
     """The finished run, or None.
 
     Raises:
-        ValueError: if there is one with other settings.
+        ValueError: if there is one with other settings or another tower.
     """
     path = run_path(results, arm, seed)
     if not path.exists():
         return None
-    run, wanted = json.loads(path.read_text(encoding="utf-8")), as_json(arm.settings(common))
-    if run["settings"] != wanted:
-        names = [name for name in wanted if wanted[name] != run["settings"].get(name)]
+    run = json.loads(path.read_text(encoding="utf-8"))
+    wanted = {"tower": TOWER_WHEEL, **as_json(arm.settings(common))}
+    found = {"tower": run["tower"], **run["settings"]}
+    if found != wanted:
+        names = [name for name in wanted if wanted[name] != found.get(name)]
         raise ValueError(
             f"{path} was made with other settings ({', '.join(names) or 'others than there are now'}): move it away, or "
             "give another folder of results"

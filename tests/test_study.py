@@ -25,6 +25,7 @@ from study_features import (
 from study_measures import SCORES, WHERE, clip_scores, measure_answers, measure_frames, measure_pairs
 from study_runs import as_json, build_model, read_run, run_path, training_samples, write_run
 from study_tables import (
+    CHEAP_SCORE,
     SURPRISE_SCORE,
     accuracy,
     bootstrap_of_mean,
@@ -372,7 +373,7 @@ def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, two_arms, b
         calls.append((arm.name, seed))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return {"settings": as_json(arm.settings(common))}
+        return {"settings": as_json(arm.settings(common)), "tower": study_features.TOWER_WHEEL}
 
     monkeypatch.setattr(study, "run_arm", run_arm)
     monkeypatch.setattr(study, "open_bank", lambda data, cache: bank)
@@ -384,6 +385,14 @@ def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, two_arms, b
     assert study.run_tables(["pair"], TINY, **options) == 0 and len(calls) == 5
     with pytest.raises(ValueError, match=r"off_seed0.json was made with other settings \(num_steps\)"):
         study.run_tables(["pair"], replace(TINY, num_steps=4), **options)
+    monkeypatch.setattr(study_runs, "TOWER_WHEEL", "another==1.0")
+    with pytest.raises(ValueError, match=r"off_seed0.json was made with other settings \(tower\)"):
+        study.run_tables(["pair"], TINY, **options)
+
+
+def test_a_seed_that_no_table_shows_is_not_run(tmp_path, two_arms):
+    with pytest.raises(ValueError, match="no seed 2, 5 in pair"):
+        study.run_tables(["pair"], TINY, results=tmp_path, cache=tmp_path, seeds=[0, 5, 2])
 
 
 def test_the_whole_way_from_clips_to_a_table(tmp_path, monkeypatch, two_arms, tower):
@@ -415,6 +424,7 @@ def _data_and_bank(cache):
 
 def a_run(answers: str, pairs: str, skill: float) -> dict:
     return {
+        "tower": study_features.TOWER_WHEEL,
         "answers": {"color": answers},
         "answers_shuffled": {"color": answers[::-1]},
         "frames": {"mse": 1 - skill, "skill": skill, "linear_skill": -1.0, "temporal_consistency": 0.5},
@@ -446,11 +456,25 @@ def test_a_table_of_known_numbers(tmp_path, two_arms):
     rows = [
         line.strip("| ").split(" | ") for line in format_table(two_arms, runs).splitlines() if line.startswith("| ")
     ]
-    cells = {row[0]: row[1:] for row in rows[:7]}
+    cells = {row[0]: row[1:] for row in rows}
     # Both seeds are better by 0.25: the difference is certain, though the means are not.
     assert cells["accuracy"] == ["0.625 ± 1.588", "0.875 ± 1.588", "+0.250 ± 0.000"]
     assert cells["skill"] == ["0.000 ± 0.000", "0.400 ± 1.271", "+0.400 ± 1.271"]
+    assert [cell.split(" [")[0] for cell in cells[f"{SURPRISE_SCORE}, less {CHEAP_SCORE}"]] == ["-0.125", "+0.312"]
     assert rows[-1] == ["vanish", "0.500", "0.375", "0.812"]  # frame difference, then the arms
+
+
+def test_what_normalizing_alone_is_worth_is_taken_off(tmp_path, two_arms):
+    off, on = two_arms.arms
+    for arm, surprise in ((off, "2201"), (on, "2221")):
+        run = {**a_run("10", "2210", 0.1), "settings": as_json(arm.settings(TINY))}
+        run["pairs"]["surprise_at_event"] = {"vanish": surprise}
+        write_run(tmp_path, arm, 0, run)
+    lines = format_table(two_arms, read_table(two_arms, TINY, tmp_path)).splitlines()
+    (row,) = (line for line in lines if line.startswith("| surprise_at_event, less normalized difference_at_event "))
+    assert [cell.split(" [")[0] for cell in row.strip("| ").split(" | ")[1:]] == ["+0.000", "+0.250"]
+    trained_only = replace(two_arms, arms=(on,))  # nothing in it is the difference alone
+    assert "normalized difference" not in format_table(trained_only, read_table(trained_only, TINY, tmp_path))
 
 
 def test_only_seeds_that_all_arms_have_are_compared(tmp_path, two_arms):
