@@ -132,8 +132,9 @@ class LlavaNextARAutoregressiveConfig(PreTrainedConfig):
         embedding_dim (`int`, *optional*): width of the predictor; the vision tower's width if unset (1152 for SigLIP
             SO400M). Divisible by `num_heads`.
         num_hist (`int`, defaults to 3): frames a patch may attend to, its own included.
-        loss_weight (`float`, defaults to 0.1): weight of the reconstruction loss in the total loss; 0 computes and
-            reports it without training on it.
+        loss_weight (`float`, defaults to 1.0): weight of the reconstruction loss in the total loss; 0 computes and
+            reports it without training on it. The research prototype's 0.1 taught a small model nothing about motion
+            that it did not learn without (scripts/study_results/weights.md).
         num_heads (`int`, defaults to 8): attention heads of the predictor.
         num_layers (`int`, defaults to 3): transformer layers of the predictor.
         use_frame_causal_mask (`bool`, defaults to `True`): `False` lets a patch see every frame of the clip, the
@@ -161,7 +162,7 @@ class LlavaNextARAutoregressiveConfig(PreTrainedConfig):
 
     embedding_dim: int | None = None
     num_hist: int = 3
-    loss_weight: float | int = 0.1
+    loss_weight: float | int = 1.0
     num_heads: int = 8
     num_layers: int = 3
     use_frame_causal_mask: bool = True

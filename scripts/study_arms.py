@@ -88,7 +88,7 @@ def _weight(table: str, name: str, title: str, weight: float, **changes: Any) ->
 
 
 _WITHOUT = _weight("main", "weight-0", "loss weight 0", 0.0)
-_DEFAULT = _weight("main", "weight-0.1", "loss weight 0.1", 0.1)
+_PROTOTYPE = _weight("main", "weight-0.1", "loss weight 0.1", 0.1)
 _FULL = _weight("main", "weight-1", "loss weight 1.0", 1.0)
 
 
@@ -102,7 +102,7 @@ TABLES: Mapping[str, Table] = MappingProxyType(
     {
         table.name: table
         for table in (
-            Table(name="main", title="Weight of the loss", arms=(_WITHOUT, _DEFAULT, _FULL), num_seeds=5),
+            Table(name="main", title="Weight of the loss", arms=(_WITHOUT, _PROTOTYPE, _FULL), num_seeds=5),
             Table(
                 name="few-labels",
                 title="A tenth of the labels",
@@ -180,7 +180,7 @@ TABLES: Mapping[str, Table] = MappingProxyType(
                 arms=(
                     _WITHOUT,
                     _weight("weights", "weight-0.03", "loss weight 0.03", 0.03),
-                    _DEFAULT,
+                    _PROTOTYPE,
                     _weight("weights", "weight-0.3", "loss weight 0.3", 0.3),
                     _FULL,
                     _weight("weights", "weight-3", "loss weight 3.0", 3.0),

@@ -68,7 +68,7 @@ OTHER = {
     [
         ("embedding_dim", 1152),
         ("num_hist", 3),
-        ("loss_weight", 0.1),
+        ("loss_weight", 1.0),
         ("num_heads", 8),
         ("num_layers", 3),
         ("use_frame_causal_mask", True),

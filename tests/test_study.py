@@ -240,7 +240,7 @@ def test_an_arm_differs_in_what_it_names_alone(arm):
     common, own = (leaves(as_json(settings)) for settings in (RunSettings(), arm.settings(RunSettings())))
     changed = {name: own.get(name) for name in own.keys() | common.keys() if own.get(name) != common.get(name)}
     assert changed.items() <= leaves(json.loads(json.dumps(dict(arm.changes), default=dict))).items()
-    assert changed or arm.name == "weight-0.1"  # which spells out the default
+    assert changed
 
 
 @pytest.mark.parametrize("arm", all_arms(), ids=lambda arm: f"{arm.table}/{arm.name}")

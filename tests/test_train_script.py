@@ -499,6 +499,13 @@ def test_qlora_says_what_it_needs(work, monkeypatch):
 # --------------------------------------------------------------------------------------------------- the prototype's form
 
 
+def test_a_weight_that_the_form_of_the_prototype_leaves_out_is_the_prototypes():
+    key = "autoregressive_config.loss_weight"
+    assert recipes.flatten_recipe([{"type": "trainer", "config": {"num_hist": 4}}], "recipe")[key] == 0.1
+    assert recipes.flatten_recipe([{"type": "trainer", "config": {"loss_weight": 0.5}}], "recipe")[key] == 0.5
+    assert key not in recipes.flatten_recipe({"num_hist": 4}, "recipe")
+
+
 @pytest.mark.parametrize("name", ["prototype_basic", "prototype_full"])
 def test_the_forms_of_the_prototype_run_as_they_stand(work, name, monkeypatch):
     """Once a model and data are named, and nothing else."""
