@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from .autoregressive_reconstruction import seconds_since
 from .frame_predictor import stack_padded
@@ -141,12 +140,12 @@ def _imagine(
     else:
         times = _times_after(seen_times, num_frames)
         frame_types = None if frame_types is None else [FrameType.FAST] * num_frames  # as the last ones of a clip are
-    last, predictions = seen[-1:], []
+    last, predictions = seen[-1:].float(), []  # in bfloat16, small changes would be lost on the way
     for number, time in enumerate(times):
         own_type = None if frame_types is None else frame_types[number]
         predictions.append(stream.predict(time, own_type))
         last = last + _change(head, last, predictions[-1])
-        stream.read(last, last, time[None], None if own_type is None else [own_type])
+        stream.read(last.to(seen.dtype), last, time[None], None if own_type is None else [own_type])
 
     seconds = [one.seconds for one in predictions]
     kinds = [one.frame_type for one in predictions]
@@ -185,13 +184,10 @@ def _times_after(times: torch.Tensor, num_frames: int) -> torch.Tensor:
 
 
 def _change(head: Any, features: torch.Tensor, prediction: FramePrediction) -> torch.Tensor:
-    """A predicted change in the scale of the frame `[1, P, Dv]` that it starts from, on all of its patches."""
+    """A predicted change in the scale of the frame `[1, P, Dv]` that it starts from, on all of its patches: `[P, Dv]`."""
     layout = head.target_layout
     change = prediction.prediction - prediction.copy
     if head.config.target_norm:
-        pooled = layout.pool(features.float(), prediction.frame_type)[0]
+        pooled = layout.pool(features, prediction.frame_type)[0]
         change = change * (pooled.var(-1, correction=0, keepdim=True) + LAYER_NORM_EPS).sqrt()
-    # Each pooled patch gives its change to all patches that it stands for, so that pooling gives it back.
-    change = change.T.unflatten(1, prediction.grid)[None]  # [1, Dv, h, w]
-    change = nn.functional.interpolate(change, size=[layout.patches_height, layout.patches_width], mode="nearest")
-    return change.flatten(2).transpose(1, 2).to(features.dtype)
+    return layout.unpool(change, prediction.frame_type)
