@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from .autoregressive_reconstruction import seconds_since
 from .frame_predictor import stack_padded
 from .frame_stream import FramePrediction, FrameStream
 from .frame_token_layout import FrameTokenLayout, FrameType
-from .reconstruction_metrics import Reconstruction
+from .reconstruction_metrics import Reconstruction, straight_line
 
 LAYER_NORM_EPS = 1e-5  # of the targets' normalisation
 
@@ -26,6 +25,8 @@ LAYER_NORM_EPS = 1e-5  # of the targets' normalisation
 @dataclass
 class ImaginedFrames:
     """Frames of one video that the model has not seen. All lists have K entries; features are normalised as targets are.
+
+    All tensors are on the device of the features.
 
     Attributes:
         frame_index: `[K]` int64, their numbers in the video.
@@ -147,33 +148,21 @@ def _imagine(
         last = last + _change(head, last, predictions[-1])
         stream.read(last.to(seen.dtype), last, time[None], None if own_type is None else [own_type])
 
-    seconds = [one.seconds for one in predictions]
     kinds = [one.frame_type for one in predictions]
     on_grid = {kind: head.targets(features, kind) for kind in set(kinds)}
-    last_seconds, gap = _last_gap(seen_times)
-    copies, extrapolations = [], []
-    for kind, when in zip(kinds, seconds, strict=True):
-        copy = on_grid[kind][num_seen - 1]
-        step = copy - on_grid[kind][num_seen - 2] if gap > 0 else torch.zeros_like(copy)
-        copies.append(copy)
-        extrapolations.append(copy + step * ((when - last_seconds) / gap if gap > 0 else 0.0))
-    index = torch.arange(num_seen, num_seen + num_frames)
+    index = range(num_seen, num_seen + num_frames)
     return ImaginedFrames(
-        frame_index=index,
-        seconds=torch.tensor(seconds, dtype=torch.float32),
+        frame_index=torch.tensor(index, device=features.device),
+        seconds=torch.tensor([one.seconds for one in predictions], dtype=torch.float32, device=features.device),
         grids=[one.grid for one in predictions],
         predictions=[one.prediction for one in predictions],
-        copies=copies,
-        extrapolations=extrapolations,
+        copies=[on_grid[kind][num_seen - 1] for kind in kinds],
+        extrapolations=[
+            straight_line(on_grid[kind][:num_seen], seen_times, time) for kind, time in zip(kinds, times, strict=True)
+        ],
         targets=[on_grid[kind][frame] for kind, frame in zip(kinds, index, strict=True)] if hold_back else None,
         candidates=[on_grid[kind] for kind in kinds] if hold_back else None,
     )
-
-
-def _last_gap(times: torch.Tensor) -> tuple[float, float]:
-    """Seconds of the last frame since the first, and since the frame before it (0 if there is none)."""
-    seconds = seconds_since(times[0], times)
-    return float(seconds[-1]), float(seconds[-1] - seconds[-2]) if len(times) > 1 else 0.0
 
 
 def _times_after(times: torch.Tensor, num_frames: int) -> torch.Tensor:

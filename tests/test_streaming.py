@@ -333,6 +333,18 @@ def test_frames_go_on_as_far_apart_as_the_last_two():
     assert torch.equal(second.extrapolations[0], second.copies[0])
 
 
+@pytest.mark.gpu
+def test_an_accelerator_imagines_and_measures_what_the_cpu_does():
+    model = moving_model()
+    inputs = inputs_of(model)
+    (expected,) = model.imagine(3, hold_back=True, **inputs)
+    (own,) = model.to("cuda").imagine(3, hold_back=True, **{name: value.to("cuda") for name, value in inputs.items()})
+    devices = {x.device.type for x in (own.frame_index, own.seconds, *own.predictions, *own.extrapolations)}
+    assert devices == {"cuda"}
+    for name, value in expected.frame_metrics().items():
+        torch.testing.assert_close(own.frame_metrics()[name].cpu(), value, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_a_batch_imagines_what_its_samples_do(padding_side):
     model = moving_model(**LAYOUTS["grid"])
