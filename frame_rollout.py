@@ -15,11 +15,23 @@ from typing import Any
 import torch
 
 from .frame_predictor import stack_padded
-from .frame_stream import FramePrediction, FrameStream
+from .frame_stream import FramePrediction, FrameStream, as_times
 from .frame_token_layout import FrameTokenLayout, FrameType
+from .option_checks import refuse_unknown
 from .reconstruction_metrics import Reconstruction, straight_line
+from .video_language_model import video_lengths
 
 LAYER_NORM_EPS = 1e-5  # of the targets' normalisation
+INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "pixel_values_videos",
+    "video_frame_mask",
+    "video_frame_types",
+    "video_timestamps",
+    "video_layout",
+    "labels",  # of a collator's batch; not read
+)
 
 
 @dataclass
@@ -83,35 +95,39 @@ def imagine_videos(model: Any, num_frames: int, hold_back: bool, inputs: dict[st
             "the vision tower was trained, or has adapters: what the head predicts are features of its frozen teacher, which "
             "the language model cannot read"
         )
-    pixels = inputs.get("pixel_values_videos")
-    if pixels is None or len(pixels) != len(inputs["input_ids"]) or inputs.get("pixel_values") is not None:
-        given = f"{len(inputs['input_ids'])} prompts and {0 if pixels is None else len(pixels)} videos"
-        raise ValueError(f"imagine needs prompts of text and one video each, got {given}")
-    if inputs.get("video_layout") is not None:
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    ids, pixels = inputs.get("input_ids"), inputs.get("pixel_values_videos")
+    num_prompts, num_videos = (0 if some is None else len(some) for some in (ids, pixels))
+    if not num_prompts or num_videos != num_prompts or "pixel_values" in inputs:
+        images = " with images" if "pixel_values" in inputs else ""
+        raise ValueError(
+            f"imagine needs prompts of text and one video each, got {num_prompts} prompts (input_ids){images} and "
+            f"{num_videos} videos (pixel_values_videos)"
+        )
+    refuse_unknown(inputs, INPUTS, "imagine")
+    if "video_layout" in inputs:
         for row in inputs["video_layout"].unique(dim=0).cpu():
             model.config.frame_token_layout.check_same(FrameTokenLayout.from_tensor(row))
-    frame_mask = inputs.get("video_frame_mask")
     times, types = inputs.get("video_timestamps"), inputs.get("video_frame_types")
     rollouts = []
-    for video, frames in enumerate(pixels):
-        length = len(frames) if frame_mask is None else int(frame_mask[video].sum())
+    for video, length in enumerate(video_lengths(pixels, inputs.get("video_frame_mask"))):
         least = num_frames + 1 if hold_back else 1
         if length < least:
             raise ValueError(f"video {video} has {length} frames; to imagine {num_frames} it needs at least {least}")
         own_types = None if types is None else types[video, :length].tolist()
-        is_video = inputs["input_ids"][video] == model.config.video_token_id
+        is_video = ids[video] == model.config.video_token_id
         num_tokens = model.config.frame_token_layout.num_tokens(length, own_types)
         if int(is_video.sum()) != num_tokens:
             raise ValueError(
                 f"prompt {video} holds {int(is_video.sum())} video placeholders, but its one video takes {num_tokens} tokens"
             )
         is_text = inputs["attention_mask"][video].bool() if "attention_mask" in inputs else torch.ones_like(is_video)
-        prompt = inputs["input_ids"][video][is_text & (is_video.cumsum(0) == 0)]
+        prompt = ids[video][is_text & (is_video.cumsum(0) == 0)]
         rollouts.append(
             _imagine(
                 model,
                 prompt,
-                frames[:length],
+                pixels[video, :length],
                 torch.arange(length).float() if times is None else times[video, :length],
                 own_types,
                 num_frames,
@@ -131,16 +147,18 @@ def _imagine(
     hold_back: bool,
 ) -> ImaginedFrames:
     """One video: its frames are read, then those that were imagined."""
+    times = as_times(times)
+    num_seen = len(times) - (num_frames if hold_back else 0)
+    seen_times, times = times[:num_seen], times[num_seen:] if hold_back else _times_after(times, num_frames)
+    seen_types = None
+    if frame_types is not None:
+        seen_types = frame_types[:num_seen]
+        # The last ones of a clip are fast.
+        frame_types = frame_types[num_seen:] if hold_back else [FrameType.FAST] * num_frames
     head, stream = model.autoregressive_module, FrameStream(model, prompt_ids)
     features, _ = stream.encode(pixel_values)
-    num_seen = len(features) - (num_frames if hold_back else 0)
-    seen, seen_times = features[:num_seen], times[:num_seen]
-    stream.read(seen, seen, seen_times, None if frame_types is None else frame_types[:num_seen])
-    if hold_back:
-        times, frame_types = times[num_seen:], None if frame_types is None else frame_types[num_seen:]
-    else:
-        times = _times_after(seen_times, num_frames)
-        frame_types = None if frame_types is None else [FrameType.FAST] * num_frames  # as the last ones of a clip are
+    seen = features[:num_seen]
+    stream.read(seen, seen, seen_times, seen_types)
     last, predictions = seen[-1:].float(), []  # in bfloat16, small changes would be lost on the way
     for number, time in enumerate(times):
         own_type = None if frame_types is None else frame_types[number]
@@ -166,10 +184,19 @@ def _imagine(
 
 
 def _times_after(times: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """As far apart as the last two; one second, as the head takes it, where there is one alone."""
-    one_second = 1 if times.is_floating_point() else 10**9
-    gap = times[-1] - times[-2] if len(times) > 1 else torch.as_tensor(one_second, device=times.device)
-    return times[-1] + gap * torch.arange(1, num_frames + 1, device=times.device)
+    """As far apart as the last two; one second, as the head takes it, where there is one alone.
+
+    Raises:
+        ValueError: if the last two do not increase.
+    """
+    gap = 1 if times.is_floating_point() else 10**9
+    if len(times) > 1:
+        gap = times[-1] - times[-2]
+        if not gap > 0:
+            raise ValueError(
+                f"the last two frames have the times {times[-2:].tolist()}: frames can go on only after times that increase"
+            )
+    return times[-1] + gap * torch.arange(1, num_frames + 1)
 
 
 def _change(head: Any, features: torch.Tensor, prediction: FramePrediction) -> torch.Tensor:
