@@ -51,7 +51,8 @@ def seconds_since(first: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
             f"frame times came as {times.dtype}, which is too coarse for seconds: keep video_timestamps in float32, or "
             "give them as int64 nanoseconds, which nothing casts"
         )
-    return times.float() - first.float()
+        times, first = times.float(), first.float()
+    return (times - first).float()  # float64 may hold seconds since 1970, float32 does not
 
 
 def _seconds_and_gaps(times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

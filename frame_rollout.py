@@ -13,20 +13,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from .autoregressive_reconstruction import seconds_since
 from .frame_predictor import stack_padded
-from .frame_stream import FramePrediction, FrameStream
+from .frame_stream import FramePrediction, FrameStream, as_times
 from .frame_token_layout import FrameTokenLayout, FrameType
-from .reconstruction_metrics import Reconstruction
+from .option_checks import refuse_unknown
+from .reconstruction_metrics import Reconstruction, straight_line
+from .video_language_model import video_lengths
 
 LAYER_NORM_EPS = 1e-5  # of the targets' normalisation
+INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "pixel_values_videos",
+    "video_frame_mask",
+    "video_frame_types",
+    "video_timestamps",
+    "video_layout",
+    "labels",  # of a collator's batch; not read
+)
 
 
 @dataclass
 class ImaginedFrames:
     """Frames of one video that the model has not seen. All lists have K entries; features are normalised as targets are.
+
+    All tensors are on the device of the features.
 
     Attributes:
         frame_index: `[K]` int64, their numbers in the video.
@@ -83,35 +95,39 @@ def imagine_videos(model: Any, num_frames: int, hold_back: bool, inputs: dict[st
             "the vision tower was trained, or has adapters: what the head predicts are features of its frozen teacher, which "
             "the language model cannot read"
         )
-    pixels = inputs.get("pixel_values_videos")
-    if pixels is None or len(pixels) != len(inputs["input_ids"]) or inputs.get("pixel_values") is not None:
-        given = f"{len(inputs['input_ids'])} prompts and {0 if pixels is None else len(pixels)} videos"
-        raise ValueError(f"imagine needs prompts of text and one video each, got {given}")
-    if inputs.get("video_layout") is not None:
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    ids, pixels = inputs.get("input_ids"), inputs.get("pixel_values_videos")
+    num_prompts, num_videos = (0 if some is None else len(some) for some in (ids, pixels))
+    if not num_prompts or num_videos != num_prompts or "pixel_values" in inputs:
+        images = " with images" if "pixel_values" in inputs else ""
+        raise ValueError(
+            f"imagine needs prompts of text and one video each, got {num_prompts} prompts (input_ids){images} and "
+            f"{num_videos} videos (pixel_values_videos)"
+        )
+    refuse_unknown(inputs, INPUTS, "imagine")
+    if "video_layout" in inputs:
         for row in inputs["video_layout"].unique(dim=0).cpu():
             model.config.frame_token_layout.check_same(FrameTokenLayout.from_tensor(row))
-    frame_mask = inputs.get("video_frame_mask")
     times, types = inputs.get("video_timestamps"), inputs.get("video_frame_types")
     rollouts = []
-    for video, frames in enumerate(pixels):
-        length = len(frames) if frame_mask is None else int(frame_mask[video].sum())
+    for video, length in enumerate(video_lengths(pixels, inputs.get("video_frame_mask"))):
         least = num_frames + 1 if hold_back else 1
         if length < least:
             raise ValueError(f"video {video} has {length} frames; to imagine {num_frames} it needs at least {least}")
         own_types = None if types is None else types[video, :length].tolist()
-        is_video = inputs["input_ids"][video] == model.config.video_token_id
+        is_video = ids[video] == model.config.video_token_id
         num_tokens = model.config.frame_token_layout.num_tokens(length, own_types)
         if int(is_video.sum()) != num_tokens:
             raise ValueError(
                 f"prompt {video} holds {int(is_video.sum())} video placeholders, but its one video takes {num_tokens} tokens"
             )
         is_text = inputs["attention_mask"][video].bool() if "attention_mask" in inputs else torch.ones_like(is_video)
-        prompt = inputs["input_ids"][video][is_text & (is_video.cumsum(0) == 0)]
+        prompt = ids[video][is_text & (is_video.cumsum(0) == 0)]
         rollouts.append(
             _imagine(
                 model,
                 prompt,
-                frames[:length],
+                pixels[video, :length],
                 torch.arange(length).float() if times is None else times[video, :length],
                 own_types,
                 num_frames,
@@ -131,67 +147,63 @@ def _imagine(
     hold_back: bool,
 ) -> ImaginedFrames:
     """One video: its frames are read, then those that were imagined."""
+    times = as_times(times)
+    num_seen = len(times) - (num_frames if hold_back else 0)
+    seen_times, times = times[:num_seen], times[num_seen:] if hold_back else _times_after(times, num_frames)
+    seen_types = None
+    if frame_types is not None:
+        seen_types = frame_types[:num_seen]
+        # The last ones of a clip are fast.
+        frame_types = frame_types[num_seen:] if hold_back else [FrameType.FAST] * num_frames
     head, stream = model.autoregressive_module, FrameStream(model, prompt_ids)
     features, _ = stream.encode(pixel_values)
-    num_seen = len(features) - (num_frames if hold_back else 0)
-    seen, seen_times = features[:num_seen], times[:num_seen]
-    stream.read(seen, seen, seen_times, None if frame_types is None else frame_types[:num_seen])
-    if hold_back:
-        times, frame_types = times[num_seen:], None if frame_types is None else frame_types[num_seen:]
-    else:
-        times = _times_after(seen_times, num_frames)
-        frame_types = None if frame_types is None else [FrameType.FAST] * num_frames  # as the last ones of a clip are
-    last, predictions = seen[-1:], []
+    seen = features[:num_seen]
+    stream.read(seen, seen, seen_times, seen_types)
+    last, predictions = seen[-1:].float(), []  # in bfloat16, small changes would be lost on the way
     for number, time in enumerate(times):
         own_type = None if frame_types is None else frame_types[number]
         predictions.append(stream.predict(time, own_type))
         last = last + _change(head, last, predictions[-1])
-        stream.read(last, last, time[None], None if own_type is None else [own_type])
+        stream.read(last.to(seen.dtype), last, time[None], None if own_type is None else [own_type])
 
-    seconds = [one.seconds for one in predictions]
     kinds = [one.frame_type for one in predictions]
     on_grid = {kind: head.targets(features, kind) for kind in set(kinds)}
-    last_seconds, gap = _last_gap(seen_times)
-    copies, extrapolations = [], []
-    for kind, when in zip(kinds, seconds, strict=True):
-        copy = on_grid[kind][num_seen - 1]
-        step = copy - on_grid[kind][num_seen - 2] if gap > 0 else torch.zeros_like(copy)
-        copies.append(copy)
-        extrapolations.append(copy + step * ((when - last_seconds) / gap if gap > 0 else 0.0))
-    index = torch.arange(num_seen, num_seen + num_frames)
+    index = range(num_seen, num_seen + num_frames)
     return ImaginedFrames(
-        frame_index=index,
-        seconds=torch.tensor(seconds, dtype=torch.float32),
+        frame_index=torch.tensor(index, device=features.device),
+        seconds=torch.tensor([one.seconds for one in predictions], dtype=torch.float32, device=features.device),
         grids=[one.grid for one in predictions],
         predictions=[one.prediction for one in predictions],
-        copies=copies,
-        extrapolations=extrapolations,
+        copies=[on_grid[kind][num_seen - 1] for kind in kinds],
+        extrapolations=[
+            straight_line(on_grid[kind][:num_seen], seen_times, time) for kind, time in zip(kinds, times, strict=True)
+        ],
         targets=[on_grid[kind][frame] for kind, frame in zip(kinds, index, strict=True)] if hold_back else None,
         candidates=[on_grid[kind] for kind in kinds] if hold_back else None,
     )
 
 
-def _last_gap(times: torch.Tensor) -> tuple[float, float]:
-    """Seconds of the last frame since the first, and since the frame before it (0 if there is none)."""
-    seconds = seconds_since(times[0], times)
-    return float(seconds[-1]), float(seconds[-1] - seconds[-2]) if len(times) > 1 else 0.0
-
-
 def _times_after(times: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """As far apart as the last two; one second, as the head takes it, where there is one alone."""
-    one_second = 1 if times.is_floating_point() else 10**9
-    gap = times[-1] - times[-2] if len(times) > 1 else torch.as_tensor(one_second, device=times.device)
-    return times[-1] + gap * torch.arange(1, num_frames + 1, device=times.device)
+    """As far apart as the last two; one second, as the head takes it, where there is one alone.
+
+    Raises:
+        ValueError: if the last two do not increase.
+    """
+    gap = 1 if times.is_floating_point() else 10**9
+    if len(times) > 1:
+        gap = times[-1] - times[-2]
+        if not gap > 0:
+            raise ValueError(
+                f"the last two frames have the times {times[-2:].tolist()}: frames can go on only after times that increase"
+            )
+    return times[-1] + gap * torch.arange(1, num_frames + 1)
 
 
 def _change(head: Any, features: torch.Tensor, prediction: FramePrediction) -> torch.Tensor:
-    """A predicted change in the scale of the frame `[1, P, Dv]` that it starts from, on all of its patches."""
+    """A predicted change in the scale of the frame `[1, P, Dv]` that it starts from, on all of its patches: `[P, Dv]`."""
     layout = head.target_layout
     change = prediction.prediction - prediction.copy
     if head.config.target_norm:
-        pooled = layout.pool(features.float(), prediction.frame_type)[0]
+        pooled = layout.pool(features, prediction.frame_type)[0]
         change = change * (pooled.var(-1, correction=0, keepdim=True) + LAYER_NORM_EPS).sqrt()
-    # Each pooled patch gives its change to all patches that it stands for, so that pooling gives it back.
-    change = change.T.unflatten(1, prediction.grid)[None]  # [1, Dv, h, w]
-    change = nn.functional.interpolate(change, size=[layout.patches_height, layout.patches_width], mode="nearest")
-    return change.flatten(2).transpose(1, 2).to(features.dtype)
+    return layout.unpool(change, prediction.frame_type)

@@ -1,12 +1,14 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""A video read frame by frame, with the language model's cache: each frame costs its own tokens, not those before it.
+"""A video read frame by frame, with the language model's cache: what came before a frame is not read again.
 
-What comes out equals what the model makes of the whole video at once, since nothing in it looks ahead. The cache grows by the
-tokens of a frame; what the head keeps does not grow (but for slow frames that stay visible to it).
+What comes out equals what the model makes of the whole video at once, since nothing in it looks ahead. Memory: each frame adds
+its own tokens to the cache; what the head keeps does not grow (but for slow frames that stay visible to it). Time: the layers
+run on the tokens of the frame alone, but these attend to all before them, so that a frame takes longer the later it comes.
 
 Shape letters: T frames, P patches of the vision tower, P' patches of a frame on the grid of its target, Dv vision features.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,8 +51,23 @@ class _Frame:
     hidden_states: torch.Tensor  # [h * w, hidden_size]
     layout_type: FrameType
     frame_type: int | None
-    seconds: torch.Tensor
+    time: torch.Tensor  # as it was given
+    seconds: torch.Tensor  # since the first frame
     teacher_features: torch.Tensor  # [P, Dv]
+
+
+def as_times(times: torch.Tensor | Sequence[float] | float) -> torch.Tensor:
+    """Times on the CPU: a tensor as it is, numbers of Python as float64 seconds, also where they are integers.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(times, torch.Tensor):
+        return times.cpu()
+    numbers = times if isinstance(times, Sequence) else [times]
+    if any(isinstance(one, bool) or not isinstance(one, (int, float)) for one in numbers):
+        raise ValueError(f"times must be a tensor, or seconds as numbers of Python, got {times!r}")
+    return torch.tensor(times, dtype=torch.float64)
 
 
 class FrameStream:
@@ -93,7 +110,13 @@ class FrameStream:
 
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Frames `[T, 3, H, W]` -> what the projector reads of them, and what is to be predicted: `[T, P, Dv]` twice."""
+        """Frames `[T, 3, H, W]` -> what the projector reads of them, and what is to be predicted: `[T, P, Dv]` twice.
+
+        Raises:
+            ValueError: if there is no frame, or the frames have another number of dimensions.
+        """
+        if pixel_values.ndim != 4 or not len(pixel_values):
+            raise ValueError(f"frames must be [T, 3, H, W], at least one, got the shape {list(pixel_values.shape)}")
         tower = self._model.model.vision_tower
         pixel_values = pixel_values.to(self._model.device)
         features = self._head.run_tower(tower, pixel_values)
@@ -104,7 +127,7 @@ class FrameStream:
         self,
         features: torch.Tensor,
         teacher_features: torch.Tensor,
-        times: torch.Tensor,
+        times: torch.Tensor | Sequence[float],
         frame_types: Sequence[int] | None = None,
     ) -> list[FramePrediction]:
         """Reads the next frames. Each is predicted from those before it; of the first of a video nothing is said.
@@ -113,19 +136,30 @@ class FrameStream:
 
         Args:
             features, teacher_features: `[T, P, Dv]`, as `encode` returns them.
-            times: `[T]` seconds, or integers of nanoseconds.
+            times: `[T]` seconds, or a tensor of integers of nanoseconds; all calls in the same unit.
             frame_types: `[T]` slow (0) or fast (1), where the video processor chose them.
 
         Raises:
-            ValueError: if times or types are not as many as the frames, or the first frame has another time than the one
-                that `predict` was asked for.
+            ValueError: if there is no frame, times or types are not as many as the frames, times are not finite, decrease
+                or are in another unit than those before, or the first frame has another time or type than the one that
+                `predict` was asked for. Nothing was read then.
         """
-        num_frames = len(features)
-        if len(times) != num_frames:
-            raise ValueError(f"{len(times)} times were given for {num_frames} frames")
-        if self._next is not None and self._next.seconds != (first := float(self._seconds(times[0]))):
-            raise ValueError(f"the next frame was predicted for {self._next.seconds} s, but is given for {first} s")
+        if features.ndim != 3 or not len(features):
+            raise ValueError(
+                f"features must be [T, P, Dv] of at least one frame, got the shape {list(features.shape)}"
+            )
+        num_frames, times = len(features), as_times(times)
+        if times.shape != (num_frames,):
+            raise ValueError(f"{num_frames} frames need as many times, got times of the shape {list(times.shape)}")
+        seconds = self._seconds(times)
         types = self._layout.frame_types(num_frames, frame_types, first_frame=self.num_frames)
+        known_types = types if self._layout.is_slow_fast else frame_types  # as in the head's `forward`
+        if self._next is not None:
+            expected = (self._next.seconds, self._next.frame_type)
+            given = (float(seconds[0]), self._target_type(None if known_types is None else known_types[0]))
+            if given != expected:
+                expected, given = (f"{time} s as a {kind.name.lower()} frame" for time, kind in (expected, given))
+                raise ValueError(f"the next frame was predicted for {expected}, but is given for {given}")
         tokens = self._layout.video(num_frames, types)
         model = self._model.model
         embeddings = self._layout.assemble(
@@ -135,7 +169,8 @@ class FrameStream:
         hidden_states = self._run_language_model(embeddings[is_of_a_frame.to(embeddings.device)])
         hidden_states = hidden_states[tokens.patch_offsets.to(hidden_states.device)]
         hidden_states = hidden_states.split([height * width for height, width in tokens.frame_grids])
-        known_types = types if self._layout.is_slow_fast else frame_types  # as in the head's `forward`
+        if self._first_time is None:
+            self._first_time = times[0]
         predictions = []
         for number, time in enumerate(times):
             frame_type = None if known_types is None else int(known_types[number])
@@ -143,22 +178,23 @@ class FrameStream:
                 prediction = self._next or self.predict(time, frame_type)
                 (prediction.target,) = self._head.targets(teacher_features[number, None], prediction.frame_type)
                 predictions.append(prediction)
-            seconds = self._seconds(time)
-            self._last = _Frame(hidden_states[number], types[number], frame_type, seconds, teacher_features[number])
+            self._last = _Frame(
+                hidden_states[number], types[number], frame_type, time, seconds[number], teacher_features[number]
+            )
             self._next = None
             self.num_frames += 1
         return predictions
 
     @torch.no_grad()
-    def predict(self, time: torch.Tensor, frame_type: int | None = None) -> FramePrediction:
+    def predict(self, time: torch.Tensor | float, frame_type: int | None = None) -> FramePrediction:
         """Predicts the frame that comes next; `read` must then be given a frame of that time and type.
 
         Args:
-            time: a scalar, in the unit of the times before.
+            time: a scalar, as in `read`.
             frame_type: as in `read`; in a layout with slow and fast tokens, None counts on.
 
         Raises:
-            ValueError: if no frame was read yet, or the next one is predicted already.
+            ValueError: if no frame was read yet, the next one is predicted already, or the time is none that `read` takes.
         """
         last = self._last
         if last is None:
@@ -167,12 +203,10 @@ class FrameStream:
             raise ValueError(f"frame {self.num_frames} is predicted already; read it before the next one")
         if frame_type is None and self._layout.is_slow_fast:
             (frame_type,) = self._layout.frame_types(1, first_frame=self.num_frames)
-        head, frame = self._head, self._layout.video(1, [last.layout_type])
-        seconds = self._seconds(time)
-        gap = seconds - last.seconds
-        states = head.step(last.hidden_states, frame, last.seconds, gap, last.frame_type, self._memory)
-        explicit = None if frame_type is None else [frame_type]
-        (kind,) = head.target_layout.frame_types(1, explicit, first_frame=self.num_frames)
+        head, frame, device = self._head, self._layout.video(1, [last.layout_type]), last.hidden_states.device
+        (seconds,) = self._seconds(as_times(time).reshape(1))
+        kind, gap = self._target_type(frame_type), (seconds - last.seconds).to(device)
+        states = head.step(last.hidden_states, frame, last.seconds.to(device), gap, last.frame_type, self._memory)
         grid = head.target_layout.frame_grid(kind)
         states = resample_states(states, frame.frame_grids[0], grid)
         (copy,) = head.targets(last.teacher_features[None], kind)
@@ -180,8 +214,23 @@ class FrameStream:
         self._next = FramePrediction(self.num_frames, kind, float(seconds), prediction, copy, grid)
         return self._next
 
-    def _seconds(self, time: torch.Tensor) -> torch.Tensor:
-        time = torch.as_tensor(time).to(self._model.device)
-        if self._first_time is None:
-            self._first_time = time
-        return seconds_since(self._first_time, time)
+    def _target_type(self, frame_type: int | None) -> FrameType:
+        """How the next frame is pooled as a target; `frame_type` as the head's `forward` takes it."""
+        explicit = None if frame_type is None else [frame_type]
+        return self._head.target_layout.frame_types(1, explicit, first_frame=self.num_frames)[0]
+
+    def _seconds(self, times: torch.Tensor) -> torch.Tensor:
+        """Times `[T]` of the next frames as float32 seconds since the first one, if they can be such times."""
+        first = times[0] if self._first_time is None else self._first_time
+        if times.is_floating_point() != first.is_floating_point():
+            given, before = (
+                f"{some.dtype} ({'seconds' if some.is_floating_point() else 'nanoseconds'})" for some in (times, first)
+            )
+            raise ValueError(f"times of one video must have one unit: got {times.tolist()} as {given} after {before}")
+        if not times.isfinite().all():
+            raise ValueError(f"times must be finite, got {times.tolist()}")
+        in_order = times if self._last is None else torch.cat([self._last.time[None], times])
+        for earlier, later in itertools.pairwise(in_order.tolist()):
+            if later < earlier:
+                raise ValueError(f"times must not decrease, but {later} comes after {earlier}")
+        return seconds_since(first, times)

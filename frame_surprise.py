@@ -14,6 +14,7 @@ a baseline.
 Shape letters: T frames, M predicted frames, h x w patches of a frame on the grid of its target.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ class VideoSurprise:
         patches: for each frame `[h, w]` float32, the surprise of each patch.
         errors, copy_errors: for each frame `[h, w]` float32: squared error of the prediction and of copying the frame
             before, mean over features.
+        video_index: which video of the batch this is; 0 in a stream.
     """
 
     frame_index: torch.Tensor
@@ -46,11 +48,12 @@ class VideoSurprise:
     patches: list[torch.Tensor]
     errors: list[torch.Tensor]
     copy_errors: list[torch.Tensor]
+    video_index: int = 0
 
 
 def check_floor(floor: float) -> None:
-    """Raises ValueError unless a floor is a positive number."""
-    if not floor > 0:
+    """Raises ValueError unless a floor is a positive, finite number."""
+    if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not 0 < floor < math.inf:
         raise ValueError(f"floor must be a positive share of the features' variance, got {floor!r}")
 
 
@@ -63,6 +66,7 @@ def measure_surprise(
     copies: Sequence[torch.Tensor],
     grids: Sequence[tuple[int, int]],
     floor: float = SURPRISE_FLOOR,
+    video_index: int = 0,
 ) -> VideoSurprise:
     """Compares what was predicted of M frames with what came; all arguments have M entries.
 
@@ -71,12 +75,12 @@ def measure_surprise(
         predictions, targets, copies: `[h * w, Dv]` of each frame: predicted, true, and the frame before.
         grids: `(h, w)` of each frame.
         floor: see the module.
+        video_index: which video of the batch this is.
 
     Raises:
-        ValueError: if the floor is not positive.
+        ValueError: if the floor is not a positive number.
     """
-    if not floor > 0:
-        raise ValueError(f"floor must be a positive share of the features' variance, got {floor!r}")
+    check_floor(floor)
     errors, copy_errors, patches, frames = [], [], [], []
     for prediction, target, copy, grid in zip(predictions, targets, copies, grids, strict=True):
         error, copy_error = ((other.float() - target.float()).square().mean(-1) for other in (prediction, copy))
@@ -92,6 +96,7 @@ def measure_surprise(
         patches=patches,
         errors=errors,
         copy_errors=copy_errors,
+        video_index=video_index,
     )
 
 
@@ -99,7 +104,7 @@ def measure_surprise(
 def surprise_of_videos(
     reconstruction: Reconstruction, timestamps: torch.Tensor | None, floor: float = SURPRISE_FLOOR
 ) -> list[VideoSurprise]:
-    """Surprise of each video with two frames or more, in the order of the batch.
+    """Surprise of each video with two frames or more (see its `video_index`), in the order of the batch.
 
     Args:
         reconstruction: predictions of a whole batch.
@@ -107,14 +112,15 @@ def surprise_of_videos(
         floor: see the module.
     """
     surprises = []
-    for video, own in zip(reconstruction.video_index.tolist(), reconstruction.per_video(), strict=True):
+    for own in reconstruction.per_video():
+        video = own.video_index
         frames = own.frame_index.cpu()
         seconds = frames.float()
         if timestamps is not None:
             seconds = seconds_since(timestamps[video, 0], timestamps[video]).cpu()[frames]
         surprises.append(
             measure_surprise(
-                frames.tolist(), seconds.tolist(), own.predictions, own.targets, own.copies, own.grids, floor
+                frames.tolist(), seconds.tolist(), own.predictions, own.targets, own.copies, own.grids, floor, video
             )
         )
     return surprises
@@ -123,8 +129,8 @@ def surprise_of_videos(
 class SurpriseStream:
     """Surprise of a video that is still going on: each frame is read once, and what came before it is in the cache.
 
-    Equal to `surprise` of the whole video after the same text. Memory grows by the same amount with every frame: the
-    tokens of that frame in the language model's cache.
+    Equal to `surprise` of the whole video after the same text. Memory grows by the same amount with every frame, the
+    tokens of that frame in the language model's cache; the time of a frame grows with what came before (`FrameStream`).
 
     Args:
         model: a `LlavaNextARForConditionalGeneration` with its head, in eval mode.
@@ -132,10 +138,11 @@ class SurpriseStream:
         floor: see the module.
 
     Raises:
-        ValueError: as `FrameStream`.
+        ValueError: as `FrameStream`, or if the floor is not a positive number.
     """
 
     def __init__(self, model: Any, prompt_ids: torch.Tensor | None = None, *, floor: float = SURPRISE_FLOOR) -> None:
+        check_floor(floor)
         self._floor = floor
         self._stream = FrameStream(model, prompt_ids)
 
@@ -154,13 +161,12 @@ class SurpriseStream:
 
         Args:
             pixel_values: `[T, 3, H, W]`, as the video processor prepares them.
-            times: `[T]` seconds, or integers of nanoseconds; all calls in the same unit.
+            times: `[T]` seconds, or a tensor of integers of nanoseconds; all calls in the same unit.
             frame_types: `[T]` slow (0) or fast (1), where the video processor chose them.
 
         Raises:
-            ValueError: if times or types are not as many as the frames, or the floor is not positive.
+            ValueError: as `FrameStream.encode` and `FrameStream.read`.
         """
-        times = torch.as_tensor(times)
         read = self._stream.read(*self._stream.encode(pixel_values), times, frame_types)
         return measure_surprise(
             [frame.frame_index for frame in read],

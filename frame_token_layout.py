@@ -86,6 +86,27 @@ def pool_patches(features: torch.Tensor, grid: tuple[int, int], stride: int, mod
     return features.permute(0, 2, 3, 1).reshape(num_frames, target[0] * target[1], dim)
 
 
+@lru_cache(maxsize=16)
+def _unpooling(grid: tuple[int, int], stride: int, mode: PoolMode) -> torch.Tensor:
+    """`[P, h * w]` float32: gives the value of a pooled patch to the patches that it stands for, and pooling gives it back."""
+    with torch.inference_mode(False), torch.device("cpu"):  # as in `_video_tokens`
+        target = pooled_grid(grid, stride, mode)
+        owners = []  # of the rows and of the columns
+        for side, pooled in zip(grid, target, strict=True):
+            places = torch.arange(side)
+            # Windows are as large as the stride, and the remainder, which pooling drops, goes with the last of them.
+            window = (places // stride).clamp(max=pooled - 1)
+            owners.append(places * pooled // side if mode == "bilinear" else window)
+        owner = (owners[0][:, None] * target[1] + owners[1]).flatten()  # [P]
+        spread = nn.functional.one_hot(owner, target[0] * target[1]).double()
+        if mode == "bilinear":
+            # Where the stride does not divide the grid, it reads across owners: the least change that makes up for that.
+            pooling = pool_patches(torch.eye(len(owner)).double()[None], grid, stride, mode)[0]  # [h * w, P]
+            missing = torch.eye(len(pooling)) - pooling @ spread
+            spread += torch.linalg.pinv(pooling) @ missing
+        return spread.float()
+
+
 @dataclass(frozen=True, eq=False)
 class VideoTokens:
     """The tokens of one video, in sequence order. Built by `FrameTokenLayout.video`.
@@ -240,6 +261,18 @@ class FrameTokenLayout:
         return pool_patches(
             features, (self.patches_height, self.patches_width), self._stride(frame_type), self.pool_mode
         )
+
+    def unpool(self, pooled: torch.Tensor, frame_type: FrameType = FrameType.SLOW) -> torch.Tensor:
+        """Spreads `[h * w, D]` over all patches, to `[P, D]`.
+
+        Added to the features of a frame, it adds `pooled` to what `pool` makes of them: in all modes, and also where the
+        stride does not divide the grid.
+        """
+        stride = self._stride(frame_type)
+        if stride == 1:
+            return pooled
+        matrix = _unpooling((self.patches_height, self.patches_width), stride, self.pool_mode)
+        return matrix.to(pooled) @ pooled
 
     def pool_frames(
         self, features: torch.Tensor, frame_types: "tuple[FrameType, ...] | list[int]"

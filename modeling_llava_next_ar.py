@@ -405,7 +405,8 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             inputs: what the processor returned for prompts with videos.
 
         Returns:
-            One `NextFramePrediction` for each video with two frames or more, in the order of the batch.
+            One `NextFramePrediction` for each video with two frames or more, in the order of the batch; its `video_index`
+            says which video that is.
 
         Raises:
             ValueError: if the head is off or there is no video with two frames.
@@ -421,10 +422,11 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             inputs: what the processor returned for prompts with videos.
 
         Returns:
-            One `VideoSurprise` for each video with two frames or more, in the order of the batch.
+            One `VideoSurprise` for each video with two frames or more, in the order of the batch; its `video_index` says
+            which video that is.
 
         Raises:
-            ValueError: if the head is off, there is no video with two frames, or the floor is not positive.
+            ValueError: if the head is off, there is no video with two frames, or the floor is not a positive number.
         """
         return surprise_of_videos(self._predict_videos(inputs), inputs.get("video_timestamps"), floor)
 
@@ -450,13 +452,19 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
 
         Raises:
             ValueError: if the head is off, looks ahead or has a teacher other than the tower, a prompt holds anything else
-                than text and one video, or a video is too short.
+                than text and one video, an input is none that this takes, a video is too short, or it is to go on without
+                times that increase from its last frame but one to its last.
         """
         return imagine_videos(self, num_frames, hold_back, inputs)
 
     def _predict_videos(self, inputs: dict[str, Any]) -> Reconstruction:
         if self.autoregressive_module is None:
             raise ValueError("this model was built with enable_autoregressive=False and has no head to predict with")
+        if not self.config.autoregressive_config.use_frame_causal_mask:
+            logger.warning_once(
+                "use_frame_causal_mask is off: the head sees the frames that it predicts, so that its predictions and their "
+                "surprise say nothing about what could be foreseen"
+            )
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         # The logits of one position are the least that can be asked for.
         outputs = self(**inputs, return_reconstruction=True, logits_to_keep=1, use_cache=False)

@@ -22,6 +22,7 @@ class NextFramePrediction:
         grids: `(h, w)` of each predicted frame.
         frame_metrics: name -> `[M]` float32: `mse`, `copy_mse`, `cosine`, `temporal_consistency`.
         metrics: their means over frames, and `skill = 1 - mse / copy_mse` (horizon 1).
+        video_index: which video of the batch this is.
     """
 
     frame_index: torch.Tensor
@@ -31,6 +32,7 @@ class NextFramePrediction:
     grids: list[tuple[int, int]]
     frame_metrics: dict[str, torch.Tensor]
     metrics: dict[str, float]
+    video_index: int = 0
 
 
 @dataclass
@@ -76,11 +78,12 @@ class Reconstruction(ModelOutput):
         )
         cosine = nn.functional.cosine_similarity(self.predictions.float(), self.targets.float(), dim=-1)
         consistency = torch.zeros_like(mse)
-        for m, frames in enumerate(self.candidates):
+        for m, (frame, frames) in enumerate(zip(self.frame_index.tolist(), self.candidates, strict=True)):
             prediction = self.predictions[m, : frames.shape[1]].float()
             distance = (frames.float() - prediction).square().flatten(1).sum(1)  # [T]
-            others = distance.index_fill(0, self.frame_index[m], math.inf)
-            consistency[m] = distance[self.frame_index[m]] < others.min()
+            others = distance.clone()
+            others[frame] = math.inf
+            consistency[m] = distance[frame] < others.min()
         return {
             "mse": mse,
             "copy_mse": copy_mse,
@@ -98,7 +101,7 @@ class Reconstruction(ModelOutput):
 
     @torch.no_grad()
     def per_video(self) -> list[NextFramePrediction]:
-        """The same, video by video, without padding and with the metrics."""
+        """The same for each video of two frames or more (see its `video_index`), without padding and with the metrics."""
         frame_metrics = self.frame_metrics()
         predictions = []
         for video in self.video_index.tolist():
@@ -114,6 +117,7 @@ class Reconstruction(ModelOutput):
                     grids=[self.grids[m] for m in members.tolist()],
                     frame_metrics=own_metrics,
                     metrics=summarize_frame_metrics(own_metrics),
+                    video_index=video,
                 )
             )
         return predictions
@@ -127,6 +131,23 @@ def summarize_frame_metrics(metrics: dict[str, torch.Tensor]) -> dict[str, float
     means = {name: values.double().mean().item() for name, values in metrics.items()}
     means["skill"] = 1 - means["mse"] / means["copy_mse"] if means["copy_mse"] > 0 else math.nan
     return means
+
+
+def straight_line(frames: torch.Tensor, times: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    """The baseline of constant motion: the last two of some frames, continued in a straight line to another time.
+
+    Args:
+        frames: `[T, P, Dv]`.
+        times: `[T]` of these frames, in any unit.
+        time: a scalar in the same unit.
+
+    Returns:
+        `[P, Dv]`; the last frame where there is one alone, or where the last two have the same time.
+    """
+    last_time, last = times[-1].item(), frames[-1]
+    gap = last_time - times[-2].item() if len(frames) > 1 else 0
+    # Numbers of Python: differences of nanoseconds are exact, as no float32 would be.
+    return last + (last - frames[-2]) * ((time.item() - last_time) / gap) if gap > 0 else last
 
 
 def _unpadded(values: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:

@@ -141,22 +141,12 @@ class LlavaNextARModel(LlavaOnevisionModel):
             ValueError: if the processor's layout is another (naming the key), a video has no real frame, or its padding is
                 not at the end.
         """
-        num_videos, num_frames = pixel_values_videos.shape[:2]
         if video_layout is not None:
             for row in video_layout.unique(dim=0).cpu():
                 self.token_layout.check_same(FrameTokenLayout.from_tensor(row))
-        if video_frame_mask is None:
-            lengths = [num_frames] * num_videos
-            frames = pixel_values_videos.flatten(0, 1)
-        else:
-            lengths = video_frame_mask.sum(1).tolist()
-            frames = pixel_values_videos[video_frame_mask.bool()]
-            if (video_frame_mask[:, 1:].bool() & ~video_frame_mask[:, :-1].bool()).any():
-                raise ValueError(
-                    "video_frame_mask must be True for the first frames of a video and False for the rest"
-                )
-        if 0 in lengths:
-            raise ValueError(f"video {lengths.index(0)} of the batch has no real frame in video_frame_mask")
+        lengths = video_lengths(pixel_values_videos, video_frame_mask)
+        whole = video_frame_mask is None
+        frames = pixel_values_videos.flatten(0, 1) if whole else pixel_values_videos[video_frame_mask.bool()]
 
         def of_each_video(values: torch.Tensor | None) -> tuple[torch.Tensor, ...] | None:
             if values is None:
@@ -260,6 +250,23 @@ class LlavaNextARModel(LlavaOnevisionModel):
             mm_encoder_outputs=encoded,
             **kwargs,
         )
+
+
+def video_lengths(pixel_values_videos: torch.Tensor, video_frame_mask: torch.Tensor | None) -> list[int]:
+    """How many real frames each of the videos `[N, T, 3, H, W]` has; `video_frame_mask` as in `get_video_features`.
+
+    Raises:
+        ValueError: if a video has no real frame, or its padding is not at the end.
+    """
+    num_videos, num_frames = pixel_values_videos.shape[:2]
+    if video_frame_mask is None:
+        return [num_frames] * num_videos
+    if (video_frame_mask[:, 1:].bool() & ~video_frame_mask[:, :-1].bool()).any():
+        raise ValueError("video_frame_mask must be True for the first frames of a video and False for the rest")
+    lengths = video_frame_mask.sum(1).tolist()
+    if 0 in lengths:
+        raise ValueError(f"video {lengths.index(0)} of the batch has no real frame in video_frame_mask")
+    return lengths
 
 
 def _embedding_std(config: LlavaNextARConfig) -> float:

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from llava_next_ar.processing_llava_next_ar import LlavaNextARProcessor
+from llava_next_ar.reconstruction_metrics import straight_line
 
 
 def load_checkpoint(
@@ -222,10 +223,8 @@ def linear_errors(reconstruction: Any, timestamps: torch.Tensor) -> torch.Tensor
     errors = []
     predicted = zip(reconstruction.frame_video.tolist(), reconstruction.frame_index.tolist(), strict=True)
     for (video, frame), frames in zip(predicted, reconstruction.candidates, strict=True):
-        line, times = frames[frame - 1], timestamps[video].double()
-        if frame > 1 and times[frame - 1] > times[frame - 2]:
-            ratio = (times[frame] - times[frame - 1]) / (times[frame - 1] - times[frame - 2])
-            line = line + (line - frames[frame - 2]) * float(ratio)
+        times = timestamps[video]
+        line = straight_line(frames[:frame], times[:frame], times[frame])
         errors.append((line - frames[frame]).square().mean())
     return torch.stack(errors)
 

@@ -17,7 +17,7 @@ from llava_next_ar.autoregressive_reconstruction import (
 )
 from llava_next_ar.configuration_llava_next_ar import LlavaNextARAutoregressiveConfig
 from llava_next_ar.frame_masks import FrameLevelMaskGenerator as Masks
-from llava_next_ar.reconstruction_metrics import Reconstruction, summarize_frame_metrics
+from llava_next_ar.reconstruction_metrics import Reconstruction, straight_line, summarize_frame_metrics
 
 HIDDEN, VISION = 32, 16
 # Targets pooled otherwise than the tokens.
@@ -366,7 +366,7 @@ def reconstruction_of(frames: torch.Tensor, predictions: torch.Tensor) -> Recons
         predictions=predictions,
         targets=frames[1:],
         copies=frames[:-1],
-        patch_mask=torch.ones(count, frames.shape[1], dtype=torch.bool),
+        patch_mask=torch.ones(count, frames.shape[1], dtype=torch.bool, device=frames.device),
         frame_video=torch.zeros(count, dtype=torch.long),
         frame_index=torch.arange(1, count + 1),
         candidates=(frames,) * count,
@@ -381,6 +381,28 @@ def test_metrics_of_a_perfect_prediction():
     assert summary["mse"] == 0 and summary["skill"] == 1 and summary["temporal_consistency"] == 1
     assert summary["copy_mse"] > 0.5
     torch.testing.assert_close(metrics["cosine"], torch.ones(4))
+
+
+def test_metrics_take_frame_numbers_that_are_on_another_device_than_the_features():
+    """Rollouts once gave them on the CPU, whatever the device of the features: on a GPU, there were no metrics."""
+    frames = torch.randn(5, 4, 8, device="meta")
+    reconstruction = reconstruction_of(frames, frames[1:])
+    assert reconstruction.frame_index.device.type == "cpu"
+    assert {values.device.type for values in reconstruction.frame_metrics().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("first", [0, 2**60])
+def test_a_straight_line_by_hand(first):
+    frames = torch.randn(3, 4, 8)
+    times = first + torch.tensor(
+        [0, 1, 5]
+    )  # of nanoseconds since 1970, no floating point number holds these differences
+    line = frames[2] + (frames[2] - frames[1]) * 0.75
+    torch.testing.assert_close(straight_line(frames, times, first + torch.tensor(8)), line)
+    assert torch.equal(straight_line(frames[:1], times[:1], times[2]), frames[0])
+    assert torch.equal(straight_line(frames, times[[0, 2, 2]], times[2] + 8), frames[2])
+    seconds = torch.tensor([0.0, 0.5, 1.5])
+    torch.testing.assert_close(straight_line(frames, seconds, torch.tensor(2.25)), line)
 
 
 def test_metrics_of_a_copy():

@@ -207,18 +207,23 @@ def test_add_faster_video_changes_nothing_outside_of_grid(layout, num_frames):
     assert torch.equal(without.assemble(features, newline), with_faster.assemble(features, newline, torch.randn(3)))
 
 
-def test_cached_tokens_are_usable_after_inference_mode_and_meta_device():
+def test_what_is_cached_is_usable_after_inference_mode_and_meta_device():
     # The map is cached. Once it was made in inference mode, and the next training step failed; once while a model was
     # built on the meta device, and its values were gone for the rest of the process.
     layout = FrameTokenLayout(patches_height=3, patches_width=11, pool_stride=1)
+    coarse = FrameTokenLayout(patches_height=3, patches_width=11)
     with torch.inference_mode():
         layout.video(2)
+        coarse.unpool(torch.zeros(12, 5))
     with torch.device("meta"):
         layout.video(3)
+        SLOW_FAST.unpool(torch.zeros(6, 3))
     frames = torch.nn.Parameter(torch.zeros(2, 5))
     torch.nn.functional.embedding(layout.video(2).frame[:-1], frames).sum().backward()
     assert torch.equal(frames.grad, torch.full((2, 5), 33.0))
     assert layout.video(3).frame.tolist() == [0] * 33 + [1] * 33 + [2] * 33 + [-1]
+    coarse.unpool(torch.nn.Parameter(torch.zeros(12, 5))).sum().backward()
+    assert SLOW_FAST.unpool(torch.ones(6, 3)).device.type == "cpu"
 
 
 # --- features -----------------------------------------------------------------------------------------------
@@ -276,6 +281,30 @@ def test_pooling_by_hand():
     expected = (5 * rows[:, None] + columns).flatten()
     torch.testing.assert_close(pool_patches(features, (3, 5), 2, "bilinear").flatten(), expected)
     assert pool_patches(features, (3, 5), 1, "bilinear") is features
+
+
+@given(layouts(), st.data())
+@example(FrameTokenLayout(patches_height=27, patches_width=27), None)  # of the released models: 27 is no multiple of 2
+@example(FrameTokenLayout(patches_height=27, patches_width=27, pool_mode="average", pool_stride=4), None)
+def test_unpooled_values_are_what_pooling_gives_back(layout, data):
+    frame_type = data.draw(st.sampled_from(FrameType)) if data and layout.is_slow_fast else FrameType.SLOW
+    features = random_features(layout, 1)
+    before = layout.pool(features, frame_type)
+    added = torch.randn(before.shape[1:])
+    spread = layout.unpool(added, frame_type)
+    assert spread.shape == features.shape[1:]
+    torch.testing.assert_close(layout.pool(features + spread, frame_type), before + added, rtol=1e-4, atol=1e-4)
+    constant = layout.unpool(
+        torch.ones_like(added), frame_type
+    )  # no patch is left out, or is given more than its share
+    torch.testing.assert_close(constant, torch.ones_like(constant), rtol=1e-4, atol=1e-4)
+
+
+def test_unpooling_a_grid_that_the_stride_divides_repeats_each_value():
+    for mode in ("average", "max", "bilinear"):
+        layout = FrameTokenLayout(patches_height=4, patches_width=8, pool_mode=mode, pool_stride=4)
+        spread = layout.unpool(torch.tensor([[1.0], [2.0]])).unflatten(0, (4, 8))[..., 0]
+        torch.testing.assert_close(spread, torch.tensor([[1.0] * 4 + [2.0] * 4] * 4))
 
 
 def test_gradient_flows_to_features_newline_and_faster_token():
