@@ -60,7 +60,7 @@ from evaluation_settings import (
     hardware,
     make_parser,
     model_identity,
-    resolved_revision,
+    resolved_revisions,
     versions,
 )
 from evaluation_tables import format_results, write_results
@@ -166,10 +166,11 @@ def _threads(number: int) -> Iterator[None]:
 def _load(
     settings: EvaluationSettings, device: str | torch.device, processes: PartialState
 ) -> tuple[EvaluationSettings, Any, Any, dict[str, Any]]:
-    """The settings with the commit of the model, model, processor, and which model it is; the same on all processes."""
+    """The settings with the commits of the model, model, processor, and which model it is; the same on all processes."""
     is_main = processes.is_main_process
-    (revision,) = broadcast_object_list([resolved_revision(settings.model, settings.revision) if is_main else None])
-    settings = replace(settings, revision=revision)
+    commits = resolved_revisions(settings.model, settings.revision, settings.base_revision) if is_main else None
+    ((revision, base_revision),) = broadcast_object_list([commits])
+    settings = replace(settings, revision=revision, base_revision=base_revision)
     # Code of a checkpoint is copied to a cache before it runs: by one process, and not under the hands of another.
     with processes.local_main_process_first() if settings.trust_remote_code else nullcontext():
         model, processor = load_checkpoint(
@@ -178,8 +179,10 @@ def _load(
             device=device,
             dtype=settings.dtype,
             revision=revision,
+            base_revision=base_revision,
         )
-    (identity,) = broadcast_object_list([model_identity(settings.model, model, revision) if is_main else None])
+    identity = model_identity(settings.model, model, revision, base_revision) if is_main else None
+    (identity,) = broadcast_object_list([identity])
     return settings, model, processor, identity
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from evaluation_questions import Question, media_parts, normalise_answer, parse_choice
-from evaluation_settings import EvaluationSettings
+from evaluation_settings import EvaluationSettings, base_of_adapter
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.cache_utils import DynamicCache
 
@@ -21,15 +21,22 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     dtype: str = "float32",
     revision: str | None = None,
+    base_revision: str | None = None,
 ) -> tuple[Any, Any]:
-    """Model, in eval mode, and processor. With `trust_remote_code`, the checkpoint's code runs, else the package's."""
+    """Model, in eval mode, and processor. With `trust_remote_code`, the checkpoint's code runs, else the package's.
+
+    `revision` is that of `model`; if this is an adapter, `base_revision` is that of its base.
+    """
     model_class, processor_class = LlavaNextARForConditionalGeneration, LlavaNextARProcessor
     trust = {}
     if trust_remote_code:
         model_class, processor_class, trust = AutoModelForImageTextToText, AutoProcessor, {"trust_remote_code": True}
-    options = {"revision": revision or "main", **trust}
-    loaded = model_class.from_pretrained(model, dtype=getattr(torch, dtype), **options)
-    processor = processor_class.from_pretrained(model, **options)
+    own = {"revision": revision or "main"}
+    # Of an adapter, transformers takes `revision` for that of the base.
+    is_adapter = base_of_adapter(model, revision) is not None
+    pinned = {"revision": base_revision or "main", "adapter_kwargs": own} if is_adapter else own
+    loaded = model_class.from_pretrained(model, dtype=getattr(torch, dtype), **pinned, **trust)
+    processor = processor_class.from_pretrained(model, **own, **trust)
     return loaded.to(device).eval(), processor
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import transformers
 from huggingface_hub import ResolvedRevision
-from transformers.utils import resolve_revision
+from transformers.utils import find_adapter_config_file, resolve_revision
 
 FRAME_ORDERS = ("natural", "shuffled", "reversed")
 # Settings that change no number.
@@ -35,6 +35,8 @@ class EvaluationSettings:
     data: str
     revision: str | None = None
     """Of a model on the Hub. In the output it is the commit that was loaded."""
+    base_revision: str | None = None
+    """The same of the base of a model that is an adapter."""
     video_root: str | None = None
     allow_outside_root: bool = False
     trust_remote_code: bool = False
@@ -85,6 +87,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="checkpoint: a folder or a Hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    parser.add_argument("--base-revision", help="the same of the base of a model that is an adapter")
     parser.add_argument("--data", required=True, help="LLaVA JSON or JSON lines")
     parser.add_argument("--output", type=Path, help="JSON file to write, with an HTML report beside it")
     parser.add_argument("--no-report", action="store_true", help="write no HTML report")
@@ -175,12 +178,49 @@ def resolved_revision(model: str, revision: str | None) -> str | None:
     return resolved.resolved if isinstance(resolved, ResolvedRevision) else resolved
 
 
-def model_identity(name: str, model: Any, revision: str | None) -> dict[str, str | None]:
-    """Which model this is: the commit of one on the Hub, a hash of the weight files of one in a folder."""
+def base_of_adapter(model: str, revision: str | None) -> str | None:
+    """Folder or Hub id of the model that transformers puts an adapter on; None for anything else than an adapter.
+
+    Raises:
+        ValueError: if the adapter names no base.
+    """
+    path = find_adapter_config_file(model, revision=revision)
+    if path is None or (Path(model) / "config.json").exists():  # a whole model with an adapter inside is its own base
+        return None
+    base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"base_model_name_or_path in {path} is {base!r}, expected a folder or a Hub id")
+    return base
+
+
+def resolved_revisions(model: str, revision: str | None, base_revision: str | None) -> tuple[str | None, str | None]:
+    """The commits of a model and, if it is an adapter, of its base; see `resolved_revision`.
+
+    Raises:
+        ValueError: for a revision of a folder, or of the base of what is no adapter.
+    """
+    revision = resolved_revision(model, revision)
+    base = base_of_adapter(model, revision)
+    if base is not None:
+        return revision, resolved_revision(base, base_revision)
+    if base_revision is not None:
+        raise ValueError(f"base_revision is {base_revision!r}, but {model} is no adapter, and has no base")
+    return revision, None
+
+
+def model_identity(
+    name: str, model: Any, revision: str | None, base_revision: str | None = None
+) -> dict[str, str | None]:
+    """Which model this is, and if it is an adapter on which base: the commit of what is on the Hub, a hash of the weight
+    files of what is in a folder."""
+    base = base_of_adapter(name, revision)
     return {
         "id": name,
         "revision": revision,
         "weights_sha256": weights_sha256(name),
+        "base": base,
+        "base_revision": None if base is None else resolved_revision(base, base_revision),
+        "base_weights_sha256": None if base is None else weights_sha256(base),
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
     }
 

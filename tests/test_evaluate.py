@@ -18,8 +18,9 @@ from evaluation_metrics import gap_bin, summarize_answers, summarize_frames
 from evaluation_questions import frame_order, normalise_answer, parse_choice, read_questions
 from evaluation_records import RecordFiles
 from evaluation_report import write_report
-from evaluation_settings import EvaluationSettings, command_line, make_parser, resolved_revision
+from evaluation_settings import EvaluationSettings, command_line, make_parser, resolved_revision, weights_sha256
 from evaluation_tables import MAX_ROWS, format_results, write_results
+from peft import LoraConfig, get_peft_model
 from report import horizon_figure
 
 from llava_next_ar.training_data import LlavaVideoDataset
@@ -156,21 +157,75 @@ def test_settings_out_of_range_are_refused(options):
         EvaluationSettings(model="", data="", **options)
 
 
-def test_a_model_on_the_hub_is_named_by_its_commit(folder, tmp_path, monkeypatch):
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    cache = Path(os.environ["HF_HOME"]) / "hub" / "models--user--tiny"
-    shutil.copytree(folder / "base", cache / "snapshots" / commit)
-    (cache / "refs").mkdir()
-    (cache / "refs" / "main").write_text(commit)
-    try:
-        settings = settings_for(folder, model="user/tiny", max_samples=1, generation=False, likelihood=False)
-        results = evaluate.evaluate(settings, progress=False)
-    finally:
+@pytest.fixture
+def hub():
+    """Puts folders into the cache, as if they had been downloaded from the Hub: `hub(name, folder, *commits)`, main last."""
+    made = []
+
+    def put(name: str, source: Path, *commits: str) -> None:
+        cache = Path(os.environ["HF_HOME"]) / "hub" / f"models--user--{name}"
+        made.append(cache)
+        for commit in commits:
+            shutil.copytree(source, cache / "snapshots" / commit)
+            if not (source / "config.json").exists():  # what a cache remembers of a file that the Hub does not have
+                (cache / ".no_exist" / commit).mkdir(parents=True)
+                (cache / ".no_exist" / commit / "config.json").touch()
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text(commits[-1])
+
+    yield put
+    for cache in made:
         shutil.rmtree(cache)
+
+
+def test_a_model_on_the_hub_is_named_by_its_commit(folder, hub):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    hub("tiny", folder / "base", commit)
+    settings = settings_for(folder, model="user/tiny", max_samples=1, generation=False, likelihood=False)
+    results = evaluate.evaluate(settings, progress=False)
     assert results["settings"]["revision"] == results["model"]["revision"] == commit
     assert f"--revision {commit}" in results["command"]
+    assert results["model"]["base"] is results["settings"]["base_revision"] is None
     with pytest.raises(ValueError, match="revision is 'main'"):
         resolved_revision(str(folder / "base"), "main")
+    with pytest.raises(ValueError, match="base_revision is 'main', but user/tiny is no adapter"):
+        evaluate.evaluate(dataclasses.replace(settings, base_revision="main"), progress=False)
+
+
+@pytest.mark.parametrize("trust_remote_code", [False, True])
+def test_an_adapter_on_the_hub_and_its_base_are_named_by_their_commits(folder, hub, tmp_path, trust_remote_code):
+    """transformers looks for `revision` of an adapter in the repository of its base, where that commit is not."""
+    model, processor = evaluate.load_checkpoint(str(folder / "changed"))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = "user/base"
+    adapted.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    own, old, new = ("a" * 40, "b" * 40, "c" * 40)
+    hub("adapter", tmp_path, own)
+    hub("base", folder / "changed", old, new)
+    settings = settings_for(
+        folder, model="user/adapter", max_samples=2, generation=False, trust_remote_code=trust_remote_code
+    )
+    expected = evaluate.evaluate(settings, adapted, processor, progress=False)
+    results = evaluate.evaluate(settings, progress=False)
+    assert results["answers"] == expected["answers"]
+    named = {"id": "user/adapter", "revision": own, "base": "user/base", "base_revision": new}
+    assert results["model"].items() >= named.items()
+    assert f"--revision {own} --base-revision {new}" in results["command"]
+    again = evaluate.evaluate(dataclasses.replace(settings, base_revision=old), progress=False)
+    assert (again["model"]["base_revision"], again["answers"]) == (old, expected["answers"])
+    # One in a folder, on a base in a folder.
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(folder / "changed")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    local = evaluate.evaluate(dataclasses.replace(settings, model=str(tmp_path)), progress=False)
+    assert local["answers"] == expected["answers"]
+    hashes = (weights_sha256(tmp_path), weights_sha256(folder / "changed"))
+    assert (local["model"]["weights_sha256"], local["model"]["base_weights_sha256"]) == hashes
+    del config["base_model_name_or_path"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="base_model_name_or_path in .*adapter_config.json is None"):
+        evaluate.evaluate(dataclasses.replace(settings, model=str(tmp_path)), progress=False)
 
 
 # -- Killed and resumed
