@@ -36,6 +36,7 @@ for any number of processes, each of which takes every n-th one, so that on devi
 An entry that cannot be read is an error; with `--max-bad-samples N`, up to N are left out and listed.
 """
 
+import importlib.util
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -52,10 +53,10 @@ from evaluation_measures import load_checkpoint, measure_batch
 from evaluation_metrics import summarize_answers, summarize_frames
 from evaluation_questions import PromptCollator, Prompts, Question, read_questions
 from evaluation_records import Batches, RecordFiles
-from evaluation_report import write_report
 from evaluation_settings import (
     EvaluationSettings,
     command_line,
+    device_of_process,
     entries_sha256,
     hardware,
     make_parser,
@@ -68,6 +69,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from llava_next_ar.training_data import LlavaVideoDataset
+from llava_next_ar.video_decoding import choose_backend
 
 # A process that is done waits for the slowest one; a launcher ends all of them when one fails.
 _PATIENCE = timedelta(days=7)
@@ -105,7 +107,7 @@ def evaluate(
     start = time.perf_counter()
     on_cpu = torch.device(settings.device).type == "cpu"
     processes = PartialState(cpu=on_cpu, timeout=_PATIENCE)
-    device = _device_of_process(settings.device, processes)
+    device = device_of_process(settings.device, processes)
     torch.manual_seed(settings.seed)
     identity: dict[str, Any] = {"id": settings.model, "revision": None, "weights_sha256": None}
     if model is None or processor is None:
@@ -116,7 +118,7 @@ def evaluate(
     questions = read_questions(dataset, settings.max_samples, max_bad_samples=settings.max_bad_samples)
     provenance = {
         "settings": asdict(settings),
-        "versions": versions(),
+        "versions": {**versions(), "video_decoder": choose_backend(processor.video_processor.video_backend)},
         "model": identity,
         "data": {"path": settings.data, "sha256": entries_sha256(dataset.entries[: settings.max_samples])},
     }
@@ -136,7 +138,7 @@ def evaluate(
         frames = summarize_frames([video["horizons"] for video in videos], settings)
     return {
         **provenance,
-        "command": command_line(settings),
+        "command": command_line(settings, output),
         "question_answering": answering,
         "reconstruction": frames,
         "num_bad_samples": len(bad),
@@ -184,15 +186,6 @@ def _load(
     identity = model_identity(settings.model, model, revision, base_revision) if is_main else None
     (identity,) = broadcast_object_list([identity])
     return settings, model, processor, identity
-
-
-def _device_of_process(device: str, processes: PartialState) -> str | torch.device:
-    if processes.num_processes == 1:
-        return device
-    wanted, given = torch.device(device), processes.device
-    if wanted.index is not None or wanted.type != given.type:
-        raise ValueError(f"device is {device!r}, but the launcher gave this process {given}: give {given.type!r}")
-    return given
 
 
 def _measure(
@@ -280,12 +273,37 @@ def _too_many(records: Sequence[dict[str, Any]], num_bad: int, settings: Evaluat
     return ValueError(f"{num_bad} bad samples, more than max_bad_samples={settings.max_bad_samples}, the last: {last}")
 
 
+def _check_output(output: Path, *, has_report: bool) -> None:
+    """Refuses, before anything is loaded, what could not be written in the end."""
+    if output.is_dir():
+        raise ValueError(
+            f"output is {output}, which is a folder: give a file to write, such as {output / 'results.json'}"
+        )
+    if not has_report:
+        return
+    report = output.with_suffix(".html")
+    if output.suffix.lower() == ".html":
+        raise ValueError(
+            f"output is {output}, expected a JSON file: the HTML report beside it would be written to {report}"
+        )
+    if report.is_dir():
+        raise ValueError(
+            f"the report would be written to {report}, which is a folder: give --no-report, or another output"
+        )
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            "the HTML report needs matplotlib, which is not installed: pip install 'llava-next-ar[eval]', or give --no-report"
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__.split("\n\n")[0])
     options = vars(parser.parse_args(argv))
     output, resume, no_report = (options.pop(name) for name in ("output", "resume", "no_report"))
     try:
         settings = EvaluationSettings(**options)
+        if output is not None:
+            _check_output(output, has_report=not no_report)
         results = evaluate(settings, output=output, resume=resume)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
@@ -296,6 +314,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_results(results, output)
             print(f"\nwritten to {output}")
             if not no_report:
+                from evaluation_report import write_report  # needs matplotlib, which the extra `train` does not bring
+
                 write_report(results, output.with_suffix(".html"))
                 print(f"report: {output.with_suffix('.html')}")
     processes.wait_for_everyone()

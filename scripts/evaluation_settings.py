@@ -9,16 +9,20 @@ import json
 import platform
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from accelerate import PartialState
 from huggingface_hub import ResolvedRevision
 from transformers.utils import find_adapter_config_file, resolve_revision
+
+from llava_next_ar import video_decoding
 
 FRAME_ORDERS = ("natural", "shuffled", "reversed")
 # Settings that change no number.
@@ -132,7 +136,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def command_line(settings: EvaluationSettings) -> str:
+def command_line(settings: EvaluationSettings, output: Path | None = None) -> str:
     """The command that repeats an evaluation, every setting spelled out: defaults may move."""
     words = ["python", "scripts/evaluate.py"]
     for field in fields(settings):
@@ -141,6 +145,7 @@ def command_line(settings: EvaluationSettings) -> str:
             words += [] if value == field.default else [f"--{name}" if value else f"--no-{name}"]
         elif value is not None:
             words += [f"--{name}", str(value)]
+    words += [] if output is None else ["--output", str(output)]
     return shlex.join(words)
 
 
@@ -148,14 +153,36 @@ def command_line(settings: EvaluationSettings) -> str:
 
 
 def versions() -> dict[str, str]:
+    """Of what the numbers may depend on; packages that are not installed are left out."""
+    others = {}
+    for name in ("tokenizers", "pillow", "av", "decord"):
+        with suppress(PackageNotFoundError):
+            others[name] = version(name)
+    modules = sorted(Path(video_decoding.__file__).parent.glob("*.py"))
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "accelerate": version("accelerate"),
         "numpy": np.__version__,
+        **others,
         "llava_next_ar": version("llava-next-ar"),
+        "code_sha256": sha256_of(modules),  # of the package's modules: the same version may be a changed checkout
     }
+
+
+def device_of_process(device: str, processes: PartialState) -> str | torch.device:
+    """The device that a process computes on: the one that is asked for, or of several processes each its own of that kind.
+
+    Raises:
+        ValueError: if the launcher gave this process another kind.
+    """
+    if processes.num_processes == 1:
+        return device
+    wanted, given = torch.device(device), processes.device
+    if wanted.index is not None or wanted.type != given.type:
+        raise ValueError(f"device is {device!r}, but the launcher gave this process {given}: give {given.type!r}")
+    return given
 
 
 def hardware(device: str) -> str:

@@ -1,8 +1,10 @@
 """scripts/evaluate.py and what it is made of, on a tiny checkpoint and real mp4 files."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import demo
 import evaluate
+import evaluation_settings
 import numpy as np
 import pytest
 import torch
@@ -18,7 +21,14 @@ from evaluation_metrics import gap_bin, summarize_answers, summarize_frames
 from evaluation_questions import frame_order, normalise_answer, parse_choice, read_questions
 from evaluation_records import RecordFiles
 from evaluation_report import write_report
-from evaluation_settings import EvaluationSettings, command_line, make_parser, resolved_revision, weights_sha256
+from evaluation_settings import (
+    EvaluationSettings,
+    command_line,
+    make_parser,
+    resolved_revision,
+    versions,
+    weights_sha256,
+)
 from evaluation_tables import MAX_ROWS, format_results, write_results
 from peft import LoraConfig, get_peft_model
 from report import horizon_figure
@@ -28,7 +38,7 @@ from llava_next_ar.training_data import LlavaVideoDataset
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 SETTINGS = EvaluationSettings(model="", data="")
 # What may differ between two runs that measure the same.
-OF_THE_RUN = ("seconds", "run")
+OF_THE_RUN = ("seconds", "run", "command")  # of these the command names another output
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +122,11 @@ def test_what_the_output_holds(folder, outputs):
     ]
     assert results["settings"]["max_new_tokens"] == 3 and results["settings"]["seed"] == 0
     assert results["versions"]["torch"] == torch.__version__
-    assert results["versions"].keys() >= {"python", "transformers", "accelerate", "llava_next_ar"}
+    assert results["versions"].keys() >= {"python", "transformers", "tokenizers", "accelerate", "llava_next_ar"}
+    assert results["versions"]["video_decoder"] == "pyav"
+    assert results["versions"]["av"] == importlib.metadata.version("av")
+    assert results["versions"]["pillow"] == importlib.metadata.version("pillow")
+    assert results["command"].endswith(f"--output {outputs[2]}")
     assert len(results["model"]["weights_sha256"]) == len(results["data"]["sha256"]) == 64
 
 
@@ -127,12 +141,13 @@ def test_an_untrained_head_is_exactly_the_copy_baseline(folder):
 
 def test_the_command_in_the_output_repeats_it(folder):
     settings = settings_for(folder, likelihood=False, trust_remote_code=True, frame_order="reversed", num_frames=4)
-    _, script, *words = command_line(settings).split()
+    output = Path("new") / "r.json"
+    _, script, *words = command_line(settings, output).split()
     assert script == "scripts/evaluate.py"
     options = vars(make_parser("").parse_args(words))
-    for name in ("output", "resume", "no_report"):
-        options.pop(name)
+    assert [options.pop(name) for name in ("output", "resume", "no_report")] == [output, False, False]
     assert EvaluationSettings(**options) == settings
+    assert "--output" not in command_line(settings)
 
 
 def test_a_mistake_is_one_sentence(folder, tmp_path, capsys):
@@ -145,6 +160,70 @@ def test_a_mistake_is_one_sentence(folder, tmp_path, capsys):
     assert stopped.value.code == 2
     message = capsys.readouterr().err
     assert entries[0]["id"] in message and "'sideways'" in message
+
+
+def test_versions_know_a_changed_module(tmp_path, monkeypatch):
+    package = Path(evaluation_settings.video_decoding.__file__).parent
+    for module in package.glob("*.py"):
+        shutil.copy(module, tmp_path)
+    monkeypatch.setattr(evaluation_settings.video_decoding, "__file__", str(tmp_path / "video_decoding.py"))
+    copied = versions()["code_sha256"]
+    with open(tmp_path / "loss_functions.py", "a") as file:
+        file.write("#\n")
+    monkeypatch.setattr(evaluation_settings, "version", without_decord)
+    changed = versions()
+    assert len(copied) == 64 and changed["code_sha256"] != copied
+    assert "decord" not in changed and changed["av"]
+
+
+def without_decord(name: str) -> str:
+    if name == "decord":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return importlib.metadata.version(name)
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "message"),
+    [
+        ("r.html", [], "output is .*r.html, expected a JSON file"),
+        ("r.HTML", [], "output is .*r.HTML, expected a JSON file"),
+        ("folder", [], "output is .*folder, which is a folder"),
+        ("folder", ["--no-report"], "output is .*folder, which is a folder"),
+        ("taken.json", [], "written to .*taken.html, which is a folder"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    tmp_path, monkeypatch, capsys, output, options, message
+):
+    """`r.html` was once written as JSON, overwritten by the report of the same name, and its records deleted."""
+    monkeypatch.setattr(evaluate, "evaluate", None)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "taken.html").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["--model", "m", "--data", "d", "--output", str(tmp_path / output), *options])
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_only_the_report_needs_matplotlib(folder, tmp_path):
+    """The extra `train` brings all but that."""
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; sys.argv[0] = 'evaluate.py'; import evaluate; evaluate.main()"
+    )
+    command = [sys.executable, "-c", code.replace("main()", "main(sys.argv[1:])")]
+    command += ["--model", str(folder / "base"), "--data", str(folder / "clips" / "test.json"), "--device", "cpu"]
+    command += ["--max-samples", "1", "--no-generation", "--no-likelihood", "--output", str(tmp_path / "r.json")]
+    where = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
+    refused = subprocess.run(command, env=where, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2 and not list(tmp_path.iterdir())
+    assert (
+        "matplotlib" in refused.stderr
+        and "llava-next-ar[eval]" in refused.stderr
+        and "Traceback" not in refused.stderr
+    )
+    done = subprocess.run([*command, "--no-report"], env=where, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
 @pytest.mark.parametrize(
