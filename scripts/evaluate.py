@@ -26,9 +26,10 @@ Next-frame prediction, over the distinct videos, each counted once: `mse`, `copy
 `linear_mse` (of continuing the last two in a straight line), `skill = 1 - mse / copy_mse`, `cosine`, and
 `temporal_consistency` (how often the true next frame is the nearest of its clip to the prediction), by horizon and by the
 seconds between the last frame that was seen and the predicted one, in bins around powers of two: that of 0.25 s holds 0.177 to
-0.354 s. With `--horizons N`, the last N frames of each video (where the prompt is text and this video alone) are held back and
-predicted from those before, each from the predictions before it; the horizons from 2 on are of these. Intervals are 95%
-bootstrap intervals; questions about the same video are drawn together.
+0.354 s. These are of every frame, predicted from all true ones before it. With `--horizons N`, the last N frames of each video
+(where the prompt is text and this video alone) are held back as well and predicted from those before, each from the predictions
+before it, which compares horizons 1 to N (`rollout`). Intervals are 95% bootstrap intervals; questions that share a video,
+be it through others, are drawn together.
 
 The JSON output holds the results, every answer, the numbers of every predicted frame, all settings, the versions, model
 and data that they were made with, and the command that repeats it. An HTML report lies beside it. Batches are the same
@@ -39,6 +40,7 @@ An entry that cannot be read is an error; with `--max-bad-samples N`, up to N ar
 import importlib.util
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -51,7 +53,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from evaluation_measures import load_checkpoint, measure_batch
 from evaluation_metrics import summarize_answers, summarize_frames
-from evaluation_questions import PromptCollator, Prompts, Question, read_questions
+from evaluation_questions import PromptCollator, Prompts, Question, check_answers_fit, media_groups, read_questions
 from evaluation_records import Batches, RecordFiles
 from evaluation_settings import (
     EvaluationSettings,
@@ -73,6 +75,8 @@ from llava_next_ar.video_decoding import choose_backend
 
 # A process that is done waits for the slowest one; a launcher ends all of them when one fails.
 _PATIENCE = timedelta(days=7)
+# Keys of a record that are about predicted frames, not about the answer.
+_OF_FRAMES = ("next_frame", "rollout", "no_rollout")
 
 
 def evaluate(
@@ -101,7 +105,8 @@ def evaluate(
         but the first, None.
 
     Raises:
-        ValueError: for a bad entry of the data; if records beside the output belong to another evaluation, or to an
+        ValueError: for a bad entry of the data; for an answer that takes more than `max_new_tokens`; if all videos are too
+            short for `horizons`; if records beside the output belong to another evaluation, or to an
             interrupted one that shall not be resumed.
     """
     start = time.perf_counter()
@@ -116,6 +121,8 @@ def evaluate(
         settings.data, processor, video_root=settings.video_root, allow_outside_root=settings.allow_outside_root
     )
     questions = read_questions(dataset, settings.max_samples, max_bad_samples=settings.max_bad_samples)
+    if settings.generation:
+        check_answers_fit(questions, processor, settings.max_new_tokens)
     provenance = {
         "settings": asdict(settings),
         "versions": {**versions(), "video_decoder": choose_backend(processor.video_processor.video_backend)},
@@ -131,11 +138,15 @@ def evaluate(
     records = [record for number in sorted(batches) for record in batches[number]]
     answered = [(r, q) for r, q in zip(records, questions, strict=True) if "problem" not in r]
     bad = [record for record in records if "problem" in record]
-    answers = [{name: value for name, value in r.items() if name != "horizons"} for r, _ in answered]
-    videos = [{"id": r["id"], "horizons": r["horizons"]} for r, _ in answered if "horizons" in r]
+    answers = [{name: value for name, value in r.items() if name not in _OF_FRAMES} for r, _ in answered]
+    videos = [
+        {"id": r["id"], **{name: r[name] for name in _OF_FRAMES if name in r}}
+        for r, _ in answered
+        if r.keys() & set(_OF_FRAMES)
+    ]
     with _threads(1):  # the mean over many frames is a sum, too
-        answering = summarize_answers(answers, [q.media for _, q in answered], settings)
-        frames = summarize_frames([video["horizons"] for video in videos], settings)
+        answering = summarize_answers(answers, media_groups([q for _, q in answered]), settings)
+        frames = summarize_frames(videos, settings)
     return {
         **provenance,
         "command": command_line(settings, output),
@@ -249,6 +260,11 @@ def _measure(
     bad = [record for number in sorted(everything) for record in everything[number] if "problem" in record]
     if len(bad) > settings.max_bad_samples:  # each process had few enough
         raise _too_many(bad, len(bad), settings)
+    records = [record for some in everything.values() for record in some]
+    left_out = Counter(reason for record in records for reason in record.get("no_rollout", ()))
+    if left_out and not any("rollout" in record for record in records):
+        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(left_out.items()))
+        raise ValueError(f"horizons is {settings.horizons}, but no video can be predicted so far ahead: {reasons}")
     return everything, num_resumed
 
 

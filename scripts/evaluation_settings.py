@@ -6,6 +6,7 @@ All of it goes into the output, and records of an interrupted run are only conti
 import argparse
 import hashlib
 import json
+import math
 import platform
 import shlex
 from collections.abc import Sequence
@@ -74,6 +75,10 @@ class EvaluationSettings:
         for name in ("num_workers", "max_bad_samples", "bootstrap_samples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if self.reconstruction and 1 < self.horizons and (self.num_frames or math.inf) <= self.horizons:
+            raise ValueError(
+                f"horizons is {self.horizons}, expected fewer than the {self.num_frames} frames of num_frames"
+            )
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"dtype is {self.dtype!r}, expected one such as float32 or bfloat16")
         if self.frame_order not in FRAME_ORDERS:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from evaluation_measures import answer_tokens, load_checkpoint, prompt_positions, score_choices
-from evaluation_questions import prompt_sample
+from evaluation_questions import prompt_sample, sampling_options
 from evaluation_settings import EvaluationSettings, resolved_revisions
 from PIL import Image
 from tqdm import tqdm
@@ -34,7 +34,6 @@ from transformers.cache_utils import DynamicCache
 from llava_next_ar.llava_conversation import IMAGE_TOKEN, VIDEO_TOKEN, llava_conversation_to_messages
 from llava_next_ar.training_collator import LlavaVideoCollator
 from llava_next_ar.video_frames import IMAGE_SUFFIXES
-from llava_next_ar.video_processing_llava_next_ar import choose_policy
 
 logger = logging.getLogger(__name__)
 
@@ -126,13 +125,7 @@ class RequestAnswerer:
         if peft is not None:
             self.model.load_adapter(peft)
             self.model.eval()
-        sampling = {"num_frames": num_frames, "max_frames": max_frames, "fps": fps}
-        self.sampling = {name: value for name, value in sampling.items() if value is not None}
-        if self.sampling:
-            # Named, so that clips with fewer frames than num_frames give all of theirs.
-            video_processor = self.processor.video_processor
-            self.sampling["sampling"] = choose_policy(video_processor.sampling, self.sampling)
-            video_processor.sampling_for(**self.sampling)
+        self.sampling = sampling_options(self.processor, num_frames=num_frames, max_frames=max_frames, fps=fps)
         self.collate = LlavaVideoCollator(self.processor, padding_side="left")
 
     # -- lmms-eval's request types

@@ -18,7 +18,7 @@ import pytest
 import torch
 from demo_folder import NUM_FRAMES, entries_of, make_changed_checkpoint, make_demo_folder
 from evaluation_metrics import gap_bin, summarize_answers, summarize_frames
-from evaluation_questions import frame_order, normalise_answer, parse_choice, read_questions
+from evaluation_questions import Question, frame_order, media_groups, normalise_answer, parse_choice, read_questions
 from evaluation_records import RecordFiles
 from evaluation_report import write_report
 from evaluation_settings import (
@@ -32,6 +32,7 @@ from evaluation_settings import (
 from evaluation_tables import MAX_ROWS, format_results, write_results
 from peft import LoraConfig, get_peft_model
 from report import horizon_figure
+from synthetic_clips import write_video
 
 from llava_next_ar.training_data import LlavaVideoDataset
 
@@ -114,7 +115,7 @@ def test_what_the_output_holds(folder, outputs):
     assert (frames["num_videos"], frames["num_frames"]) == (4, 4 * (NUM_FRAMES - 1))
     assert frames["skill"] == 1 - frames["mse"] / frames["copy_mse"] != 0
     assert frames["temporal_consistency_chance"] == pytest.approx(1 / NUM_FRAMES)
-    (quarter,) = frames["by_horizon"]["1"]["by_gap"]  # of a second: 8 frames at 4 fps
+    (quarter,) = frames["by_gap"]  # of a second: 8 frames at 4 fps
     assert (quarter["gap"], quarter["num_frames"], quarter["skill"]) == (0.25, frames["num_frames"], frames["skill"])
     videos = list(dict.fromkeys(entry["video"] for entry in entries))
     assert [video["id"] for video in results["videos"]] == [
@@ -552,15 +553,15 @@ def test_reconstruction_equals_predict_next_frames(folder, checkpoint):
     videos = list(dict.fromkeys(entry["video"] for entry in entries_of(folder)))
     for video, record in zip(videos, results["videos"], strict=True):
         prediction, inputs = demo.predict(model, processor, folder / "clips" / video, num_frames=4)
-        measured = record["horizons"]["1"]
+        measured = record["next_frame"]
         for name in ("mse", "copy_mse", "cosine", "temporal_consistency"):
             assert measured[name] == pytest.approx(prediction.frame_metrics[name].tolist(), rel=1e-4), name
         assert measured["frame"] == prediction.frame_index.tolist() == [1, 2, 3]
         assert measured["gap"] == pytest.approx(inputs["video_timestamps"][0].diff().tolist(), abs=1e-6)
     whole = results["reconstruction"]
-    assert whole["mse"] == pytest.approx(np.mean([record["horizons"]["1"]["mse"] for record in results["videos"]]))
+    assert whole["mse"] == pytest.approx(np.mean([record["next_frame"]["mse"] for record in results["videos"]]))
     # Frames 0, 2, 4 and 7 of eight at 4 fps.
-    bins = whole["by_horizon"]["1"]["by_gap"]
+    bins = whole["by_gap"]
     assert [(entry["gap"], entry["num_frames"]) for entry in bins] == [(0.5, 8), (1.0, 4)]
     assert measured["gap"] == [0.5, 0.5, 0.75]
 
@@ -574,27 +575,115 @@ def test_frames_further_ahead_are_imagined_and_compared_with_both_baselines(fold
         prediction, inputs = demo.predict(model, processor, folder / "clips" / video, num_frames=6)
         (own,) = model.imagine(3, hold_back=True, **inputs)
         seconds = inputs["video_timestamps"][0].tolist()
-        for ahead in (2, 3):
-            measured = record["horizons"][str(ahead)]
+        for ahead in (1, 2, 3):
+            measured = record["rollout"][str(ahead)]
             for name, values in own.frame_metrics().items():
                 assert measured[name] == pytest.approx([float(values[ahead - 1])], rel=1e-4), name
             assert measured["frame"] == [2 + ahead]
             assert measured["gap"] == pytest.approx([seconds[2 + ahead] - seconds[2]], abs=1e-6)
-        next_frame = record["horizons"]["1"]
+        next_frame = record["next_frame"]
         assert next_frame["linear_mse"][0] == pytest.approx(next_frame["copy_mse"][0])  # one frame makes no line
         frames = own.candidates[0]  # the same for each frame: this layout has no slow and fast ones
         ratio = (seconds[4] - seconds[3]) / (seconds[3] - seconds[2])
         line = frames[3] + (frames[3] - frames[2]) * ratio
         assert next_frame["linear_mse"][3] == pytest.approx(float((line - frames[4]).square().mean()), rel=1e-4)
-    by_horizon = results["reconstruction"]["by_horizon"]
+    # All horizons of the same last frame: the first is not the mean over every frame, which is told apart.
+    frames = results["reconstruction"]
+    by_horizon = frames["rollout"]["by_horizon"]
+    assert {summary["num_frames"] for summary in by_horizon.values()} == {4} and frames["num_frames"] == 4 * 5
+    assert by_horizon["1"]["mse"] != pytest.approx(frames["mse"], rel=1e-3)
+    at_start = [record["next_frame"]["mse"][2] for record in results["videos"]]
+    assert by_horizon["1"]["mse"] == pytest.approx(np.mean(at_start), rel=1e-4)
+    text = format_results(results)
+    assert "1, every frame" in text and "1, held back" in text and "NOTE" not in text
     assert list(by_horizon) == ["1", "2", "3"]
-    assert by_horizon["3"]["mse"] == pytest.approx(np.mean([r["horizons"]["3"]["mse"] for r in results["videos"]]))
+    assert by_horizon["3"]["mse"] == pytest.approx(np.mean([r["rollout"]["3"]["mse"] for r in results["videos"]]))
     assert "straight line" in format_results(results)
     drawn = {line.get_label(): list(line.get_ydata()) for line in horizon_figure(by_horizon).axes[0].lines}
     assert drawn["predicted"] == [summary["mse"] for summary in by_horizon.values()]
     assert drawn["straight line through the last two"][2] == by_horizon["3"]["linear_mse"]
     write_report(results, tmp_path / "report.html")
     assert "error by horizon" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def data_of(folder: Path, path: Path, *videos: list[str], answer: str = "red") -> dict[str, str]:
+    """Settings for open questions about videos of the folder, `videos[i]` in the prompt of question i."""
+    entries = [
+        {
+            "id": f"q{number}",
+            "video": own if len(own) > 1 else own[0],
+            "conversations": [
+                {"from": "human", "value": "<video>\n" * len(own) + "Which?"},
+                {"from": "gpt", "value": answer},
+            ],
+        }
+        for number, own in enumerate(videos)
+    ]
+    path.write_text(json.dumps(entries))
+    return {"data": str(path), "video_root": str(folder / "clips"), "allow_outside_root": True}
+
+
+def short_clip(path: Path, num_frames: int) -> str:
+    write_video(np.random.default_rng(0).integers(0, 255, (num_frames, 48, 48, 3), np.uint8), path, 4.0)
+    return str(path)
+
+
+def test_every_distinct_video_counts_once_whatever_it_is_shown_with(folder, checkpoint, tmp_path):
+    a, b, c = list(dict.fromkeys(entry["video"] for entry in entries_of(folder)))[:3]
+    data = data_of(folder, tmp_path / "d.json", [a, b], [a], [b, a], [b, c, c])
+    settings = settings_for(folder, **data, generation=False, likelihood=False)
+    results = evaluate.evaluate(settings, *checkpoint, progress=False)
+    frames = results["reconstruction"]
+    assert (frames["num_videos"], frames["num_frames"]) == (3, 3 * (NUM_FRAMES - 1))
+    shown = [(video["id"], sorted(set(video["next_frame"]["video"]))) for video in results["videos"]]
+    assert shown == [("q0", [0, 1]), ("q3", [1])]
+    with pytest.raises(ValueError, match="horizons is 2, but no video .*: 3 not alone in the prompt"):
+        evaluate.evaluate(dataclasses.replace(settings, horizons=2), *checkpoint, progress=False)
+
+
+def test_questions_that_share_a_video_are_one_group():
+    media = [("a", "b"), ("c",), (), ("c", "d"), ("b", "e"), (), ("d", "e"), ("f",)]
+    questions = [
+        Question(index=n, id="", question_type="", messages=[], answer="", media=own) for n, own in enumerate(media)
+    ]
+    assert media_groups(questions[:6]) == [0, 1, 2, 1, 0, 5]
+    assert media_groups(questions) == [0, 0, 2, 0, 0, 5, 0, 7]  # the seventh has d of the fourth and e of the fifth
+
+
+def test_videos_that_are_too_short_for_the_horizons_are_counted(folder, checkpoint, tmp_path):
+    video, short = entries_of(folder)[0]["video"], short_clip(tmp_path / "short.mp4", 3)
+    one = short_clip(tmp_path / "one.mp4", 1)
+    settings = settings_for(
+        folder, **data_of(folder, tmp_path / "d.json", [video], [short], [one]), generation=False, horizons=3
+    )
+    results = evaluate.evaluate(settings, *checkpoint, progress=False)
+    rollout = results["reconstruction"]["rollout"]
+    assert (rollout["num_videos"], rollout["left_out"]) == (3, {"too short": 2})
+    assert rollout["by_horizon"]["3"]["num_videos"] == 1
+    assert "NOTE: 2 of 3 videos are in no number of the frames held back, 3 of each: too short" in format_results(
+        results
+    )
+    with pytest.raises(ValueError, match="horizons is 8, but no video can be predicted so far ahead: 3 too short"):
+        evaluate.evaluate(dataclasses.replace(settings, horizons=8), *checkpoint, progress=False)
+    with pytest.raises(ValueError, match="horizons is 4, expected fewer than the 4 frames of num_frames"):
+        dataclasses.replace(settings, horizons=4, num_frames=4)
+
+
+def test_more_frames_than_there_are_give_all_of_them(folder, checkpoint):
+    settings = settings_for(folder, generation=False)
+    expected = evaluate.evaluate(settings, *checkpoint, progress=False)
+    more = evaluate.evaluate(dataclasses.replace(settings, num_frames=NUM_FRAMES + 8), *checkpoint, progress=False)
+    assert (more["answers"], more["videos"]) == (expected["answers"], expected["videos"])
+
+
+def test_an_answer_that_no_generated_text_could_equal_is_refused(folder, checkpoint, tmp_path):
+    video = entries_of(folder)[0]["video"]
+    data = data_of(folder, tmp_path / "d.json", [video], answer="red " * 5 + "red.")
+    settings = settings_for(folder, **data, max_new_tokens=5)
+    with pytest.raises(ValueError, match="max_new_tokens is 5, but the answer of question q0 takes 6 tokens.* give 6"):
+        evaluate.evaluate(settings, *checkpoint, progress=False)
+    for options in ({"max_new_tokens": 6}, {"generation": False}):
+        evaluate.evaluate(dataclasses.replace(settings, **options), *checkpoint, progress=False)
 
 
 def test_bins_of_time_gaps():
@@ -612,23 +701,23 @@ def frames_of(gaps: list[float], mse: list[float], copy_mse: list[float]) -> dic
 
 def test_skill_by_time_gap_and_horizon():
     clips = [
-        {"1": frames_of([0.2, 0.3, 2.1], [1, 2, 6], [2, 4, 4])},
-        {"1": frames_of([0.25, 2.0], [3, 0], [6, 4]), "2": frames_of([4.0], [1], [5])},
+        {"next_frame": frames_of([0.2, 0.3, 2.1], [1, 2, 6], [2, 4, 4]), "no_rollout": ["too short"]},
+        {"next_frame": frames_of([0.25, 2.0], [3, 0], [6, 4]), "rollout": {"2": frames_of([4.0], [1], [5])}},
     ]
     summary = summarize_frames(clips, SETTINGS)
-    near, far = summary["by_horizon"]["1"]["by_gap"]
+    near, far = summary["by_gap"]
     assert (near["gap"], near["num_frames"], near["num_videos"]) == (0.25, 3, 2)
     assert (near["mse"], near["copy_mse"], near["skill"], near["skill_interval"]) == (2, 4, 0.5, [0.5, 0.5])
     assert (far["gap"], far["num_frames"], far["skill"]) == (2.0, 2, 0.25)
     assert far["skill_interval"] == [-0.5, 1.0]  # that of either clip alone
     assert (near["from"], near["to"]) == (0.1768, 0.3536)
-    assert summary["skill"] == summary["by_horizon"]["1"]["skill"] == pytest.approx(1 - 12 / 20)
-    assert summary["horizon"] == 1 and summary["num_frames"] == 5
-    two = summary["by_horizon"]["2"]
+    assert summary["skill"] == pytest.approx(1 - 12 / 20) and summary["num_frames"] == 5
+    assert (summary["rollout"]["num_videos"], summary["rollout"]["left_out"]) == (2, {"too short": 1})
+    two = summary["rollout"]["by_horizon"]["2"]
     assert (two["num_frames"], two["skill"], two["by_gap"][0]["gap"]) == (1, 0.8, 4.0)
     assert two["skill_interval"] is None  # one clip
-    still = summarize_frames([{"1": frames_of([0.0], [0.0], [0.0])}], SETTINGS)
-    assert still["skill"] is None and still["by_horizon"]["1"]["by_gap"][0]["gap"] == 0.0
+    still = summarize_frames([{"next_frame": frames_of([0.0], [0.0], [0.0])}], SETTINGS)
+    assert still["skill"] is None and still["by_gap"][0]["gap"] == 0.0 and still["rollout"] is None
     assert summarize_frames([], SETTINGS) is None
 
 
@@ -657,7 +746,7 @@ def test_reversed_frames_are_shown_at_the_natural_times(folder, checkpoint):
         inputs["pixel_values_videos"] = inputs["pixel_values_videos"].flip(1)
         with torch.inference_mode():
             (prediction,) = model.predict_next_frames(**inputs)
-        measured = {order: own["videos"][number]["horizons"]["1"] for order, own in results.items()}
+        measured = {order: own["videos"][number]["next_frame"] for order, own in results.items()}
         expected = prediction.frame_metrics["mse"].tolist()
         assert measured["reversed"]["mse"] == pytest.approx(expected, rel=1e-4)
         assert measured["natural"]["mse"] != pytest.approx(expected, rel=1e-3)

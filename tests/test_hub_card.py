@@ -33,7 +33,7 @@ RESULTS = {
         "all": {"num_questions": 4, "chance": 0.25, "best_guess": 0.5, "exact": 0.75, "exact_interval": [0.5, 1.0]},
         "by_type": {},
     },
-    "reconstruction": {**FRAMES, "horizon": 1, "by_horizon": {"1": {**FRAMES, "by_gap": []}}},
+    "reconstruction": {**FRAMES, "by_gap": [], "rollout": None},
     "num_bad_samples": 0,
     "bad_samples": [],
     "seconds": 1.0,
