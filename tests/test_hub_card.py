@@ -142,6 +142,15 @@ def test_results_of_other_weights_stay_out_of_the_card(folder, caplog):
             build_card(folder, "ann/model", CardOptions(results=given))
 
 
+def test_results_of_another_release_are_refused(folder, tmp_path):
+    """Before frames were held back for all horizons, the results had another form."""
+    old = tmp_path / "old.json"
+    frames = {**FRAMES, "horizon": 1, "by_horizon": {"1": {**FRAMES, "by_gap": []}}}
+    old.write_text(json.dumps({**RESULTS, "reconstruction": frames}))
+    with pytest.raises(ValueError, match="was not written by this release"):
+        build_card(folder, "ann/model", CardOptions(results=old))
+
+
 def test_a_relation_that_is_not_the_folders_is_refused(folder):
     with pytest.raises(ValueError, match=f"relation is 'adapter', but {folder} holds a model"):
         build_card(folder, "ann/model", CardOptions(relation="adapter"))
