@@ -26,9 +26,10 @@ Next-frame prediction, over the distinct videos, each counted once: `mse`, `copy
 `linear_mse` (of continuing the last two in a straight line), `skill = 1 - mse / copy_mse`, `cosine`, and
 `temporal_consistency` (how often the true next frame is the nearest of its clip to the prediction), by horizon and by the
 seconds between the last frame that was seen and the predicted one, in bins around powers of two: that of 0.25 s holds 0.177 to
-0.354 s. With `--horizons N`, the last N frames of each video (where the prompt is text and this video alone) are held back and
-predicted from those before, each from the predictions before it; the horizons from 2 on are of these. Intervals are 95%
-bootstrap intervals; questions about the same video are drawn together.
+0.354 s. These are of every frame, predicted from all true ones before it. With `--horizons N`, the last N frames of each video
+(where the prompt is text and this video alone) are held back as well and predicted from those before, each from the predictions
+before it, which compares horizons 1 to N (`rollout`). Intervals are 95% bootstrap intervals; questions that share a video,
+be it through others, are drawn together.
 
 The JSON output holds the results, every answer, the numbers of every predicted frame, all settings, the versions, model
 and data that they were made with, and the command that repeats it. An HTML report lies beside it. Batches are the same
@@ -36,8 +37,10 @@ for any number of processes, each of which takes every n-th one, so that on devi
 An entry that cannot be read is an error; with `--max-bad-samples N`, up to N are left out and listed.
 """
 
+import importlib.util
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -50,17 +53,17 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from evaluation_measures import load_checkpoint, measure_batch
 from evaluation_metrics import summarize_answers, summarize_frames
-from evaluation_questions import PromptCollator, Prompts, Question, read_questions
+from evaluation_questions import PromptCollator, Prompts, Question, check_answers_fit, media_groups, read_questions
 from evaluation_records import Batches, RecordFiles
-from evaluation_report import write_report
 from evaluation_settings import (
     EvaluationSettings,
     command_line,
+    device_of_process,
     entries_sha256,
     hardware,
     make_parser,
     model_identity,
-    resolved_revision,
+    resolved_revisions,
     versions,
 )
 from evaluation_tables import format_results, write_results
@@ -68,9 +71,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from llava_next_ar.training_data import LlavaVideoDataset
+from llava_next_ar.video_decoding import choose_backend
 
 # A process that is done waits for the slowest one; a launcher ends all of them when one fails.
 _PATIENCE = timedelta(days=7)
+# Keys of a record that are about predicted frames, not about the answer.
+_OF_FRAMES = ("next_frame", "rollout", "no_rollout")
 
 
 def evaluate(
@@ -99,13 +105,14 @@ def evaluate(
         but the first, None.
 
     Raises:
-        ValueError: for a bad entry of the data; if records beside the output belong to another evaluation, or to an
+        ValueError: for a bad entry of the data; for an answer that takes more than `max_new_tokens`; if all videos are too
+            short for `horizons`; if records beside the output belong to another evaluation, or to an
             interrupted one that shall not be resumed.
     """
     start = time.perf_counter()
     on_cpu = torch.device(settings.device).type == "cpu"
     processes = PartialState(cpu=on_cpu, timeout=_PATIENCE)
-    device = _device_of_process(settings.device, processes)
+    device = device_of_process(settings.device, processes)
     torch.manual_seed(settings.seed)
     identity: dict[str, Any] = {"id": settings.model, "revision": None, "weights_sha256": None}
     if model is None or processor is None:
@@ -114,9 +121,11 @@ def evaluate(
         settings.data, processor, video_root=settings.video_root, allow_outside_root=settings.allow_outside_root
     )
     questions = read_questions(dataset, settings.max_samples, max_bad_samples=settings.max_bad_samples)
+    if settings.generation:
+        check_answers_fit(questions, processor, settings.max_new_tokens)
     provenance = {
         "settings": asdict(settings),
-        "versions": versions(),
+        "versions": {**versions(), "video_decoder": choose_backend(processor.video_processor.video_backend)},
         "model": identity,
         "data": {"path": settings.data, "sha256": entries_sha256(dataset.entries[: settings.max_samples])},
     }
@@ -129,14 +138,18 @@ def evaluate(
     records = [record for number in sorted(batches) for record in batches[number]]
     answered = [(r, q) for r, q in zip(records, questions, strict=True) if "problem" not in r]
     bad = [record for record in records if "problem" in record]
-    answers = [{name: value for name, value in r.items() if name != "horizons"} for r, _ in answered]
-    videos = [{"id": r["id"], "horizons": r["horizons"]} for r, _ in answered if "horizons" in r]
+    answers = [{name: value for name, value in r.items() if name not in _OF_FRAMES} for r, _ in answered]
+    videos = [
+        {"id": r["id"], **{name: r[name] for name in _OF_FRAMES if name in r}}
+        for r, _ in answered
+        if r.keys() & set(_OF_FRAMES)
+    ]
     with _threads(1):  # the mean over many frames is a sum, too
-        answering = summarize_answers(answers, [q.media for _, q in answered], settings)
-        frames = summarize_frames([video["horizons"] for video in videos], settings)
+        answering = summarize_answers(answers, media_groups([q for _, q in answered]), settings)
+        frames = summarize_frames(videos, settings)
     return {
         **provenance,
-        "command": command_line(settings),
+        "command": command_line(settings, output),
         "question_answering": answering,
         "reconstruction": frames,
         "num_bad_samples": len(bad),
@@ -166,10 +179,11 @@ def _threads(number: int) -> Iterator[None]:
 def _load(
     settings: EvaluationSettings, device: str | torch.device, processes: PartialState
 ) -> tuple[EvaluationSettings, Any, Any, dict[str, Any]]:
-    """The settings with the commit of the model, model, processor, and which model it is; the same on all processes."""
+    """The settings with the commits of the model, model, processor, and which model it is; the same on all processes."""
     is_main = processes.is_main_process
-    (revision,) = broadcast_object_list([resolved_revision(settings.model, settings.revision) if is_main else None])
-    settings = replace(settings, revision=revision)
+    commits = resolved_revisions(settings.model, settings.revision, settings.base_revision) if is_main else None
+    ((revision, base_revision),) = broadcast_object_list([commits])
+    settings = replace(settings, revision=revision, base_revision=base_revision)
     # Code of a checkpoint is copied to a cache before it runs: by one process, and not under the hands of another.
     with processes.local_main_process_first() if settings.trust_remote_code else nullcontext():
         model, processor = load_checkpoint(
@@ -178,18 +192,11 @@ def _load(
             device=device,
             dtype=settings.dtype,
             revision=revision,
+            base_revision=base_revision,
         )
-    (identity,) = broadcast_object_list([model_identity(settings.model, model, revision) if is_main else None])
+    identity = model_identity(settings.model, model, revision, base_revision) if is_main else None
+    (identity,) = broadcast_object_list([identity])
     return settings, model, processor, identity
-
-
-def _device_of_process(device: str, processes: PartialState) -> str | torch.device:
-    if processes.num_processes == 1:
-        return device
-    wanted, given = torch.device(device), processes.device
-    if wanted.index is not None or wanted.type != given.type:
-        raise ValueError(f"device is {device!r}, but the launcher gave this process {given}: give {given.type!r}")
-    return given
 
 
 def _measure(
@@ -253,6 +260,11 @@ def _measure(
     bad = [record for number in sorted(everything) for record in everything[number] if "problem" in record]
     if len(bad) > settings.max_bad_samples:  # each process had few enough
         raise _too_many(bad, len(bad), settings)
+    records = [record for some in everything.values() for record in some]
+    left_out = Counter(reason for record in records for reason in record.get("no_rollout", ()))
+    if left_out and not any("rollout" in record for record in records):
+        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(left_out.items()))
+        raise ValueError(f"horizons is {settings.horizons}, but no video can be predicted so far ahead: {reasons}")
     return everything, num_resumed
 
 
@@ -277,12 +289,37 @@ def _too_many(records: Sequence[dict[str, Any]], num_bad: int, settings: Evaluat
     return ValueError(f"{num_bad} bad samples, more than max_bad_samples={settings.max_bad_samples}, the last: {last}")
 
 
+def _check_output(output: Path, *, has_report: bool) -> None:
+    """Refuses, before anything is loaded, what could not be written in the end."""
+    if output.is_dir():
+        raise ValueError(
+            f"output is {output}, which is a folder: give a file to write, such as {output / 'results.json'}"
+        )
+    if not has_report:
+        return
+    report = output.with_suffix(".html")
+    if output.suffix.lower() == ".html":
+        raise ValueError(
+            f"output is {output}, expected a JSON file: the HTML report beside it would be written to {report}"
+        )
+    if report.is_dir():
+        raise ValueError(
+            f"the report would be written to {report}, which is a folder: give --no-report, or another output"
+        )
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            "the HTML report needs matplotlib, which is not installed: pip install 'llava-next-ar[eval]', or give --no-report"
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__.split("\n\n")[0])
     options = vars(parser.parse_args(argv))
     output, resume, no_report = (options.pop(name) for name in ("output", "resume", "no_report"))
     try:
         settings = EvaluationSettings(**options)
+        if output is not None:
+            _check_output(output, has_report=not no_report)
         results = evaluate(settings, output=output, resume=resume)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
@@ -293,6 +330,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_results(results, output)
             print(f"\nwritten to {output}")
             if not no_report:
+                from evaluation_report import write_report  # needs matplotlib, which the extra `train` does not bring
+
                 write_report(results, output.with_suffix(".html"))
                 print(f"report: {output.with_suffix('.html')}")
     processes.wait_for_everyone()

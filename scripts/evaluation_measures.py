@@ -6,13 +6,16 @@ from typing import Any
 import numpy as np
 import torch
 from evaluation_questions import Question, media_parts, normalise_answer, parse_choice
-from evaluation_settings import EvaluationSettings
+from evaluation_settings import EvaluationSettings, base_of_adapter
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.cache_utils import DynamicCache
 
 from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from llava_next_ar.processing_llava_next_ar import LlavaNextARProcessor
 from llava_next_ar.reconstruction_metrics import straight_line
+
+NO_ROLLOUT = ("not alone in the prompt", "too short")
+"""Why frames of a video are not held back and imagined."""
 
 
 def load_checkpoint(
@@ -22,15 +25,22 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     dtype: str = "float32",
     revision: str | None = None,
+    base_revision: str | None = None,
 ) -> tuple[Any, Any]:
-    """Model, in eval mode, and processor. With `trust_remote_code`, the checkpoint's code runs, else the package's."""
+    """Model, in eval mode, and processor. With `trust_remote_code`, the checkpoint's code runs, else the package's.
+
+    `revision` is that of `model`; if this is an adapter, `base_revision` is that of its base.
+    """
     model_class, processor_class = LlavaNextARForConditionalGeneration, LlavaNextARProcessor
     trust = {}
     if trust_remote_code:
         model_class, processor_class, trust = AutoModelForImageTextToText, AutoProcessor, {"trust_remote_code": True}
-    options = {"revision": revision or "main", **trust}
-    loaded = model_class.from_pretrained(model, dtype=getattr(torch, dtype), **options)
-    processor = processor_class.from_pretrained(model, **options)
+    own = {"revision": revision or "main"}
+    # Of an adapter, transformers takes `revision` for that of the base.
+    is_adapter = base_of_adapter(model, revision) is not None
+    pinned = {"revision": base_revision or "main", "adapter_kwargs": own} if is_adapter else own
+    loaded = model_class.from_pretrained(model, dtype=getattr(torch, dtype), **pinned, **trust)
+    processor = processor_class.from_pretrained(model, **own, **trust)
     return loaded.to(device).eval(), processor
 
 
@@ -126,7 +136,7 @@ def measure_batch(
 
     Each has `id`, `question_type`, `answer`, `choices` and, where measured, `generated` and `exact`, for questions with
     choices `choice` (which of them the generated text names, or None), `log_likelihoods` and `likelihood`, and for the
-    first question about a video `horizons` (see `horizon_records`).
+    first question about a video `next_frame` (see `next_frame_records`) and what `rollout_records` gives.
     """
     batch = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
     records = [
@@ -147,7 +157,7 @@ def measure_batch(
     choices = [[answer_tokens(processor, q.messages, choice) for choice in q.choices] for q in questions]
     wants_choices = settings.likelihood and any(choices)
     wants_frames = settings.reconstruction and model.autoregressive_module is not None
-    wants_frames &= any(q.is_first_about_media for q in questions) and "pixel_values_videos" in batch
+    wants_frames &= any(q.first_videos for q in questions) and "pixel_values_videos" in batch
     if not wants_choices and not wants_frames:
         return records
     cache = DynamicCache(config=model.config.get_text_config()) if wants_choices else None
@@ -169,12 +179,13 @@ def measure_batch(
                 record["log_likelihoods"] = own
                 record["likelihood"] = question.choices[int(np.argmax(own))] == question.answer
     if wants_frames and outputs.reconstruction is not None:
-        frames = horizon_records(outputs.reconstruction, batch["video_timestamps"], questions)
-        for record, question, own in zip(records, questions, frames, strict=True):
-            if own and question.is_first_about_media:
-                record["horizons"] = {"1": own}
+        frames = next_frame_records(outputs.reconstruction, batch["video_timestamps"], questions)
+        for record, own in zip(records, frames, strict=True):
+            if own:
+                record["next_frame"] = own
+    if wants_frames:
         for row, own in rollout_records(model, batch, questions, settings.horizons).items():
-            records[row]["horizons"].update(own)
+            records[row].update(own)
     return records
 
 
@@ -184,10 +195,10 @@ def _owners(questions: Sequence[Question]) -> list[tuple[int, int]]:
     return [(question, video) for question, number in enumerate(num_videos) for video in range(number)]
 
 
-def horizon_records(
+def next_frame_records(
     reconstruction: Any, timestamps: torch.Tensor, questions: Sequence[Question]
 ) -> list[dict[str, list[float]]]:
-    """For each question, one entry of each list for every predicted frame of its videos; empty without any.
+    """For each question, one entry of each list for every predicted frame of its `first_videos`; empty without any.
 
     Args:
         reconstruction: predictions one frame ahead, for the videos of the batch.
@@ -205,6 +216,8 @@ def horizon_records(
     records: list[dict[str, list[float]]] = [{} for _ in questions]
     for place, (video, frame) in enumerate(zip(of_batch, frames, strict=True)):
         question, number = owners[video]
+        if number not in questions[question].first_videos:
+            continue
         values = {
             "video": number,
             "frame": frame,
@@ -231,18 +244,23 @@ def linear_errors(reconstruction: Any, timestamps: torch.Tensor) -> torch.Tensor
 
 def rollout_records(
     model: Any, batch: dict[str, torch.Tensor], questions: Sequence[Question], num_frames: int
-) -> dict[int, dict[str, dict[str, list[float]]]]:
-    """By question and horizon (two and more), the entries of `horizon_records` for frames that were held back.
+) -> dict[int, dict[str, Any]]:
+    """What goes into the records of the first questions about a video, if frames of it are to be held back and imagined.
 
-    Of every first question about a video whose prompt is text and this video alone, and which is long enough.
+    `rollout`: by horizon (`"1"` and on, all from the same last frame), the lists of `next_frame_records`. Where a prompt
+    is more than text and one video, or this is too short, `no_rollout` instead: for each video why (`NO_ROLLOUT`).
     """
     if num_frames < 2:
         return {}
     owners, lengths = _owners(questions), batch["video_frame_mask"].sum(1).tolist()
     media = [[part["type"] for message in q.messages for part in media_parts(message)] for q in questions]
-    records = {}
-    for video, (row, _) in enumerate(owners):
-        if media[row] != ["video"] or not questions[row].is_first_about_media or lengths[video] <= num_frames:
+    records: dict[int, dict[str, Any]] = {}
+    for video, (row, number) in enumerate(owners):
+        if number not in questions[row].first_videos:
+            continue
+        if media[row] != ["video"] or lengths[video] <= num_frames:
+            reason = NO_ROLLOUT[int(media[row] == ["video"])]
+            records.setdefault(row, {"no_rollout": []})["no_rollout"].append(reason)
             continue
         text, length = batch["attention_mask"][row].bool(), lengths[video]
         inputs = {name: value[video, None] for name, value in batch.items() if "video" in name}
@@ -250,7 +268,7 @@ def rollout_records(
         (own,) = model.imagine(num_frames, hold_back=True, **inputs)
         metrics = {name: values.tolist() for name, values in own.frame_metrics().items()}
         times = batch["video_timestamps"][video].tolist()
-        records[row] = {
+        rollout = {
             str(ahead): {
                 "video": [0],
                 "frame": [int(own.frame_index[ahead - 1])],
@@ -258,6 +276,7 @@ def rollout_records(
                 **{name: [values[ahead - 1]] for name, values in metrics.items()},
                 "temporal_consistency_chance": [1 / length],
             }
-            for ahead in range(2, num_frames + 1)
+            for ahead in range(1, num_frames + 1)
         }
+        records[row] = {"rollout": rollout}
     return records

@@ -12,7 +12,7 @@ from evaluation_settings import EvaluationSettings
 
 from llava_next_ar.reconstruction_metrics import summarize_frame_metrics
 
-# What says of which frame the numbers of `horizon_records` are.
+# What says of which frame the numbers of `next_frame_records` are.
 _PLACES = ("video", "frame", "gap")
 
 # -- Intervals
@@ -40,9 +40,10 @@ def interval_of_mean(table: Sequence[Sequence[float]], settings: EvaluationSetti
 
 
 def summarize_answers(
-    answers: Sequence[dict[str, Any]], clips: Sequence[Any], settings: EvaluationSettings
+    answers: Sequence[dict[str, Any]], groups: Sequence[int], settings: EvaluationSettings
 ) -> dict[str, Any]:
-    """Accuracy, over all and for each type, beside what guessing is worth. `clips[i]` is what question i is about.
+    """Accuracy, over all and for each type, beside what guessing is worth. Questions with the same
+    `groups[i]` (see `media_groups`) are drawn together for the intervals.
 
     `choice` is the accuracy of the choices that generated texts name; a text that names none is wrong, and counted
     under `num_unparsable`.
@@ -51,16 +52,16 @@ def summarize_answers(
     for number, answer in enumerate(answers):
         by_type[answer["question_type"]].append(number)
     return {
-        "all": _summarize_answers(answers, clips, settings),
+        "all": _summarize_answers(answers, groups, settings),
         "by_type": {
-            name: _summarize_answers([answers[n] for n in numbers], [clips[n] for n in numbers], settings)
+            name: _summarize_answers([answers[n] for n in numbers], [groups[n] for n in numbers], settings)
             for name, numbers in sorted(by_type.items())
         },
     }
 
 
 def _summarize_answers(
-    answers: Sequence[dict[str, Any]], clips: Sequence[Any], settings: EvaluationSettings
+    answers: Sequence[dict[str, Any]], groups: Sequence[int], settings: EvaluationSettings
 ) -> dict[str, Any]:
     summary: dict[str, Any] = {"num_questions": len(answers)}
     if not answers:
@@ -72,14 +73,16 @@ def _summarize_answers(
         places = Counter(normalise_answer(answer["answer"]) for answer in answers)
     summary["best_guess"] = max(places.values()) / len(answers)
     for name in ("exact", "choice", "likelihood"):
-        pairs = [(is_right(answer, name), clip) for answer, clip in zip(answers, clips, strict=True) if name in answer]
+        pairs = [
+            (is_right(answer, name), group) for answer, group in zip(answers, groups, strict=True) if name in answer
+        ]
         if not pairs:
             continue
         summary[name] = float(np.mean([hit for hit, _ in pairs]))
         sums: dict[Any, list[float]] = defaultdict(lambda: [0.0, 0.0])  # right answers, questions
-        for hit, clip in pairs:
-            sums[clip][0] += hit
-            sums[clip][1] += 1
+        for hit, group in pairs:
+            sums[group][0] += hit
+            sums[group][1] += 1
         summary[f"{name}_interval"] = interval_of_mean(list(sums.values()), settings)
     if "choice" in summary:
         summary["num_unparsable"] = sum(answer.get("choice", "") is None for answer in answers)
@@ -103,27 +106,37 @@ def gap_bin(seconds: float) -> float:
     return 2.0 ** round(math.log2(seconds)) if seconds > 0 else 0.0
 
 
-def summarize_frames(
-    clips: Sequence[dict[str, dict[str, list[float]]]], settings: EvaluationSettings
-) -> dict[str, Any] | None:
-    """Means over all predicted frames, by horizon and by time gap; None if there are none.
+def summarize_frames(records: Sequence[dict[str, Any]], settings: EvaluationSettings) -> dict[str, Any] | None:
+    """Means over all predicted frames, and over those further ahead; None if there are none.
 
     Args:
-        clips: for each clip, by horizon (`"1"` is the next frame), the lists of `horizon_records`.
+        records: of the questions in which frames were predicted, with `next_frame`, `rollout` and `no_rollout`.
 
     Returns:
-        the numbers of horizon 1 and, under `by_horizon`, those of every horizon with `by_gap`, a list over bins.
+        the numbers of every next frame, given all true ones before it, with `by_gap`, a list over bins, and `rollout`:
+        None, or under `by_horizon` the same numbers of the frames that were held back, for all horizons of the same
+        videos and from the same last frame, `num_videos` and, under `left_out`, how many of these why not.
     """
-    clips = [clip for clip in clips if clip]
+    clips = [record["next_frame"] for record in records if "next_frame" in record]
     if not clips:
         return None
-    horizons = sorted({horizon for clip in clips for horizon in clip}, key=int)
+    return {
+        **_summarize_frames(clips, settings),
+        "by_gap": _by_gap(clips, settings),
+        "rollout": _rollout(records, settings),
+    }
+
+
+def _rollout(records: Sequence[dict[str, Any]], settings: EvaluationSettings) -> dict[str, Any] | None:
+    rollouts = [record["rollout"] for record in records if "rollout" in record]
+    left_out = Counter(reason for record in records for reason in record.get("no_rollout", ()))
+    if not rollouts and not left_out:
+        return None
     by_horizon = {}
-    for horizon in horizons:
-        own = [clip[horizon] for clip in clips if horizon in clip]
+    for horizon in rollouts[0] if rollouts else ():
+        own = [rollout[horizon] for rollout in rollouts]
         by_horizon[horizon] = {**_summarize_frames(own, settings), "by_gap": _by_gap(own, settings)}
-    next_frame = {name: value for name, value in by_horizon["1"].items() if name != "by_gap"}
-    return {"horizon": 1, **next_frame, "by_horizon": by_horizon}
+    return {"num_videos": len(rollouts) + left_out.total(), "left_out": dict(left_out), "by_horizon": by_horizon}
 
 
 def _by_gap(clips: Sequence[dict[str, list[float]]], settings: EvaluationSettings) -> list[dict[str, Any]]:
@@ -147,7 +160,8 @@ def _by_gap(clips: Sequence[dict[str, list[float]]], settings: EvaluationSetting
 def _summarize_frames(clips: Sequence[dict[str, list[float]]], settings: EvaluationSettings) -> dict[str, Any]:
     names = [name for name in clips[0] if name not in _PLACES]
     frames = {name: torch.tensor([value for clip in clips for value in clip[name]]) for name in names}
-    summary: dict[str, Any] = {"num_videos": len(clips), "num_frames": len(frames["mse"])}
+    num_videos = sum(len(set(clip["video"])) for clip in clips)
+    summary: dict[str, Any] = {"num_videos": num_videos, "num_frames": len(frames["mse"])}
     summary.update(summarize_frame_metrics(frames))
     sums = np.array([[sum(clip["mse"]), sum(clip["copy_mse"])] for clip in clips])
 

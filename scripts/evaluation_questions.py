@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from llava_next_ar.training_collator import LlavaVideoCollator
 from llava_next_ar.training_data import LlavaVideoDataset
+from llava_next_ar.video_processing_llava_next_ar import choose_policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,8 @@ class Question:
     answer: str
     choices: tuple[str, ...] = ()
     media: tuple[str, ...] = ()
-    is_first_about_media: bool = False
-    """What the head predicts of the videos is measured in this question, and in no later one about the same."""
+    first_videos: tuple[int, ...] = ()
+    """Which of its videos are in no question before: what the head predicts of these is measured in this one."""
     problem: str | None = None
     """Why the entry cannot be asked."""
 
@@ -49,7 +50,8 @@ def read_questions(
             that is not among its choices.
     """
     questions: list[Question] = []
-    num_bad, seen = 0, set()
+    num_bad = 0
+    seen: set[str] = set()
     for index, entry in enumerate(dataset.entries[:max_samples]):
         try:
             question = _read_question(dataset, index, seen)
@@ -66,12 +68,12 @@ def read_questions(
                 answer="",
                 problem=str(error),
             )
-        seen.add(question.media)
+        seen.update(question.media)
         questions.append(question)
     return questions
 
 
-def _read_question(dataset: LlavaVideoDataset, index: int, seen: set[tuple[str, ...]]) -> Question:
+def _read_question(dataset: LlavaVideoDataset, index: int, seen: set[str]) -> Question:
     messages, entry = dataset.messages(index), dataset.entries[index]
     name = f"entry {entry.get('id', index)} of {dataset.name}"
     if messages[-1]["role"] != "assistant":
@@ -84,7 +86,7 @@ def _read_question(dataset: LlavaVideoDataset, index: int, seen: set[tuple[str, 
     if choices and answer not in choices:
         raise ValueError(f"{name}: the answer {answer!r} is not among {choices}")
     parts = [part for message in messages for part in media_parts(message)]
-    media = tuple(part[part["type"]] for part in parts)
+    videos = [part["video"] for part in parts if part["type"] == "video"]
     return Question(
         index=index,
         id=str(entry.get("id", index)),
@@ -92,9 +94,43 @@ def _read_question(dataset: LlavaVideoDataset, index: int, seen: set[tuple[str, 
         messages=messages[:-1],
         answer=answer,
         choices=tuple(choices),
-        media=media,
-        is_first_about_media=bool(media) and media not in seen,
+        media=tuple(part[part["type"]] for part in parts),
+        first_videos=tuple(n for n, video in enumerate(videos) if video not in {*seen, *videos[:n]}),
     )
+
+
+def check_answers_fit(questions: Sequence[Question], processor: Any, max_new_tokens: int) -> None:
+    """Refuses reference answers that no model could generate.
+
+    Raises:
+        ValueError: naming the first question whose answer takes more tokens than that, and what the longest one takes.
+    """
+    asked = [question for question in questions if question.problem is None]
+    # Outer spaces and a final period do not count (`normalise_answer`), and the end of the turn may be cut off.
+    texts = [question.answer.strip().rstrip(".").strip() for question in asked]
+    lengths = (
+        [len(tokens) for tokens in processor.tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+    )
+    for question, length in zip(asked, lengths, strict=True):
+        if length > max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens is {max_new_tokens}, but the answer of question {question.id} takes {length} tokens, so "
+                f"that no generated text could equal it: give {max(lengths)} (for the longest answer), or do not generate"
+            )
+
+
+def media_groups(questions: Sequence[Question]) -> list[int]:
+    """For each question a number that is the same for all that share an image or video, be it through others."""
+    owner: dict[str, int] = {}
+    groups = list(range(len(questions)))
+    for number, question in enumerate(questions):
+        shared = {groups[owner[medium]] for medium in question.media if medium in owner}
+        if len(shared) == 1:
+            groups[number] = min(shared)
+        elif shared:
+            groups = [min(shared) if group in {*shared, number} else group for group in groups]
+        owner.update(dict.fromkeys(question.media, number))
+    return groups
 
 
 def media_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
@@ -116,7 +152,7 @@ class Prompts(Dataset):
         self.processor = processor
         self.frame_order = settings.frame_order
         self.seed = settings.seed
-        self.processor_kwargs = {} if settings.num_frames is None else {"num_frames": settings.num_frames}
+        self.processor_kwargs = sampling_options(processor, num_frames=settings.num_frames)
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -135,6 +171,21 @@ class Prompts(Dataset):
                 order = frame_order(length, self.frame_order, f"{self.seed} {question.id} {video}")
                 sample["pixel_values_videos"][video, :length] = sample["pixel_values_videos"][video, order]
         return sample
+
+
+def sampling_options(processor: Any, **given: Any) -> dict[str, Any]:
+    """How a call of the processor samples videos, where not as it does by itself: what is given and not None, and its policy.
+
+    The policy is named, so that clips with fewer frames than `num_frames` give all of theirs.
+
+    Raises:
+        ValueError: if the processor refuses the sampling.
+    """
+    options = {name: value for name, value in given.items() if value is not None}
+    if options:
+        options["sampling"] = choose_policy(processor.video_processor.sampling, options)
+        processor.video_processor.sampling_for(**options)
+    return options
 
 
 def prompt_sample(processor: Any, messages: list[dict[str, Any]], **options: Any) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from evaluation_tables import MAX_ROWS, answer_rows, frame_rows, remarks, wrong_answers
+from evaluation_tables import MAX_ROWS, answer_rows, by_frames_ahead, frame_rows, remarks, wrong_answers
 from report import Report, answers_figure, gap_figure, horizon_figure
 
 
@@ -22,7 +22,7 @@ def write_report(results: dict[str, Any], path: Path) -> None:
         "Exact: the generated text is the reference. Choice: it names the right choice, by letter or text; texts that name "
         "none (unparsable) are wrong. Likelihood: the right choice is the most probable one. Chance: one over the number of "
         "choices. Best guess: always the most frequent answer, or the choice at the place that is most often right. "
-        "Intervals are 95% bootstrap intervals over videos.",
+        "Intervals are 95% bootstrap intervals; questions that share a video are drawn together.",
         note=True,
     )
     report.heading("Predicted frames")
@@ -30,13 +30,15 @@ def write_report(results: dict[str, Any], path: Path) -> None:
         report.text("Not measured: no head, or no video with two frames.")
     else:
         report.table(frame_rows(frames))
-        report.figure(gap_figure(frames["by_horizon"]), "skill and temporal consistency by time gap")
-        if len(frames["by_horizon"]) > 1:
-            report.figure(horizon_figure(frames["by_horizon"]), "error by horizon")
+        report.figure(gap_figure(by_frames_ahead(frames)), "skill and temporal consistency by time gap")
+        if frames["rollout"]:
+            report.figure(horizon_figure(frames["rollout"]["by_horizon"]), "error by horizon, of the frames held back")
         report.text(
-            "Skill is 1 - mse / copy mse: 0 is as good as copying the last frame, 1 is perfect. Temporal consistency says how "
-            "often the true frame is the nearest of its clip to the prediction; a blind guess is one over its frames. "
-            "Seconds are those from the last frame that was seen to the predicted one.",
+            "Every frame: the next one, from all true ones before it. Held back: the last frames of each video, from those "
+            "before them and the predictions in between; these alone compare horizons. Skill is 1 - mse / copy mse: 0 is as "
+            "good as copying the last frame, 1 is perfect. Temporal consistency says how often the true frame is the nearest "
+            "of its clip to the prediction; a blind guess is one over its frames. Seconds are those from the last frame that "
+            "was seen to the predicted one.",
             note=True,
         )
     wrong = wrong_answers(results["answers"])

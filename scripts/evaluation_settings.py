@@ -6,19 +6,24 @@ All of it goes into the output, and records of an interrupted run are only conti
 import argparse
 import hashlib
 import json
+import math
 import platform
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from accelerate import PartialState
 from huggingface_hub import ResolvedRevision
-from transformers.utils import resolve_revision
+from transformers.utils import find_adapter_config_file, resolve_revision
+
+from llava_next_ar import video_decoding
 
 FRAME_ORDERS = ("natural", "shuffled", "reversed")
 # Settings that change no number.
@@ -35,6 +40,8 @@ class EvaluationSettings:
     data: str
     revision: str | None = None
     """Of a model on the Hub. In the output it is the commit that was loaded."""
+    base_revision: str | None = None
+    """The same of the base of a model that is an adapter."""
     video_root: str | None = None
     allow_outside_root: bool = False
     trust_remote_code: bool = False
@@ -68,6 +75,10 @@ class EvaluationSettings:
         for name in ("num_workers", "max_bad_samples", "bootstrap_samples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if self.reconstruction and 1 < self.horizons and (self.num_frames or math.inf) <= self.horizons:
+            raise ValueError(
+                f"horizons is {self.horizons}, expected fewer than the {self.num_frames} frames of num_frames"
+            )
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"dtype is {self.dtype!r}, expected one such as float32 or bfloat16")
         if self.frame_order not in FRAME_ORDERS:
@@ -85,6 +96,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="checkpoint: a folder or a Hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    parser.add_argument("--base-revision", help="the same of the base of a model that is an adapter")
     parser.add_argument("--data", required=True, help="LLaVA JSON or JSON lines")
     parser.add_argument("--output", type=Path, help="JSON file to write, with an HTML report beside it")
     parser.add_argument("--no-report", action="store_true", help="write no HTML report")
@@ -129,7 +141,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def command_line(settings: EvaluationSettings) -> str:
+def command_line(settings: EvaluationSettings, output: Path | None = None) -> str:
     """The command that repeats an evaluation, every setting spelled out: defaults may move."""
     words = ["python", "scripts/evaluate.py"]
     for field in fields(settings):
@@ -138,6 +150,7 @@ def command_line(settings: EvaluationSettings) -> str:
             words += [] if value == field.default else [f"--{name}" if value else f"--no-{name}"]
         elif value is not None:
             words += [f"--{name}", str(value)]
+    words += [] if output is None else ["--output", str(output)]
     return shlex.join(words)
 
 
@@ -145,14 +158,36 @@ def command_line(settings: EvaluationSettings) -> str:
 
 
 def versions() -> dict[str, str]:
+    """Of what the numbers may depend on; packages that are not installed are left out."""
+    others = {}
+    for name in ("tokenizers", "pillow", "av", "decord"):
+        with suppress(PackageNotFoundError):
+            others[name] = version(name)
+    modules = sorted(Path(video_decoding.__file__).parent.glob("*.py"))
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "accelerate": version("accelerate"),
         "numpy": np.__version__,
+        **others,
         "llava_next_ar": version("llava-next-ar"),
+        "code_sha256": sha256_of(modules),  # of the package's modules: the same version may be a changed checkout
     }
+
+
+def device_of_process(device: str, processes: PartialState) -> str | torch.device:
+    """The device that a process computes on: the one that is asked for, or of several processes each its own of that kind.
+
+    Raises:
+        ValueError: if the launcher gave this process another kind.
+    """
+    if processes.num_processes == 1:
+        return device
+    wanted, given = torch.device(device), processes.device
+    if wanted.index is not None or wanted.type != given.type:
+        raise ValueError(f"device is {device!r}, but the launcher gave this process {given}: give {given.type!r}")
+    return given
 
 
 def hardware(device: str) -> str:
@@ -175,12 +210,49 @@ def resolved_revision(model: str, revision: str | None) -> str | None:
     return resolved.resolved if isinstance(resolved, ResolvedRevision) else resolved
 
 
-def model_identity(name: str, model: Any, revision: str | None) -> dict[str, str | None]:
-    """Which model this is: the commit of one on the Hub, a hash of the weight files of one in a folder."""
+def base_of_adapter(model: str, revision: str | None) -> str | None:
+    """Folder or Hub id of the model that transformers puts an adapter on; None for anything else than an adapter.
+
+    Raises:
+        ValueError: if the adapter names no base.
+    """
+    path = find_adapter_config_file(model, revision=revision)
+    if path is None or (Path(model) / "config.json").exists():  # a whole model with an adapter inside is its own base
+        return None
+    base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"base_model_name_or_path in {path} is {base!r}, expected a folder or a Hub id")
+    return base
+
+
+def resolved_revisions(model: str, revision: str | None, base_revision: str | None) -> tuple[str | None, str | None]:
+    """The commits of a model and, if it is an adapter, of its base; see `resolved_revision`.
+
+    Raises:
+        ValueError: for a revision of a folder, or of the base of what is no adapter.
+    """
+    revision = resolved_revision(model, revision)
+    base = base_of_adapter(model, revision)
+    if base is not None:
+        return revision, resolved_revision(base, base_revision)
+    if base_revision is not None:
+        raise ValueError(f"base_revision is {base_revision!r}, but {model} is no adapter, and has no base")
+    return revision, None
+
+
+def model_identity(
+    name: str, model: Any, revision: str | None, base_revision: str | None = None
+) -> dict[str, str | None]:
+    """Which model this is, and if it is an adapter on which base: the commit of what is on the Hub, a hash of the weight
+    files of what is in a folder."""
+    base = base_of_adapter(name, revision)
     return {
         "id": name,
         "revision": revision,
         "weights_sha256": weights_sha256(name),
+        "base": base,
+        "base_revision": None if base is None else resolved_revision(base, base_revision),
+        "base_weights_sha256": None if base is None else weights_sha256(base),
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
     }
 

@@ -44,12 +44,21 @@ def answer_rows(answering: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def by_frames_ahead(frames: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every next frame, given all true ones before it, and by horizon the frames that were held back."""
+    rollout = frames["rollout"] or {"by_horizon": {}}
+    return {
+        "1, every frame": frames,
+        **{f"{ahead}, held back": summary for ahead, summary in rollout["by_horizon"].items()},
+    }
+
+
 def frame_rows(frames: dict[str, Any]) -> list[list[str]]:
-    """For each horizon all predictions, then each bin of time gaps."""
+    """For each of `by_frames_ahead` all predictions, then each bin of time gaps."""
     names = ("mse", "copy_mse", "linear_mse", "skill", "cosine", "temporal_consistency", "temporal_consistency_chance")
     heads = ("mse", "copying", "straight line", "skill", "cosine", "temporal consistency", "blind guess")
     rows = [["frames ahead", "seconds", "predictions", "videos", *heads]]
-    for horizon, summary in frames["by_horizon"].items():
+    for horizon, summary in by_frames_ahead(frames).items():
         bins = [(f"{entry['from']:.3g} to {entry['to']:.3g}", entry) for entry in summary["by_gap"]]
         for gap, entry in [("all", summary), *bins]:
             counts = [str(entry["num_frames"]), str(entry["num_videos"])]
@@ -79,6 +88,12 @@ def remarks(results: dict[str, Any], *, problems: bool = True) -> list[str]:
     if results["num_bad_samples"]:
         first = f"; the first: {results['bad_samples'][0]['problem']}" if problems else ""
         notes.append(f"{results['num_bad_samples']} entries could not be read and are in no number{first}")
+    rollout = (results["reconstruction"] or {}).get("rollout") or {"left_out": {}}
+    for reason, number in rollout["left_out"].items():
+        ahead = results["settings"]["horizons"]
+        notes.append(
+            f"{number} of {rollout['num_videos']} videos are in no number of the frames held back, {ahead} of each: {reason}"
+        )
     return notes
 
 

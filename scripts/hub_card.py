@@ -186,7 +186,8 @@ def _results(folder: Path, given: Path | None) -> dict[str, Any]:
     if not results:
         return {}
     needed = {"settings", "versions", "model", "question_answering", "reconstruction", "num_bad_samples"}
-    if not needed <= results.keys() or "frame_order" not in results["settings"]:
+    is_current = needed <= results.keys() and "frame_order" in results["settings"]
+    if not is_current or "rollout" not in (results["reconstruction"] or {"rollout": None}):
         raise ValueError(f"{path} was not written by this release's scripts/evaluate.py")
     if results["settings"]["frame_order"] != "natural":
         raise ValueError(f"{path} holds a control (frame_order), not what the model can do")

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 from evaluation_measures import answer_tokens, load_checkpoint, prompt_positions, score_choices
-from evaluation_questions import prompt_sample
-from evaluation_settings import EvaluationSettings, resolved_revision
+from evaluation_questions import prompt_sample, sampling_options
+from evaluation_settings import EvaluationSettings, resolved_revisions
 from PIL import Image
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -34,7 +34,6 @@ from transformers.cache_utils import DynamicCache
 from llava_next_ar.llava_conversation import IMAGE_TOKEN, VIDEO_TOKEN, llava_conversation_to_messages
 from llava_next_ar.training_collator import LlavaVideoCollator
 from llava_next_ar.video_frames import IMAGE_SUFFIXES
-from llava_next_ar.video_processing_llava_next_ar import choose_policy
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +56,7 @@ class RequestAnswerer:
         pretrained: a folder or a Hub id: a checkpoint, or a PEFT adapter, which brings its base.
         peft: a PEFT adapter, as a folder or a Hub id, to put on `pretrained`.
         revision: branch, tag or commit of `pretrained` on the Hub.
+        base_revision: the same of its base, if it is an adapter.
         trust_remote_code: run the code that the checkpoint carries, not that of the installed package.
         device, dtype: such as `cuda` and `bfloat16`.
         batch_size: documents in a batch.
@@ -77,6 +77,7 @@ class RequestAnswerer:
         *,
         peft: str | None = None,
         revision: str | None = None,
+        base_revision: str | None = None,
         trust_remote_code: bool = False,
         device: str = "cpu",
         dtype: str = "float32",
@@ -88,18 +89,20 @@ class RequestAnswerer:
         likelihood: str = "sum",
         stop_at_blank_line: bool = False,
     ) -> None:
-        names = {"pretrained": pretrained, "peft": peft, "revision": revision, "dtype": dtype}
-        for name, value in names.items():
+        names = {"pretrained": pretrained, "peft": peft, "revision": revision, "base_revision": base_revision}
+        for name, value in {**names, "dtype": dtype}.items():
             if value is not None and not isinstance(value, str):  # lmms-eval reads 1e5 and 123 as numbers
                 raise ValueError(f"{name} is {value!r}, expected a string")
         if not str(batch_size).isdecimal():
             raise ValueError(f"batch_size is {batch_size!r}, expected a number")
         if likelihood not in LIKELIHOODS:
             raise ValueError(f"likelihood is {likelihood!r}, expected one of {', '.join(LIKELIHOODS)}")
+        revision, base_revision = resolved_revisions(pretrained, revision, base_revision)
         settings = EvaluationSettings(
             model=pretrained,
             data="",
-            revision=resolved_revision(pretrained, revision),
+            revision=revision,
+            base_revision=base_revision,
             trust_remote_code=trust_remote_code,
             device=device,
             dtype=dtype,
@@ -116,18 +119,13 @@ class RequestAnswerer:
             trust_remote_code=trust_remote_code,
             device=device,
             dtype=dtype,
-            revision=settings.revision,
+            revision=revision,
+            base_revision=base_revision,
         )
         if peft is not None:
             self.model.load_adapter(peft)
             self.model.eval()
-        sampling = {"num_frames": num_frames, "max_frames": max_frames, "fps": fps}
-        self.sampling = {name: value for name, value in sampling.items() if value is not None}
-        if self.sampling:
-            # Named, so that clips with fewer frames than num_frames give all of theirs.
-            video_processor = self.processor.video_processor
-            self.sampling["sampling"] = choose_policy(video_processor.sampling, self.sampling)
-            video_processor.sampling_for(**self.sampling)
+        self.sampling = sampling_options(self.processor, num_frames=num_frames, max_frames=max_frames, fps=fps)
         self.collate = LlavaVideoCollator(self.processor, padding_side="left")
 
     # -- lmms-eval's request types

@@ -111,10 +111,11 @@ def gap_figure(by_horizon: dict[str, Any]) -> Figure:
     """Skill and temporal consistency over the seconds to the predicted frame, a line for each horizon.
 
     Args:
-        by_horizon: of the `reconstruction` of an evaluation.
+        by_horizon: summaries with `by_gap`, by how many frames ahead they are, in words.
     """
     figure = Figure(figsize=(11, 3), layout="constrained")
     skill_ax, consistency_ax = figure.subplots(1, 2)
+    first = next(iter(by_horizon.values()))
     places = sorted({entry["gap"] for summary in by_horizon.values() for entry in summary["by_gap"]})
     for (horizon, summary), colour in zip(by_horizon.items(), (_BLUE, _GREEN, _ORANGE, _GRAY) * 9, strict=False):
         for ax, name in ((skill_ax, "skill"), (consistency_ax, "temporal_consistency")):
@@ -123,16 +124,15 @@ def gap_figure(by_horizon: dict[str, Any]) -> Figure:
             bounds = [entry[f"{name}_interval"] or [entry[name]] * 2 for entry in some]
             error = [[max(v - low, 0) for v, (low, _) in zip(y, bounds, strict=True)],
                      [max(high - v, 0) for v, (_, high) in zip(y, bounds, strict=True)]]  # fmt: skip
-            frames = "frame" if horizon == "1" else "frames"
             ax.errorbar(x, y, yerr=error, color=colour, marker="o", markersize=4, linewidth=1.2, elinewidth=0.8,
-                        capsize=2, label=f"{horizon} {frames} ahead")  # fmt: skip
+                        capsize=2, label=f"frames ahead: {horizon}")  # fmt: skip
             for entry, place, value in zip(some, x, y, strict=True):
                 ax.annotate(f"n={entry['num_frames']}", (place, value), xytext=(5, 4), textcoords="offset points",
                             fontsize=7, color=_GRAY)  # fmt: skip
         some = summary["by_gap"]
         consistency_ax.plot([places.index(entry["gap"]) for entry in some],
                             [entry["temporal_consistency_chance"] for entry in some], color=_GRAY, linestyle="--",
-                            marker="_", linewidth=1, label="blind guess" if horizon == "1" else None)  # fmt: skip
+                            marker="_", linewidth=1, label="blind guess" if summary is first else None)  # fmt: skip
     skill_ax.axhline(0, color=_GRAY, linewidth=1, linestyle="--", label="copying the last frame")
     skill_ax.set_title("skill", fontsize=10)
     consistency_ax.set_title("temporal consistency", fontsize=10)
@@ -151,7 +151,7 @@ def horizon_figure(by_horizon: dict[str, Any]) -> Figure:
     """Mean error of the predictions over how many frames ahead they are, beside the two ways that need no model.
 
     Args:
-        by_horizon: of the `reconstruction` of an evaluation.
+        by_horizon: of the `rollout` in the `reconstruction` of an evaluation.
     """
     figure = Figure(figsize=(5.5, 3), layout="constrained")
     ax = figure.subplots()

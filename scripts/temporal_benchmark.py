@@ -56,7 +56,7 @@ from PIL import Image, ImageDraw, ImageFont
 from synthetic_clips import chance_levels, write_video
 from temporal_draws import HELD_OUT, LEVELS, Draft, Draw
 from temporal_events import EVENTS
-from temporal_questions import QUESTION_TYPES
+from temporal_questions import QUESTION_TYPES, unordered_ceiling
 from temporal_scenes import render
 from tqdm import tqdm
 
@@ -263,45 +263,69 @@ def write_benchmark(
             "control_splits": list(control_splits),
         },
         "levels": {level: asdict(LEVELS[level]) for level in levels},
-        "question_types": type_table([entry for some in entries.values() for entry in some]),
+        "question_types": type_table([entry for some in entries.values() for entry in some], num_frames),
     }
     (output / "benchmark.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return entries
 
 
-def type_table(entries: Sequence[dict]) -> dict[str, dict]:
-    """For each question type of the entries: what it asks, `chance`, and what `one_frame` and `unordered` frames allow."""
-    return {
-        name: {
+def type_table(entries: Sequence[dict], num_frames: int) -> dict[str, dict]:
+    """For each question type of the entries: what it asks, `chance`, and what `one_frame` and `unordered` frames allow.
+
+    Args:
+        num_frames: of the clips.
+    """
+    table = {}
+    for name, level in chance_levels(entries).items():
+        unordered, why = unordered_ceiling(name, num_frames)
+        table[name] = {
             "asks": QUESTION_TYPES[name].asks,
             "chance": level["chance"],
             "one_frame": QUESTION_TYPES[name].one_frame,
-            "unordered": QUESTION_TYPES[name].unordered,
-            "unordered_frames_tell": QUESTION_TYPES[name].why,
+            "unordered": unordered,
+            "unordered_frames_tell": why,
         }
-        for name, level in chance_levels(entries).items()
-    }
+    return table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A look at it
 
 
-def preview(levels: Sequence[str] = tuple(LEVELS), *, seed: int = 0, size: int = 96, columns: int = 8) -> Image.Image:
+def preview(
+    levels: Sequence[str] = tuple(LEVELS),
+    *,
+    seed: int = 0,
+    size: int = 96,
+    num_frames: int = 14,
+    question_types: Sequence[str] = tuple(QUESTION_TYPES),
+    columns: int = 8,
+) -> Image.Image:
     """A contact sheet: one clip of each kind in a row, for `possible` both clips of each event, at every level.
 
     The frame of an event or a cut has a red frame.
+
+    Raises:
+        ValueError: as `make_clips`.
     """
     rows: list[BenchmarkClip] = []
     for level in [name for name in LEVELS if name in levels]:
-        clips = make_clips(BALANCE * len(EVENTS), split="test", seed=seed, levels=[level])
+        clips = make_clips(
+            BALANCE * len(EVENTS),
+            split="test",
+            seed=seed,
+            num_frames=num_frames,
+            levels=[level],
+            question_types=question_types,
+        )
         firsts = [clip for clip in clips if clip.name.endswith("0001") and not clip.pair]
         rows += firsts + [clip for clip in clips if clip.pair and int(clip.name[-4:]) % BALANCE < 2]
     margin, gap = 300, 4
     sheet = Image.new("RGB", (margin + columns * (size + gap), len(rows) * (size + gap)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     for row, clip in enumerate(rows):
-        top, (asked, *_) = row * (size + gap), clip.draft.questions
+        top = row * (size + gap)
+        asked = next(question for question in clip.draft.questions if question.question_type in question_types)
         event = clip.draft.notes.get("event_frame", clip.draft.notes.get("cut_frame"))
         title = ", ".join(filter(None, (asked.question_type, clip.draft.notes.get("event"), clip.level)))
         words, lines = asked.text.split(), [""]
@@ -342,21 +366,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     picture, output = options.pop("preview"), options.pop("output")
     if picture is None and output is None:
         parser.error("nothing to write: give --output, --preview or both")
-    if picture is not None:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        preview(options["levels"], seed=options["seed"], size=options["size"]).save(picture)
-        print(f"written to {picture}")
-    if output is None:
-        return
     options["num_per_type"] = {split: options.pop(split) for split in SPLITS}
+    shown = {name: options[name] for name in ("levels", "seed", "size", "num_frames", "question_types")}
     try:
+        if picture is not None:
+            sheet = preview(**shown)
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            sheet.save(picture)
+            print(f"written to {picture}")
+        if output is None:
+            return
         entries = write_benchmark(output, **options)
     except ValueError as error:
         parser.error(str(error))
     for name, some in entries.items():
         print(f"{name}: {len(some)} questions on {len({entry['video'] for entry in some})} clips")
     print(f"{'':<10} {'chance':>7} {'one frame':>10} {'unordered':>10}   the best that can be had, and why")
-    for name, row in type_table([entry for some in entries.values() for entry in some]).items():
+    for name, row in type_table([e for some in entries.values() for e in some], options["num_frames"]).items():
         print(
             f"{name:<10} {row['chance']:>7.2f} {row['one_frame']:>10.2f} {row['unordered']:>10.2f}   "
             f"{row['unordered_frames_tell']}"

@@ -11,6 +11,7 @@ What a type asks, and what one frame, or all frames without their order, tell ab
   halves together from the same tracks, and each track looks the same at any moment.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -222,7 +223,7 @@ class QuestionType:
     one_frame: float
     """The best accuracy that can be had from one frame, whichever; chance for every type but the control."""
     unordered: float
-    """The best accuracy that can be had from all frames without their order."""
+    """The best accuracy that can be had from all frames without their order (for `count`: see `unordered_ceiling`)."""
     why: str
     """What the frames tell without their order."""
 
@@ -248,3 +249,16 @@ QUESTION_TYPES: Mapping[str, QuestionType] = MappingProxyType(
         )
     }
 )
+
+
+def unordered_ceiling(question_type: str, num_frames: int) -> tuple[float, str]:
+    """The best accuracy that can be had from all frames of clips of that length without their order, and what they tell.
+
+    For `count`, where a ball touches the ground n times in a number of steps that has the factor g in common with n, every
+    frame is there g times: numbers with different factors can be told apart, those with the same cannot.
+    """
+    kind = QUESTION_TYPES[question_type]
+    if question_type != "count":
+        return kind.unordered, kind.why
+    factors = {math.gcd(num_frames - 1, number) for number in range(1, 5)}
+    return len(factors) / 4, kind.why if len(factors) == 1 else "how often frames repeat themselves"

@@ -1,8 +1,10 @@
 """scripts/evaluate.py and what it is made of, on a tiny checkpoint and real mp4 files."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,24 +12,34 @@ from pathlib import Path
 
 import demo
 import evaluate
+import evaluation_settings
 import numpy as np
 import pytest
 import torch
 from demo_folder import NUM_FRAMES, entries_of, make_changed_checkpoint, make_demo_folder
 from evaluation_metrics import gap_bin, summarize_answers, summarize_frames
-from evaluation_questions import frame_order, normalise_answer, parse_choice, read_questions
+from evaluation_questions import Question, frame_order, media_groups, normalise_answer, parse_choice, read_questions
 from evaluation_records import RecordFiles
 from evaluation_report import write_report
-from evaluation_settings import EvaluationSettings, command_line, make_parser, resolved_revision
+from evaluation_settings import (
+    EvaluationSettings,
+    command_line,
+    make_parser,
+    resolved_revision,
+    versions,
+    weights_sha256,
+)
 from evaluation_tables import MAX_ROWS, format_results, write_results
+from peft import LoraConfig, get_peft_model
 from report import horizon_figure
+from synthetic_clips import write_video
 
 from llava_next_ar.training_data import LlavaVideoDataset
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 SETTINGS = EvaluationSettings(model="", data="")
 # What may differ between two runs that measure the same.
-OF_THE_RUN = ("seconds", "run")
+OF_THE_RUN = ("seconds", "run", "command")  # of these the command names another output
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +115,7 @@ def test_what_the_output_holds(folder, outputs):
     assert (frames["num_videos"], frames["num_frames"]) == (4, 4 * (NUM_FRAMES - 1))
     assert frames["skill"] == 1 - frames["mse"] / frames["copy_mse"] != 0
     assert frames["temporal_consistency_chance"] == pytest.approx(1 / NUM_FRAMES)
-    (quarter,) = frames["by_horizon"]["1"]["by_gap"]  # of a second: 8 frames at 4 fps
+    (quarter,) = frames["by_gap"]  # of a second: 8 frames at 4 fps
     assert (quarter["gap"], quarter["num_frames"], quarter["skill"]) == (0.25, frames["num_frames"], frames["skill"])
     videos = list(dict.fromkeys(entry["video"] for entry in entries))
     assert [video["id"] for video in results["videos"]] == [
@@ -111,7 +123,11 @@ def test_what_the_output_holds(folder, outputs):
     ]
     assert results["settings"]["max_new_tokens"] == 3 and results["settings"]["seed"] == 0
     assert results["versions"]["torch"] == torch.__version__
-    assert results["versions"].keys() >= {"python", "transformers", "accelerate", "llava_next_ar"}
+    assert results["versions"].keys() >= {"python", "transformers", "tokenizers", "accelerate", "llava_next_ar"}
+    assert results["versions"]["video_decoder"] == "pyav"
+    assert results["versions"]["av"] == importlib.metadata.version("av")
+    assert results["versions"]["pillow"] == importlib.metadata.version("pillow")
+    assert results["command"].endswith(f"--output {outputs[2]}")
     assert len(results["model"]["weights_sha256"]) == len(results["data"]["sha256"]) == 64
 
 
@@ -126,12 +142,13 @@ def test_an_untrained_head_is_exactly_the_copy_baseline(folder):
 
 def test_the_command_in_the_output_repeats_it(folder):
     settings = settings_for(folder, likelihood=False, trust_remote_code=True, frame_order="reversed", num_frames=4)
-    _, script, *words = command_line(settings).split()
+    output = Path("new") / "r.json"
+    _, script, *words = command_line(settings, output).split()
     assert script == "scripts/evaluate.py"
     options = vars(make_parser("").parse_args(words))
-    for name in ("output", "resume", "no_report"):
-        options.pop(name)
+    assert [options.pop(name) for name in ("output", "resume", "no_report")] == [output, False, False]
     assert EvaluationSettings(**options) == settings
+    assert "--output" not in command_line(settings)
 
 
 def test_a_mistake_is_one_sentence(folder, tmp_path, capsys):
@@ -146,6 +163,70 @@ def test_a_mistake_is_one_sentence(folder, tmp_path, capsys):
     assert entries[0]["id"] in message and "'sideways'" in message
 
 
+def test_versions_know_a_changed_module(tmp_path, monkeypatch):
+    package = Path(evaluation_settings.video_decoding.__file__).parent
+    for module in package.glob("*.py"):
+        shutil.copy(module, tmp_path)
+    monkeypatch.setattr(evaluation_settings.video_decoding, "__file__", str(tmp_path / "video_decoding.py"))
+    copied = versions()["code_sha256"]
+    with open(tmp_path / "loss_functions.py", "a") as file:
+        file.write("#\n")
+    monkeypatch.setattr(evaluation_settings, "version", without_decord)
+    changed = versions()
+    assert len(copied) == 64 and changed["code_sha256"] != copied
+    assert "decord" not in changed and changed["av"]
+
+
+def without_decord(name: str) -> str:
+    if name == "decord":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return importlib.metadata.version(name)
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "message"),
+    [
+        ("r.html", [], "output is .*r.html, expected a JSON file"),
+        ("r.HTML", [], "output is .*r.HTML, expected a JSON file"),
+        ("folder", [], "output is .*folder, which is a folder"),
+        ("folder", ["--no-report"], "output is .*folder, which is a folder"),
+        ("taken.json", [], "written to .*taken.html, which is a folder"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    tmp_path, monkeypatch, capsys, output, options, message
+):
+    """`r.html` was once written as JSON, overwritten by the report of the same name, and its records deleted."""
+    monkeypatch.setattr(evaluate, "evaluate", None)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "taken.html").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["--model", "m", "--data", "d", "--output", str(tmp_path / output), *options])
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_only_the_report_needs_matplotlib(folder, tmp_path):
+    """The extra `train` brings all but that."""
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; sys.argv[0] = 'evaluate.py'; import evaluate; evaluate.main()"
+    )
+    command = [sys.executable, "-c", code.replace("main()", "main(sys.argv[1:])")]
+    command += ["--model", str(folder / "base"), "--data", str(folder / "clips" / "test.json"), "--device", "cpu"]
+    command += ["--max-samples", "1", "--no-generation", "--no-likelihood", "--output", str(tmp_path / "r.json")]
+    where = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
+    refused = subprocess.run(command, env=where, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2 and not list(tmp_path.iterdir())
+    assert (
+        "matplotlib" in refused.stderr
+        and "llava-next-ar[eval]" in refused.stderr
+        and "Traceback" not in refused.stderr
+    )
+    done = subprocess.run([*command, "--no-report"], env=where, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
 @pytest.mark.parametrize(
     "options",
     [{"batch_size": 0}, {"dtype": "float33"}, {"max_samples": -1}, {"max_bad_samples": -1}, {"frame_order": "none"}],
@@ -156,21 +237,75 @@ def test_settings_out_of_range_are_refused(options):
         EvaluationSettings(model="", data="", **options)
 
 
-def test_a_model_on_the_hub_is_named_by_its_commit(folder, tmp_path, monkeypatch):
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    cache = Path(os.environ["HF_HOME"]) / "hub" / "models--user--tiny"
-    shutil.copytree(folder / "base", cache / "snapshots" / commit)
-    (cache / "refs").mkdir()
-    (cache / "refs" / "main").write_text(commit)
-    try:
-        settings = settings_for(folder, model="user/tiny", max_samples=1, generation=False, likelihood=False)
-        results = evaluate.evaluate(settings, progress=False)
-    finally:
+@pytest.fixture
+def hub():
+    """Puts folders into the cache, as if they had been downloaded from the Hub: `hub(name, folder, *commits)`, main last."""
+    made = []
+
+    def put(name: str, source: Path, *commits: str) -> None:
+        cache = Path(os.environ["HF_HOME"]) / "hub" / f"models--user--{name}"
+        made.append(cache)
+        for commit in commits:
+            shutil.copytree(source, cache / "snapshots" / commit)
+            if not (source / "config.json").exists():  # what a cache remembers of a file that the Hub does not have
+                (cache / ".no_exist" / commit).mkdir(parents=True)
+                (cache / ".no_exist" / commit / "config.json").touch()
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text(commits[-1])
+
+    yield put
+    for cache in made:
         shutil.rmtree(cache)
+
+
+def test_a_model_on_the_hub_is_named_by_its_commit(folder, hub):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    hub("tiny", folder / "base", commit)
+    settings = settings_for(folder, model="user/tiny", max_samples=1, generation=False, likelihood=False)
+    results = evaluate.evaluate(settings, progress=False)
     assert results["settings"]["revision"] == results["model"]["revision"] == commit
     assert f"--revision {commit}" in results["command"]
+    assert results["model"]["base"] is results["settings"]["base_revision"] is None
     with pytest.raises(ValueError, match="revision is 'main'"):
         resolved_revision(str(folder / "base"), "main")
+    with pytest.raises(ValueError, match="base_revision is 'main', but user/tiny is no adapter"):
+        evaluate.evaluate(dataclasses.replace(settings, base_revision="main"), progress=False)
+
+
+@pytest.mark.parametrize("trust_remote_code", [False, True])
+def test_an_adapter_on_the_hub_and_its_base_are_named_by_their_commits(folder, hub, tmp_path, trust_remote_code):
+    """transformers looks for `revision` of an adapter in the repository of its base, where that commit is not."""
+    model, processor = evaluate.load_checkpoint(str(folder / "changed"))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = "user/base"
+    adapted.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    own, old, new = ("a" * 40, "b" * 40, "c" * 40)
+    hub("adapter", tmp_path, own)
+    hub("base", folder / "changed", old, new)
+    settings = settings_for(
+        folder, model="user/adapter", max_samples=2, generation=False, trust_remote_code=trust_remote_code
+    )
+    expected = evaluate.evaluate(settings, adapted, processor, progress=False)
+    results = evaluate.evaluate(settings, progress=False)
+    assert results["answers"] == expected["answers"]
+    named = {"id": "user/adapter", "revision": own, "base": "user/base", "base_revision": new}
+    assert results["model"].items() >= named.items()
+    assert f"--revision {own} --base-revision {new}" in results["command"]
+    again = evaluate.evaluate(dataclasses.replace(settings, base_revision=old), progress=False)
+    assert (again["model"]["base_revision"], again["answers"]) == (old, expected["answers"])
+    # One in a folder, on a base in a folder.
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(folder / "changed")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    local = evaluate.evaluate(dataclasses.replace(settings, model=str(tmp_path)), progress=False)
+    assert local["answers"] == expected["answers"]
+    hashes = (weights_sha256(tmp_path), weights_sha256(folder / "changed"))
+    assert (local["model"]["weights_sha256"], local["model"]["base_weights_sha256"]) == hashes
+    del config["base_model_name_or_path"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="base_model_name_or_path in .*adapter_config.json is None"):
+        evaluate.evaluate(dataclasses.replace(settings, model=str(tmp_path)), progress=False)
 
 
 # -- Killed and resumed
@@ -418,15 +553,15 @@ def test_reconstruction_equals_predict_next_frames(folder, checkpoint):
     videos = list(dict.fromkeys(entry["video"] for entry in entries_of(folder)))
     for video, record in zip(videos, results["videos"], strict=True):
         prediction, inputs = demo.predict(model, processor, folder / "clips" / video, num_frames=4)
-        measured = record["horizons"]["1"]
+        measured = record["next_frame"]
         for name in ("mse", "copy_mse", "cosine", "temporal_consistency"):
             assert measured[name] == pytest.approx(prediction.frame_metrics[name].tolist(), rel=1e-4), name
         assert measured["frame"] == prediction.frame_index.tolist() == [1, 2, 3]
         assert measured["gap"] == pytest.approx(inputs["video_timestamps"][0].diff().tolist(), abs=1e-6)
     whole = results["reconstruction"]
-    assert whole["mse"] == pytest.approx(np.mean([record["horizons"]["1"]["mse"] for record in results["videos"]]))
+    assert whole["mse"] == pytest.approx(np.mean([record["next_frame"]["mse"] for record in results["videos"]]))
     # Frames 0, 2, 4 and 7 of eight at 4 fps.
-    bins = whole["by_horizon"]["1"]["by_gap"]
+    bins = whole["by_gap"]
     assert [(entry["gap"], entry["num_frames"]) for entry in bins] == [(0.5, 8), (1.0, 4)]
     assert measured["gap"] == [0.5, 0.5, 0.75]
 
@@ -440,27 +575,115 @@ def test_frames_further_ahead_are_imagined_and_compared_with_both_baselines(fold
         prediction, inputs = demo.predict(model, processor, folder / "clips" / video, num_frames=6)
         (own,) = model.imagine(3, hold_back=True, **inputs)
         seconds = inputs["video_timestamps"][0].tolist()
-        for ahead in (2, 3):
-            measured = record["horizons"][str(ahead)]
+        for ahead in (1, 2, 3):
+            measured = record["rollout"][str(ahead)]
             for name, values in own.frame_metrics().items():
                 assert measured[name] == pytest.approx([float(values[ahead - 1])], rel=1e-4), name
             assert measured["frame"] == [2 + ahead]
             assert measured["gap"] == pytest.approx([seconds[2 + ahead] - seconds[2]], abs=1e-6)
-        next_frame = record["horizons"]["1"]
+        next_frame = record["next_frame"]
         assert next_frame["linear_mse"][0] == pytest.approx(next_frame["copy_mse"][0])  # one frame makes no line
         frames = own.candidates[0]  # the same for each frame: this layout has no slow and fast ones
         ratio = (seconds[4] - seconds[3]) / (seconds[3] - seconds[2])
         line = frames[3] + (frames[3] - frames[2]) * ratio
         assert next_frame["linear_mse"][3] == pytest.approx(float((line - frames[4]).square().mean()), rel=1e-4)
-    by_horizon = results["reconstruction"]["by_horizon"]
+    # All horizons of the same last frame: the first is not the mean over every frame, which is told apart.
+    frames = results["reconstruction"]
+    by_horizon = frames["rollout"]["by_horizon"]
+    assert {summary["num_frames"] for summary in by_horizon.values()} == {4} and frames["num_frames"] == 4 * 5
+    assert by_horizon["1"]["mse"] != pytest.approx(frames["mse"], rel=1e-3)
+    at_start = [record["next_frame"]["mse"][2] for record in results["videos"]]
+    assert by_horizon["1"]["mse"] == pytest.approx(np.mean(at_start), rel=1e-4)
+    text = format_results(results)
+    assert "1, every frame" in text and "1, held back" in text and "NOTE" not in text
     assert list(by_horizon) == ["1", "2", "3"]
-    assert by_horizon["3"]["mse"] == pytest.approx(np.mean([r["horizons"]["3"]["mse"] for r in results["videos"]]))
+    assert by_horizon["3"]["mse"] == pytest.approx(np.mean([r["rollout"]["3"]["mse"] for r in results["videos"]]))
     assert "straight line" in format_results(results)
     drawn = {line.get_label(): list(line.get_ydata()) for line in horizon_figure(by_horizon).axes[0].lines}
     assert drawn["predicted"] == [summary["mse"] for summary in by_horizon.values()]
     assert drawn["straight line through the last two"][2] == by_horizon["3"]["linear_mse"]
     write_report(results, tmp_path / "report.html")
     assert "error by horizon" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def data_of(folder: Path, path: Path, *videos: list[str], answer: str = "red") -> dict[str, str]:
+    """Settings for open questions about videos of the folder, `videos[i]` in the prompt of question i."""
+    entries = [
+        {
+            "id": f"q{number}",
+            "video": own if len(own) > 1 else own[0],
+            "conversations": [
+                {"from": "human", "value": "<video>\n" * len(own) + "Which?"},
+                {"from": "gpt", "value": answer},
+            ],
+        }
+        for number, own in enumerate(videos)
+    ]
+    path.write_text(json.dumps(entries))
+    return {"data": str(path), "video_root": str(folder / "clips"), "allow_outside_root": True}
+
+
+def short_clip(path: Path, num_frames: int) -> str:
+    write_video(np.random.default_rng(0).integers(0, 255, (num_frames, 48, 48, 3), np.uint8), path, 4.0)
+    return str(path)
+
+
+def test_every_distinct_video_counts_once_whatever_it_is_shown_with(folder, checkpoint, tmp_path):
+    a, b, c = list(dict.fromkeys(entry["video"] for entry in entries_of(folder)))[:3]
+    data = data_of(folder, tmp_path / "d.json", [a, b], [a], [b, a], [b, c, c])
+    settings = settings_for(folder, **data, generation=False, likelihood=False)
+    results = evaluate.evaluate(settings, *checkpoint, progress=False)
+    frames = results["reconstruction"]
+    assert (frames["num_videos"], frames["num_frames"]) == (3, 3 * (NUM_FRAMES - 1))
+    shown = [(video["id"], sorted(set(video["next_frame"]["video"]))) for video in results["videos"]]
+    assert shown == [("q0", [0, 1]), ("q3", [1])]
+    with pytest.raises(ValueError, match="horizons is 2, but no video .*: 3 not alone in the prompt"):
+        evaluate.evaluate(dataclasses.replace(settings, horizons=2), *checkpoint, progress=False)
+
+
+def test_questions_that_share_a_video_are_one_group():
+    media = [("a", "b"), ("c",), (), ("c", "d"), ("b", "e"), (), ("d", "e"), ("f",)]
+    questions = [
+        Question(index=n, id="", question_type="", messages=[], answer="", media=own) for n, own in enumerate(media)
+    ]
+    assert media_groups(questions[:6]) == [0, 1, 2, 1, 0, 5]
+    assert media_groups(questions) == [0, 0, 2, 0, 0, 5, 0, 7]  # the seventh has d of the fourth and e of the fifth
+
+
+def test_videos_that_are_too_short_for_the_horizons_are_counted(folder, checkpoint, tmp_path):
+    video, short = entries_of(folder)[0]["video"], short_clip(tmp_path / "short.mp4", 3)
+    one = short_clip(tmp_path / "one.mp4", 1)
+    settings = settings_for(
+        folder, **data_of(folder, tmp_path / "d.json", [video], [short], [one]), generation=False, horizons=3
+    )
+    results = evaluate.evaluate(settings, *checkpoint, progress=False)
+    rollout = results["reconstruction"]["rollout"]
+    assert (rollout["num_videos"], rollout["left_out"]) == (3, {"too short": 2})
+    assert rollout["by_horizon"]["3"]["num_videos"] == 1
+    assert "NOTE: 2 of 3 videos are in no number of the frames held back, 3 of each: too short" in format_results(
+        results
+    )
+    with pytest.raises(ValueError, match="horizons is 8, but no video can be predicted so far ahead: 3 too short"):
+        evaluate.evaluate(dataclasses.replace(settings, horizons=8), *checkpoint, progress=False)
+    with pytest.raises(ValueError, match="horizons is 4, expected fewer than the 4 frames of num_frames"):
+        dataclasses.replace(settings, horizons=4, num_frames=4)
+
+
+def test_more_frames_than_there_are_give_all_of_them(folder, checkpoint):
+    settings = settings_for(folder, generation=False)
+    expected = evaluate.evaluate(settings, *checkpoint, progress=False)
+    more = evaluate.evaluate(dataclasses.replace(settings, num_frames=NUM_FRAMES + 8), *checkpoint, progress=False)
+    assert (more["answers"], more["videos"]) == (expected["answers"], expected["videos"])
+
+
+def test_an_answer_that_no_generated_text_could_equal_is_refused(folder, checkpoint, tmp_path):
+    video = entries_of(folder)[0]["video"]
+    data = data_of(folder, tmp_path / "d.json", [video], answer="red " * 5 + "red.")
+    settings = settings_for(folder, **data, max_new_tokens=5)
+    with pytest.raises(ValueError, match="max_new_tokens is 5, but the answer of question q0 takes 6 tokens.* give 6"):
+        evaluate.evaluate(settings, *checkpoint, progress=False)
+    for options in ({"max_new_tokens": 6}, {"generation": False}):
+        evaluate.evaluate(dataclasses.replace(settings, **options), *checkpoint, progress=False)
 
 
 def test_bins_of_time_gaps():
@@ -478,23 +701,23 @@ def frames_of(gaps: list[float], mse: list[float], copy_mse: list[float]) -> dic
 
 def test_skill_by_time_gap_and_horizon():
     clips = [
-        {"1": frames_of([0.2, 0.3, 2.1], [1, 2, 6], [2, 4, 4])},
-        {"1": frames_of([0.25, 2.0], [3, 0], [6, 4]), "2": frames_of([4.0], [1], [5])},
+        {"next_frame": frames_of([0.2, 0.3, 2.1], [1, 2, 6], [2, 4, 4]), "no_rollout": ["too short"]},
+        {"next_frame": frames_of([0.25, 2.0], [3, 0], [6, 4]), "rollout": {"2": frames_of([4.0], [1], [5])}},
     ]
     summary = summarize_frames(clips, SETTINGS)
-    near, far = summary["by_horizon"]["1"]["by_gap"]
+    near, far = summary["by_gap"]
     assert (near["gap"], near["num_frames"], near["num_videos"]) == (0.25, 3, 2)
     assert (near["mse"], near["copy_mse"], near["skill"], near["skill_interval"]) == (2, 4, 0.5, [0.5, 0.5])
     assert (far["gap"], far["num_frames"], far["skill"]) == (2.0, 2, 0.25)
     assert far["skill_interval"] == [-0.5, 1.0]  # that of either clip alone
     assert (near["from"], near["to"]) == (0.1768, 0.3536)
-    assert summary["skill"] == summary["by_horizon"]["1"]["skill"] == pytest.approx(1 - 12 / 20)
-    assert summary["horizon"] == 1 and summary["num_frames"] == 5
-    two = summary["by_horizon"]["2"]
+    assert summary["skill"] == pytest.approx(1 - 12 / 20) and summary["num_frames"] == 5
+    assert (summary["rollout"]["num_videos"], summary["rollout"]["left_out"]) == (2, {"too short": 1})
+    two = summary["rollout"]["by_horizon"]["2"]
     assert (two["num_frames"], two["skill"], two["by_gap"][0]["gap"]) == (1, 0.8, 4.0)
     assert two["skill_interval"] is None  # one clip
-    still = summarize_frames([{"1": frames_of([0.0], [0.0], [0.0])}], SETTINGS)
-    assert still["skill"] is None and still["by_horizon"]["1"]["by_gap"][0]["gap"] == 0.0
+    still = summarize_frames([{"next_frame": frames_of([0.0], [0.0], [0.0])}], SETTINGS)
+    assert still["skill"] is None and still["by_gap"][0]["gap"] == 0.0 and still["rollout"] is None
     assert summarize_frames([], SETTINGS) is None
 
 
@@ -523,7 +746,7 @@ def test_reversed_frames_are_shown_at_the_natural_times(folder, checkpoint):
         inputs["pixel_values_videos"] = inputs["pixel_values_videos"].flip(1)
         with torch.inference_mode():
             (prediction,) = model.predict_next_frames(**inputs)
-        measured = {order: own["videos"][number]["horizons"]["1"] for order, own in results.items()}
+        measured = {order: own["videos"][number]["next_frame"] for order, own in results.items()}
         expected = prediction.frame_metrics["mse"].tolist()
         assert measured["reversed"]["mse"] == pytest.approx(expected, rel=1e-4)
         assert measured["natural"]["mse"] != pytest.approx(expected, rel=1e-3)

@@ -33,7 +33,7 @@ RESULTS = {
         "all": {"num_questions": 4, "chance": 0.25, "best_guess": 0.5, "exact": 0.75, "exact_interval": [0.5, 1.0]},
         "by_type": {},
     },
-    "reconstruction": {**FRAMES, "horizon": 1, "by_horizon": {"1": {**FRAMES, "by_gap": []}}},
+    "reconstruction": {**FRAMES, "by_gap": [], "rollout": None},
     "num_bad_samples": 0,
     "bad_samples": [],
     "seconds": 1.0,
@@ -140,6 +140,15 @@ def test_results_of_other_weights_stay_out_of_the_card(folder, caplog):
     for given in (path, with_results(folder, here=False, model=weights)):
         with pytest.raises(ValueError, match=f"{given} holds results of other weights than those in {folder}"):
             build_card(folder, "ann/model", CardOptions(results=given))
+
+
+def test_results_of_another_release_are_refused(folder, tmp_path):
+    """Before frames were held back for all horizons, the results had another form."""
+    old = tmp_path / "old.json"
+    frames = {**FRAMES, "horizon": 1, "by_horizon": {"1": {**FRAMES, "by_gap": []}}}
+    old.write_text(json.dumps({**RESULTS, "reconstruction": frames}))
+    with pytest.raises(ValueError, match="was not written by this release"):
+        build_card(folder, "ann/model", CardOptions(results=old))
 
 
 def test_a_relation_that_is_not_the_folders_is_refused(folder):

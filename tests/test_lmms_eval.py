@@ -1,7 +1,10 @@
 """scripts/lmms_eval_model.py with requests such as lmms-eval's; `make test-lmms-eval` runs lmms-eval itself."""
 
+import importlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import evaluate
@@ -360,12 +363,54 @@ def test_sampling_of_videos(folder, task_dict):
         ({"dtype": "float33"}, "dtype is 'float33'"),
         ({"revision": 12}, "revision is 12"),
         ({"revision": "main"}, "which has none"),
+        ({"base_revision": "main"}, "is no adapter"),
         ({"likelihood": "median"}, "likelihood is 'median'"),
     ],
 )
 def test_arguments_out_of_range_are_refused(folder, options, message):
     with pytest.raises(ValueError, match=message):
         RequestAnswerer(str(folder / "base"), **options)
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """The plugin's module with its model replaced, where of lmms-eval there are only the names that it imports."""
+
+    def module(name: str, **names: Any) -> None:
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**names))
+
+    module("lmms_eval.api.instance", GenerationResult=None, Instance=None)
+    module("lmms_eval.api.model", lmms=object)
+    module("lmms_eval.models.registry_v2", ModelManifest=lambda *args, **kwargs: None)
+    monkeypatch.delitem(sys.modules, "lmms_eval_plugin", raising=False)
+    plugin = importlib.import_module("lmms_eval_plugin")
+    yield plugin
+    sys.modules.pop("lmms_eval_plugin")
+
+
+@pytest.mark.parametrize(
+    ("asked", "processes", "given", "used"),
+    [
+        ("cpu", 1, "cpu", "cpu"),
+        ("cuda:1", 1, "cuda:0", "cuda:1"),
+        ("cuda", 2, "cuda:1", "cuda:1"),
+        (None, 2, "cuda:1", "cuda:1"),
+        (None, 2, "cpu", "cpu"),
+        ("cpu", 2, "cuda:1", "device is 'cpu', but the launcher gave this process cuda:1"),
+        ("cuda:0", 2, "cuda:1", "device is 'cuda:0', but the launcher gave this process cuda:1"),
+    ],
+)
+def test_the_device_is_the_one_asked_for_or_an_error(plugin, monkeypatch, asked, processes, given, used):
+    """With several processes, `--device cpu` once became a GPU without a word."""
+    state = SimpleNamespace(num_processes=processes, device=torch.device(given))
+    monkeypatch.setattr(plugin, "PartialState", lambda: state)
+    monkeypatch.setattr(plugin, "RequestAnswerer", lambda **options: SimpleNamespace(**options, batch_size=1))
+    if used.startswith("device is"):
+        with pytest.raises(ValueError, match=used):
+            plugin.LlavaNextAR(device=asked, pretrained="m")
+        return
+    model = plugin.LlavaNextAR(device=asked, pretrained="m")
+    assert (model.answerer.device, model.device) == (used, torch.device(used))
 
 
 def test_an_adapter_on_its_base_and_by_itself(folder, task_dict, tmp_path):

@@ -11,12 +11,14 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 from synthetic_clips import COLORS, CORNERS, DIRECTIONS, SHAPES, signed_distance
 from temporal_benchmark import (
     CLIP_KINDS,
     CONTROLS,
     entries_of,
     frame_order,
+    main,
     make_clips,
     preview,
     render_clip,
@@ -420,10 +422,10 @@ def test_answers_are_balanced_exactly_in_every_type_and_level(num_frames):
         counts[entry["difficulty"], entry["question_type"]][place] += 1
     assert len(counts) == 3 * len(QUESTION_TYPES)
     for (level, name), places in counts.items():
-        chance = type_table(entries)[name]["chance"]
+        chance = type_table(entries, num_frames)[name]["chance"]
         assert places == dict.fromkeys(range(round(1 / chance)), 8 * chance), (level, name)
     one_frame = {name: row.one_frame for name, row in QUESTION_TYPES.items() if name != "color"}
-    assert one_frame == {name: type_table(entries)[name]["chance"] for name in one_frame}
+    assert one_frame == {name: type_table(entries, num_frames)[name]["chance"] for name in one_frame}
 
 
 def test_color_says_nothing_about_direction():
@@ -654,6 +656,20 @@ def test_frames_of_bouncing_balls_are_the_same_as_a_set_for_any_number():
         assert min(misses) < 1e-3, clip.name
 
 
+@pytest.mark.parametrize("num_frames", range(12, 25))
+def test_what_unordered_frames_tell_about_count_is_that_of_the_length(num_frames):
+    told: dict[str, set[int]] = {}
+    clips = make_clips(8, question_types=["count"], levels=["easy"], num_frames=num_frames)
+    for clip in clips:
+        heights = clip.draft.scenes[0].bodies[-1].path[:-1, 1]  # the last frame is the first one again
+        told.setdefault(clip.draft.questions[0].answer, set()).add(len(np.unique(heights.round(7))))
+    assert {len(numbers) for numbers in told.values()} == {1} and len(told) == 4
+    row = type_table(entries_of(clips, question_types=["count"]), num_frames)["count"]
+    assert row["unordered"] == len(set.union(*told.values())) / 4
+    assert (row["unordered"] == row["chance"]) == (num_frames in (12, 14, 18, 20, 24))
+    assert (row["unordered_frames_tell"] == "nothing") == (num_frames in (12, 14, 18, 20, 24))
+
+
 # -- Files and command line
 
 
@@ -701,6 +717,21 @@ def test_preview_shows_every_kind_of_clip():
     for row in range(rows):
         pictures = sheet[row * 52 : row * 52 + 48, 300:]
         assert pictures.std() > 10 and sheet[row * 52 : row * 52 + 48, :300].min() < 100  # a picture and a text
+
+
+def test_preview_shows_the_clips_that_are_asked_for(tmp_path, capsys):
+    assert preview(["easy"], size=48, question_types=["cut", "color"]).size == (300 + 8 * 52, 2 * 52)
+    lengths = [np.asarray(preview(["easy"], size=48, question_types=["cut"], num_frames=n)) for n in (12, 24)]
+    assert not np.array_equal(*lengths)
+    main(
+        ["--preview", str(tmp_path / "new" / "one.png"), "--levels", "easy", "--size", "48", "--question-types", "cut"]
+    )
+    with Image.open(tmp_path / "new" / "one.png") as sheet:
+        assert sheet.size == (300 + 8 * 52, 52)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--preview", str(tmp_path / "other" / "two.png"), "--num-frames", "11"])
+    assert stopped.value.code == 2 and "num_frames is 11" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_command_line(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from evaluation_settings import device_of_process
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
@@ -28,11 +29,12 @@ class LlavaNextAR(lmms):
             raise ValueError(
                 f"max_batch_size is {max_batch_size!r}, but there is no automatic batch size: give batch_size"
             )
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         processes = PartialState()
-        if processes.num_processes > 1:
-            device = str(processes.device)
+        if device is None and processes.num_processes > 1:
+            device = processes.device.type
+        elif device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = str(device_of_process(device, processes))
         self.device = torch.device(device)
         self.answerer = RequestAnswerer(device=device, **options)
         self.batch_size = self.answerer.batch_size
