@@ -27,6 +27,8 @@ class Question:
     answer: str
     choices: tuple[str, ...] = ()
     media: tuple[str, ...] = ()
+    moment: tuple[float, float] | None = None
+    """When what is asked about is seen, if not all the time: seconds since the first frame, of its first and last frame."""
     is_first_about_media: bool = False
     """What the head predicts of the videos is measured in this question, and in no later one about the same."""
     problem: str | None = None
@@ -93,6 +95,7 @@ def _read_question(dataset: LlavaVideoDataset, index: int, seen: set[tuple[str, 
         answer=answer,
         choices=tuple(choices),
         media=media,
+        moment=tuple(entry["moment"]) if entry.get("moment") else None,
         is_first_about_media=bool(media) and media not in seen,
     )
 
