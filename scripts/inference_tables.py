@@ -146,13 +146,13 @@ def accuracy_rows(answers: Answers) -> list[list[str]]:
     return rows
 
 
-def against_change_rows(answers: Answers) -> list[list[str]]:
-    """What the head's scores gain over the difference of features by the same rule, at each budget."""
-    rows = [["accuracy gained over feature difference", *(f"{budget:g} frames" for budget in answers.budgets)]]
+def gain_rows(answers: Answers, other: str) -> list[list[str]]:
+    """What the head's scores gain over another score (`change` or `pixels`) by the same rule, at each budget."""
+    rows = [[f"accuracy gained over {answers.label(other)}", *(f"{budget:g} frames" for budget in answers.budgets)]]
     for way in answers.ways:
         score, _, rule = way.partition(" ")
         if score in ("surprise", "error"):
-            pairs = (answers.difference(way, f"change {rule}", budget) for budget in answers.budgets)
+            pairs = (answers.difference(way, f"{other} {rule}", budget) for budget in answers.budgets)
             rows.append([answers.label(way), *(_text(pair, "+") for pair in pairs)])
     return rows
 
@@ -247,7 +247,7 @@ def write_tables(results: Path, shown: Sequence[str] = ("test",)) -> str:
             parts += [f"## {title}, data `{name}`", f"`{answers.results['command']}`"]
             parts += [as_markdown(knowledge_rows(answers)), as_markdown(accuracy_rows(answers))]
             if kind == "key_frames":
-                parts += [as_markdown(against_change_rows(answers))]
+                parts += [as_markdown(gain_rows(answers, other)) for other in ("change", "pixels")]
                 parts += [as_markdown(hit_rows(answers))] if answers.has_moments else []
             parts += [_COSTS[kind]]
     prefill = results / "prefill.json"

@@ -35,9 +35,9 @@ from inference_selection import (
 from inference_tables import (
     Answers,
     accuracy_rows,
-    against_change_rows,
     any_frame_tells,
     as_markdown,
+    gain_rows,
     hit_rows,
     knowledge_rows,
     prefill_rows,
@@ -403,7 +403,9 @@ def test_tables_from_fixed_numbers(tmp_path):
 
 
 def key_frame_results(hits: list[int | None]) -> dict:
-    results = fixed_results(**{"uniform": [0] * 5, "change top": [1, 1, 0, 0, 1], "surprise top": [1, 0, 0, 0, 1]})
+    results = fixed_results(
+        **{"uniform": [0] * 5, "change top": [1, 1, 0, 0, 1], "surprise top": [1, 0, 0, 0, 1], "pixels top": [0] * 5}
+    )
     for condition in results["conditions"][1:]:
         condition["hits"] = hits
     return results
@@ -412,9 +414,15 @@ def key_frame_results(hits: list[int | None]) -> dict:
 def test_key_frames_are_compared_with_feature_difference_and_with_when_it_was_seen(tmp_path):
     # Clips 0 and 1 count; the last question, about color, does not, and has no moment.
     answers = Answers(key_frame_results([1, 0, 0, 0, None]), "key_frames")
-    assert against_change_rows(answers)[1:] == [["surprise, top", "-0.250 [-0.500, +0.000]"]]
+    assert gain_rows(answers, "change")[1:] == [["surprise, top", "-0.250 [-0.500, +0.000]"]]
+    assert gain_rows(answers, "pixels")[1:] == [["surprise, top", "+0.250 [+0.000, +0.500]"]]
     assert answers.has_moments and answers.hit_rate("surprise top", 0.5) == (0.25, [0.0, 0.5])
-    assert [row[0] for row in hit_rows(answers)[1:]] == ["uniform", "feature difference, top", "surprise, top"]
+    assert [row[0] for row in hit_rows(answers)[1:]] == [
+        "uniform",
+        "feature difference, top",
+        "surprise, top",
+        "pixel difference, top",
+    ]
     assert not Answers(key_frame_results([1, None, 0, 0, None]), "key_frames").has_moments
     assert not Answers(fixed_results(uniform=[0] * 5), "key_frames").has_moments  # results without `hits`
     for name, hits in (("a", [1, 0, 0, 0, None]), ("b", [None] * 5)):
