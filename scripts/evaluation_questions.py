@@ -28,6 +28,8 @@ class Question:
     answer: str
     choices: tuple[str, ...] = ()
     media: tuple[str, ...] = ()
+    moment: tuple[float, float] | None = None
+    """When what is asked about is seen, if not all the time: seconds since the first frame, of its first and last frame."""
     first_videos: tuple[int, ...] = ()
     """Which of its videos are in no question before: what the head predicts of these is measured in this one."""
     problem: str | None = None
@@ -96,6 +98,7 @@ def _read_question(dataset: LlavaVideoDataset, index: int, seen: set[str]) -> Qu
         choices=tuple(choices),
         media=tuple(part[part["type"]] for part in parts),
         first_videos=tuple(n for n, video in enumerate(videos) if video not in {*seen, *videos[:n]}),
+        moment=tuple(entry["moment"]) if entry.get("moment") else None,
     )
 
 

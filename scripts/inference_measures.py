@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache
 
+from llava_next_ar.autoregressive_reconstruction import seconds_since
 from llava_next_ar.frame_surprise import VideoSurprise
 
 FRAME_SCORES = ("surprise", "error", "change", "pixels")
@@ -57,6 +58,8 @@ class Condition:
     """For each question, 1 if the most probable choice was the right one."""
     frames: list[list[int]] = field(default_factory=list)
     """For each question the frames that were shown, where frames are chosen."""
+    hits: list[int | None] = field(default_factory=list)
+    """For each of these, 1 if one of them shows the question's moment, None if the question has none."""
 
 
 class _Conditions(dict):
@@ -146,6 +149,20 @@ def _random(key: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
 
 
+def shows_moment(question: Question, times: torch.Tensor, frames: Sequence[int]) -> int | None:
+    """Whether one of the frames lies in the question's moment; None if it has none.
+
+    Args:
+        times: `[T]` of the whole video, as the processor gives them.
+    """
+    if question.moment is None:
+        return None
+    first, last = question.moment
+    slack = 1e-3  # seconds: files and entries round times differently
+    seconds = seconds_since(times[0], times)[list(frames)]
+    return int(((seconds >= first - slack) & (seconds <= last + slack)).any())
+
+
 def measure_key_frames(
     model: Any,
     processor: Any,
@@ -187,6 +204,10 @@ def measure_key_frames(
                 kept = [keep_frames(sample, own, layout, token) for sample, own in zip(samples, frames, strict=True)]
                 conditions[way, number].right += answer(kept, some)
                 conditions[way, number].frames += frames
+                conditions[way, number].hits += [
+                    shows_moment(q, sample["video_timestamps"][0], own)
+                    for q, sample, own in zip(some, samples, frames, strict=True)
+                ]
     return list(conditions.values())
 
 

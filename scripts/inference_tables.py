@@ -34,9 +34,12 @@ question to the next, the scoring pass has filled that of all tokens already, an
 BASELINE = {"key_frames": "uniform", "tokens": "change"}
 
 
-def needs_time(question_type: str) -> bool:
-    """Whether one frame cannot tell the answer; of types that the temporal benchmark does not know, yes."""
-    return question_type not in QUESTION_TYPES or QUESTION_TYPES[question_type].one_frame < 1
+def any_frame_tells(question_type: str) -> bool:
+    """Whether it does not matter which frame is shown; of types that the temporal benchmark does not know, no.
+
+    That one frame is enough is another thing: it may have to be the right one.
+    """
+    return question_type in QUESTION_TYPES and QUESTION_TYPES[question_type].one_frame == 1
 
 
 def mean_over_clips(values: Sequence[float], clips: Sequence[Any], settings: EvaluationSettings) -> Value:
@@ -61,12 +64,14 @@ class Answers:
         self._settings = EvaluationSettings(**results["settings"])
         self._questions = results["questions"]
         self._right = {(c["way"], c["budget"]): c["right"] for c in results["conditions"]}
+        # Results of before there were moments have no `hits`.
+        self._hits = {(c["way"], c["budget"]): c.get("hits", []) for c in results["conditions"]}
         self.types = sorted({q["question_type"] for q in self._questions})
         self.budgets = results["budgets"]
         self.ways = list(dict.fromkeys(way for way, _ in self._right if way != "all"))
 
     def accuracy(self, way: str, budget: float | None = None, *, question_type: str | None = None) -> Value:
-        """Over one type of question, or all that need time."""
+        """Over one type of question, or all but those that any frame answers."""
         return self._mean(self._right[way, budget], question_type)
 
     def difference(self, way: str, other: str, budget: float) -> Value:
@@ -74,10 +79,26 @@ class Answers:
         pairs = zip(self._right[way, budget], self._right[other, budget], strict=True)
         return self._mean([one - two for one, two in pairs], None)
 
+    @property
+    def has_moments(self) -> bool:
+        """Whether every question that counts is about a moment, of which is known whether it was shown."""
+        counted = {n for n, q in enumerate(self._questions) if not any_frame_tells(q["question_type"])}
+        return all(
+            len(hits) == len(self._questions) and None not in (hits[n] for n in counted)
+            for (way, _), hits in self._hits.items()
+            if way != "all"
+        )
+
+    def hit_rate(self, way: str, budget: float) -> Value:
+        """How often a shown frame is one of the moment that is asked about."""
+        return self._mean(self._hits[way, budget], None)
+
     def _mean(self, values: Sequence[float], question_type: str | None) -> Value:
         kinds = [q["question_type"] for q in self._questions]
         asked = [
-            n for n, kind in enumerate(kinds) if kind == question_type or question_type is None and needs_time(kind)
+            n
+            for n, kind in enumerate(kinds)
+            if kind == question_type or question_type is None and not any_frame_tells(kind)
         ]
         videos = [self._questions[n]["video"] for n in asked]
         return mean_over_clips([values[n] for n in asked], videos, self._settings)
@@ -99,9 +120,9 @@ def _text(value: Value, sign: str = "") -> str:
 
 def knowledge_rows(answers: Answers) -> list[list[str]]:
     """What the model knows when it sees everything, beside chance."""
-    rows = [["question type", "needs time", "accuracy", "chance"]]
+    rows = [["question type", "any frame tells", "accuracy", "chance"]]
     for name in answers.types:
-        asked = "yes" if needs_time(name) else "no"
+        asked = "yes, so not counted below" if any_frame_tells(name) else "no"
         rows.append([name, asked, _text(answers.accuracy("all", question_type=name)), f"{answers.chance(name):.2f}"])
     return rows
 
@@ -122,6 +143,25 @@ def accuracy_rows(answers: Answers) -> list[list[str]]:
         rows.append(row)
     full = _text(answers.accuracy("all"))
     rows.append(["everything shown", *[full, ""] * len(answers.budgets)])
+    return rows
+
+
+def gain_rows(answers: Answers, other: str) -> list[list[str]]:
+    """What the head's scores gain over another score (`change` or `pixels`) by the same rule, at each budget."""
+    rows = [[f"accuracy gained over {answers.label(other)}", *(f"{budget:g} frames" for budget in answers.budgets)]]
+    for way in answers.ways:
+        score, _, rule = way.partition(" ")
+        if score in ("surprise", "error"):
+            pairs = (answers.difference(way, f"{other} {rule}", budget) for budget in answers.budgets)
+            rows.append([answers.label(way), *(_text(pair, "+") for pair in pairs)])
+    return rows
+
+
+def hit_rows(answers: Answers) -> list[list[str]]:
+    """For each way, how often a frame of the moment is among those that are shown."""
+    rows = [["moment is shown, chosen by", *(f"{budget:g} frames" for budget in answers.budgets)]]
+    for way in answers.ways:
+        rows.append([answers.label(way), *(_text(answers.hit_rate(way, budget)) for budget in answers.budgets)])
     return rows
 
 
@@ -155,10 +195,16 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
 
 
-def accuracy_figure(answers: Sequence[Answers]) -> Figure:
-    """Accuracy over the budget, a line for each way of choosing, a panel for each kind."""
-    figure = Figure(figsize=(6.5 * len(answers), 4), layout="constrained")
-    for ax, own in zip(figure.subplots(1, len(answers), squeeze=False)[0], answers, strict=True):
+def accuracy_figure(answers: dict[str, Sequence[Answers]]) -> Figure:
+    """Accuracy over the budget, a line for each way of choosing: a row for each data set, by name, a panel for each kind."""
+    columns = max(len(row) for row in answers.values())
+    figure = Figure(figsize=(6.5 * columns, 4 * len(answers)), layout="constrained")
+    axes = figure.subplots(len(answers), columns, squeeze=False)
+    panels = [(axes[row, column], name, own) for row, (name, some) in enumerate(answers.items())
+              for column, own in enumerate(some)]  # fmt: skip
+    for ax, name, own in panels:
+        if len(answers) > 1:
+            ax.set_title(name)
         full, _ = own.accuracy("all")
         ax.axhline(full, color="#333333", linewidth=1, linestyle="--", label="everything shown")
         for number, way in enumerate(own.ways):
@@ -174,31 +220,36 @@ def accuracy_figure(answers: Sequence[Answers]) -> Figure:
                         markersize=3, linewidth=1.4, elinewidth=0.6, label=own.label(way))  # fmt: skip
         ax.set_xticks(range(len(own.budgets)), [f"{budget:g}" for budget in own.budgets])
         ax.set_xlabel("frames shown" if own.kind == "key_frames" else "share of the visual tokens")
-        ax.set_ylabel("accuracy on questions that need time")
+        ax.set_ylabel("accuracy")
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-def write_tables(results: Path, shown: str = "test") -> str:
+def write_tables(results: Path, shown: Sequence[str] = ("test",)) -> str:
     """Writes `tables.md` and `accuracy.png` beside the raw numbers; returns the text.
 
     Args:
         results: folder with `key_frames_<name>.json`, `tokens_<name>.json` and `prefill.json`, or some of them.
-        shown: name of the data whose numbers go into the plot; tables are made of all.
+        shown: names of the data whose numbers go into the plot; tables are made of all.
 
     Raises:
         FileNotFoundError: if there is none of them.
     """
-    parts, drawn = [], []
+    parts, drawn = [], {}
     titles = {"key_frames": "Key frames", "tokens": "Fewer visual tokens"}
     for kind, title in titles.items():
         for path in sorted(results.glob(f"{kind}_*.json")):
             answers = Answers(json.loads(path.read_text(encoding="utf-8")), kind)
             name = path.stem.removeprefix(f"{kind}_")
-            drawn += [answers] if name == shown else []
+            if name in shown:
+                drawn.setdefault(name, []).append(answers)
             parts += [f"## {title}, data `{name}`", f"`{answers.results['command']}`"]
-            parts += [as_markdown(knowledge_rows(answers)), as_markdown(accuracy_rows(answers)), _COSTS[kind]]
+            parts += [as_markdown(knowledge_rows(answers)), as_markdown(accuracy_rows(answers))]
+            if kind == "key_frames":
+                parts += [as_markdown(gain_rows(answers, other)) for other in ("change", "pixels")]
+                parts += [as_markdown(hit_rows(answers))] if answers.has_moments else []
+            parts += [_COSTS[kind]]
     prefill = results / "prefill.json"
     if prefill.exists():
         raw = json.loads(prefill.read_text(encoding="utf-8"))

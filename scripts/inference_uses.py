@@ -14,6 +14,34 @@
     # raw numbers -> tables.md and accuracy.png beside them
     python scripts/inference_uses.py tables
 
+The same where only a short moment tells the answer, in clips in which the rest stands still, moves steadily, or moves faster
+and slower in turn; numbers go to scripts/study_results/inference_glimpse/:
+
+    clips="scripts/synthetic_clips.py --num-frames 32 --size 48"
+    python $clips --output glimpse/clips --num-train 960 --num-test 240 --question-types glimpse busy_glimpse surging_glimpse
+    python $clips --output glimpse/still --num-train 0 --num-test 240 --seed 7 --question-types glimpse
+    python $clips --output glimpse/busy --num-train 0 --num-test 240 --seed 7 --question-types busy_glimpse
+    python $clips --output glimpse/surging --num-train 0 --num-test 240 --seed 7 --question-types surging_glimpse
+
+    # one thread; the head's motion first, then answers, then with frames and tokens left out
+    export OMP_NUM_THREADS=1
+    python scripts/tiny_checkpoint.py --data glimpse/clips/train.json --output glimpse/base --num-frames 32 --image-size 48
+    train="scripts/train.py --config scripts/configs/demo.yaml --train_data glimpse/clips/train.json --num_frames 32"
+    train="$train --per_device_train_batch_size 8"
+    python $train --model glimpse/base --output_dir glimpse/trained --max_steps 900
+    python $train --model glimpse/trained --output_dir glimpse/trained_b --max_steps 450 --loss_weight 2
+    python scripts/inference_uses.py train --model glimpse/trained_b --data glimpse/clips/train.json --output glimpse/model \\
+        --steps 900 --batch-size 8 --num-frames 2 4 8 16 32
+
+    for name in still busy surging; do
+        options="--model glimpse/model --data glimpse/$name/test.json --name $name"
+        options="$options --results scripts/study_results/inference_glimpse"
+        python scripts/inference_uses.py key-frames $options --num-kept 2 4 8 16
+        python scripts/inference_uses.py tokens $options
+        python scripts/evaluate.py --model glimpse/model --data glimpse/$name/test.json  # skill
+    done
+    python scripts/inference_uses.py tables --results scripts/study_results/inference_glimpse --name still busy surging
+
 `key-frames`: of a dense sampling, K frames are shown. Chosen evenly, at random, or by a score of each frame: surprise or
 prediction error of the head, the difference of features or of pixels to the frame before. A score chooses in two ways: `top`
 takes the first frame and the K - 1 highest, `spread` goes in equal steps along the sum of the scores.
@@ -25,8 +53,9 @@ frames. Newline tokens stay and do not count.
 
 `prefill`: seconds and memory of the cache over the share, and what the scores cost.
 
-Accuracy is that of the most probable choice, over the questions that one frame cannot answer. Intervals are 95% bootstrap
-intervals over clips; differences are paired. Any checkpoint with a head and any LLaVA JSON with `choices` and one video for
+Accuracy is that of the most probable choice, over the questions that not every frame answers. Intervals are 95% bootstrap
+intervals over clips; differences are paired. Where entries say when the answer is seen (`moment`, the seconds of its first and
+last frame), key frames are counted that show it. Any checkpoint with a head and any LLaVA JSON with `choices` and one video for
 each question will do.
 """
 
@@ -198,7 +227,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
     tables = jobs.add_parser("tables", help="raw numbers -> tables and a plot", **defaults)
     tables.add_argument("--results", type=Path, default=RESULTS, help="folder of the raw numbers")
-    tables.add_argument("--name", default="test", help="of the data that the plot shows")
+    tables.add_argument("--name", nargs="+", default=["test"], help="of the data that the plot shows")
     return parser
 
 

@@ -22,8 +22,20 @@ random, and nothing is drawn at the opposite edge: again each frame looks the sa
 without their order do tell something: for `direction` the axis, for `order` and `bounce` all. The frames must be in
 order for `next` and for the rest of `direction`.
 
+Three more types are asked if they are named. Here any frame of a short moment tells the answer, and no other frame does:
+
+    glimpse          a shape is seen for two or three frames: its color? Four others rest all the time    4 choices
+    busy_glimpse     the same, while the four others move straight on, always as fast                     4 choices
+    surging_glimpse  the same, while the four others move straight on, faster and slower in turn          4 choices
+
+The four others are a pattern, half a picture apart in both directions: when one leaves, the next one comes in its place, so
+that the same goes on in every frame. They are black or white, which no answer is. The moment begins anywhere in the last
+three quarters of a clip; the entry says when as `moment`, the times of its first and its last frame in seconds.
+
+    python scripts/synthetic_clips.py --output clips --num-frames 32 --question-types glimpse busy_glimpse surging_glimpse
+
 Answers are balanced: exactly, in every type, if the number of clips of a split is a multiple of 16 (with all types
-asked for), otherwise to within one question for each kind of clip.
+of the first list asked for), otherwise to within one question for each kind of clip.
 """
 
 import argparse
@@ -40,6 +52,8 @@ import numpy as np
 from tqdm import tqdm
 
 COLORS = {"red": (225, 55, 50), "green": (60, 190, 75), "blue": (60, 105, 235), "yellow": (240, 215, 60)}
+# Colors of shapes that are never asked about.
+OTHER_COLORS = {"white": (240, 240, 240), "black": (15, 15, 15)}
 SHAPES = ("circle", "square", "diamond", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 CORNERS = {"upper left": (-1, -1), "upper right": (1, -1), "lower left": (-1, 1), "lower right": (1, 1)}
@@ -48,6 +62,8 @@ RIVALS = (("red", "blue"), ("green", "yellow"))  # the pairs of colors that set 
 # Every kind of clip is named by the question that it is made for; clips of one shape carry `color` as well.
 CLIP_KINDS = ("direction", "next", "order", "bounce")
 QUESTION_TYPES = (*CLIP_KINDS, "color")
+# Asked only if named.
+GLIMPSES = ("glimpse", "busy_glimpse", "surging_glimpse")
 RADIUS = 0.13  # of a shape, as a fraction of the picture
 
 
@@ -70,6 +86,8 @@ class MovingShape:
     path: np.ndarray
     """Centers (x, y) as fractions of the picture, x to the right, y downwards: `[num_frames + 1, 2]`. The last one is
     where the shape is in the first frame after the clip, which is not drawn."""
+    moment: range | None = None
+    """The frames that show it, if not all do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +102,11 @@ class Clip:
     @property
     def num_frames(self) -> int:
         return len(self.shapes[0].path) - 1
+
+    @property
+    def moment(self) -> range | None:
+        """The frames that show what is asked about, if not all do."""
+        return next((shape.moment for shape in self.shapes if shape.moment is not None), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,6 +170,27 @@ def bounce_clip(rng: np.random.Generator, index: int, t: np.ndarray) -> tuple[li
     return [path], Question(question_type="bounce", text=text, choices=("yes", "no"), answer=answer)
 
 
+def glimpse_clip(
+    rng: np.random.Generator, index: int, t: np.ndarray, *, kind: str
+) -> tuple[list[MovingShape], Question]:
+    answer, num_frames = list(COLORS)[index % 4], len(t) - 1
+    way = rng.uniform(0.05, 0.09) * t
+    if kind == "surging_glimpse":  # 0.4 to 1.6 times as fast, every 8 frames the same
+        angle = 2 * np.pi * (t / 8 + rng.uniform())
+        way += 0.6 * way[1] * np.sin(angle) * 8 / (2 * np.pi)
+    elif kind == "glimpse":
+        way *= 0
+    way = rng.uniform(size=2) + way[:, None] * rng.choice(list(DIRECTIONS.values()))
+    pattern = {"shape": str(rng.choice(SHAPES)), "color": str(rng.choice(list(OTHER_COLORS)))}
+    shapes = [MovingShape(path=(way + np.array(place) / 2) % 1.0, **pattern) for place in np.ndindex(2, 2)]
+    duration = rng.integers(2, 4)
+    first = int(rng.integers(num_frames // 4, num_frames - duration + 1))
+    moment, path = range(first, first + int(duration)), np.tile(rng.uniform(size=2), (len(t), 1))
+    shapes.append(MovingShape(shape=str(rng.choice(SHAPES)), color=answer, path=path, moment=moment))
+    text = "One shape is seen for a moment only. What is its color?"
+    return shapes, Question(question_type=kind, text=text, choices=tuple(COLORS), answer=answer)
+
+
 MOTIONS = {"direction": direction_clip, "next": next_clip, "order": order_clip, "bounce": bounce_clip}
 
 
@@ -166,28 +210,32 @@ def make_clips(
 
     Args:
         num_clips: number of clips, shared evenly between the kinds that `question_types` needs.
-        num_frames: 8 to 16.
-        question_types: any of `QUESTION_TYPES`; `color` is asked about the clips of one shape.
+        num_frames: 8 to 32.
+        question_types: any of `QUESTION_TYPES` and `GLIMPSES`; `color` is asked about the clips of one shape.
 
     Raises:
         ValueError: if `num_frames` is out of range or a question type is unknown.
     """
-    if not 8 <= num_frames <= 16:
-        raise ValueError(f"num_frames is {num_frames}, expected 8 to 16")
-    unknown = [name for name in question_types if name not in QUESTION_TYPES]
-    if unknown or not question_types:
-        raise ValueError(f"question_types are {list(question_types)}, expected some of {list(QUESTION_TYPES)}")
+    if not 8 <= num_frames <= 32:
+        raise ValueError(f"num_frames is {num_frames}, expected 8 to 32")
+    known = (*QUESTION_TYPES, *GLIMPSES)
+    if not question_types or not set(question_types) <= set(known):
+        raise ValueError(f"question_types are {list(question_types)}, expected some of {list(known)}")
     if num_clips < 0:
         raise ValueError(f"num_clips is {num_clips}, expected 0 or more")
 
-    kinds = [kind for kind in CLIP_KINDS if kind in question_types]
-    if "color" in question_types and kinds in ([], ["order"]):
+    kinds = [kind for kind in (*CLIP_KINDS, *GLIMPSES) if kind in question_types]
+    if "color" in question_types and not set(kinds) - {"order", *GLIMPSES}:
         kinds.append("direction")
     rng = np.random.default_rng([seed, *split.encode()])
     t = np.arange(num_frames + 1, dtype=np.float64)
     drafts = []
     for number in range(num_clips):
         kind, index = kinds[number % len(kinds)], number // len(kinds)
+        if kind in GLIMPSES:
+            shapes, question = glimpse_clip(rng, index, t, kind=kind)
+            drafts.append((tuple(shapes), True, (question,), int(rng.integers(2**32))))
+            continue
         paths, question = MOTIONS[kind](rng, index, t)
         if kind == "order":
             colors, questions = question.choices, [question]
@@ -216,7 +264,7 @@ def make_clips(
     ]
 
 
-def entries_of(clips: Sequence[Clip]) -> list[dict]:
+def entries_of(clips: Sequence[Clip], fps: float = 4.0) -> list[dict]:
     """LLaVA JSON entries, one per question; questions of a clip share its file `videos/<name>.mp4`."""
     return [
         {
@@ -228,6 +276,7 @@ def entries_of(clips: Sequence[Clip]) -> list[dict]:
                 {"from": "gpt", "value": question.answer},
             ],
             "choices": list(question.choices),
+            **({"moment": [clip.moment[0] / fps, clip.moment[-1] / fps]} if clip.moment else {}),
         }
         for clip in clips
         for question in clip.questions
@@ -291,6 +340,7 @@ def render_clip(clip: Clip, size: int = 96) -> np.ndarray:
     background = texture(rng, size).astype(np.float32)
     frames = np.repeat(background[None], clip.num_frames, axis=0)
     pixel = (np.arange(size, dtype=np.float32) + 0.5) / size
+    palette = {**COLORS, **OTHER_COLORS}
     for shape in clip.shapes:
         centers = shape.path[: clip.num_frames].astype(np.float32)
         offset = pixel - centers[:, :, None]  # [T, 2, size]
@@ -298,7 +348,8 @@ def render_clip(clip: Clip, size: int = 96) -> np.ndarray:
             offset = (offset + 0.5) % 1.0 - 0.5
         distance = signed_distance(shape.shape, offset[:, 0, None, :], offset[:, 1, :, None], RADIUS)
         cover = np.clip(0.5 - distance * size, 0, 1)[..., None]  # an edge of one pixel: antialiased
-        frames += cover * (np.array(COLORS[shape.color], dtype=np.float32) - frames)
+        shown = slice(None) if shape.moment is None else list(shape.moment)
+        frames[shown] += cover[shown] * (np.array(palette[shape.color], dtype=np.float32) - frames[shown])
     frames += rng.integers(-3, 4, size=frames.shape, dtype=np.int8)
     return np.clip(np.rint(frames), 0, 255).astype(np.uint8)
 
@@ -363,7 +414,7 @@ def write_dataset(
     everything = [clip for split in clips.values() for clip in split]
     for clip in tqdm(everything, desc="encoding", unit="clip", disable=not progress):
         write_video(render_clip(clip, size), output / "videos" / f"{clip.name}.mp4", fps)
-    entries = {split: entries_of(some) for split, some in clips.items()}
+    entries = {split: entries_of(some, fps) for split, some in clips.items()}
     for split, some in entries.items():
         (output / f"{split}.json").write_text(json.dumps(some, indent=1) + "\n", encoding="utf-8")
     return entries
@@ -378,9 +429,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-test", type=int, default=80, help="held-out clips")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=96, help="side of the frames in pixels")
-    parser.add_argument("--num-frames", type=int, default=12, help="frames of a clip, 8 to 16")
+    parser.add_argument("--num-frames", type=int, default=12, help="frames of a clip, 8 to 32")
     parser.add_argument("--fps", type=float, default=4.0, help="frames per second that the files state")
-    parser.add_argument("--question-types", nargs="+", choices=QUESTION_TYPES, default=list(QUESTION_TYPES))
+    known = (*QUESTION_TYPES, *GLIMPSES)
+    parser.add_argument("--question-types", nargs="+", choices=known, default=list(QUESTION_TYPES))
     options = vars(parser.parse_args(argv))
     try:
         entries = write_dataset(**options)
@@ -390,7 +442,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{split}: {len(some)} questions on {len({entry['video'] for entry in some})} clips")
         for question_type, level in chance_levels(some).items():
             print(
-                f"  {question_type:<10} {level['num_questions']:>5} questions   chance {level['chance']:.3f}   "
+                f"  {question_type:<15} {level['num_questions']:>5} questions   chance {level['chance']:.3f}   "
                 f"best guess {level['best_guess']:.3f}"
             )
 

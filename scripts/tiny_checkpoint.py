@@ -127,10 +127,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="LLaVA JSON files with the texts")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--num-frames", type=int, default=8)
+    parser.add_argument("--image-size", type=int, default=64, help="side of the frames in pixels")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     texts = [text for path in options.data for text in texts_of(json.loads(path.read_text(encoding="utf-8")))]
-    model = build_tiny_checkpoint(options.output, texts, num_frames=options.num_frames, seed=options.seed)
+    sizes = {"num_frames": options.num_frames, "image_size": options.image_size}
+    model = build_tiny_checkpoint(options.output, texts, seed=options.seed, **sizes)
     print(f"{model.num_parameters():,} parameters, {model.config.text_config.vocab_size} words: {options.output}")
 
 

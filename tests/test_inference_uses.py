@@ -11,8 +11,16 @@ import pytest
 import torch
 from demo_folder import NUM_FRAMES, make_demo_folder
 from evaluation_measures import choice_log_likelihoods
+from evaluation_questions import Question
 from evaluation_settings import EvaluationSettings
-from inference_measures import FRAME_SCORES, TOKEN_SCORES, choose_frames, frame_scores, surprise_of_batch
+from inference_measures import (
+    FRAME_SCORES,
+    TOKEN_SCORES,
+    choose_frames,
+    frame_scores,
+    shows_moment,
+    surprise_of_batch,
+)
 from inference_selection import (
     change_scores,
     first_frame_first,
@@ -27,9 +35,11 @@ from inference_selection import (
 from inference_tables import (
     Answers,
     accuracy_rows,
+    any_frame_tells,
     as_markdown,
+    gain_rows,
+    hit_rows,
     knowledge_rows,
-    needs_time,
     prefill_rows,
     write_tables,
 )
@@ -142,6 +152,15 @@ def test_scores_of_frames_and_what_is_chosen_by_them():
     assert chosen["random"] == choose_frames(scores, 2, "a.mp4")["random"]
     drawn = {choose_frames(scores, 2, f"{name}.mp4")["random"][1] for name in range(40)}
     assert drawn == {1, 2, 3}
+
+
+def test_a_moment_is_shown_if_a_frame_lies_in_it():
+    asked = {"index": 0, "id": "0", "question_type": "glimpse", "messages": [], "answer": "red"}
+    times = torch.arange(8) / 3 + 5  # the moment is told from the first frame on
+    question = Question(**asked, moment=(1.0, 4 / 3))
+    assert [shows_moment(question, times, [0, frame]) for frame in range(8)] == [0, 0, 0, 1, 1, 0, 0, 0]
+    assert shows_moment(question, (times * 1e9).round().long(), [3]) == 1  # nanoseconds
+    assert shows_moment(Question(**asked), times, [3]) is None
 
 
 # -- Tokens
@@ -357,8 +376,12 @@ def test_tables_from_fixed_numbers(tmp_path):
     assert rows[1] == ["EVS", "0.500 [0.000, 1.000]", ""]
     assert rows[2] == ["surprise", "0.250 [0.000, 0.500]", "-0.250 [-0.500, +0.000]"]
     assert rows[-1][:2] == ["everything shown", "1.000 [1.000, 1.000]"]
-    assert [row[:2] for row in knowledge_rows(answers)[1:]] == [["color", "no"], ["order", "yes"]]
-    assert needs_time("direction") and needs_time("of another data set") and not needs_time("color")
+    assert [row[:2] for row in knowledge_rows(answers)[1:]] == [
+        ["color", "yes, so not counted below"],
+        ["order", "no"],
+    ]
+    assert any_frame_tells("color") and not any_frame_tells("direction")
+    assert not any_frame_tells("of another data set") and not any_frame_tells("glimpse")
 
     prefill = {"command": "time it", "tower_seconds": 0.1, "surprise_seconds": 3.0, "change_seconds": 0.01}
     prefill["by_share"] = [
@@ -377,6 +400,41 @@ def test_tables_from_fixed_numbers(tmp_path):
     assert (tmp_path / "tables.md").read_text() == text
     assert as_markdown(rows) in text and as_markdown(prefill_rows(prefill)) in text and "`run it`" in text
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
+
+
+def key_frame_results(hits: list[int | None]) -> dict:
+    results = fixed_results(
+        **{"uniform": [0] * 5, "change top": [1, 1, 0, 0, 1], "surprise top": [1, 0, 0, 0, 1], "pixels top": [0] * 5}
+    )
+    for condition in results["conditions"][1:]:
+        condition["hits"] = hits
+    return results
+
+
+def test_key_frames_are_compared_with_feature_difference_and_with_when_it_was_seen(tmp_path):
+    # Clips 0 and 1 count; the last question, about color, does not, and has no moment.
+    answers = Answers(key_frame_results([1, 0, 0, 0, None]), "key_frames")
+    assert gain_rows(answers, "change")[1:] == [["surprise, top", "-0.250 [-0.500, +0.000]"]]
+    assert gain_rows(answers, "pixels")[1:] == [["surprise, top", "+0.250 [+0.000, +0.500]"]]
+    assert answers.has_moments and answers.hit_rate("surprise top", 0.5) == (0.25, [0.0, 0.5])
+    assert [row[0] for row in hit_rows(answers)[1:]] == [
+        "uniform",
+        "feature difference, top",
+        "surprise, top",
+        "pixel difference, top",
+    ]
+    assert not Answers(key_frame_results([1, None, 0, 0, None]), "key_frames").has_moments
+    assert not Answers(fixed_results(uniform=[0] * 5), "key_frames").has_moments  # results without `hits`
+    for name, hits in (("a", [1, 0, 0, 0, None]), ("b", [None] * 5)):
+        (tmp_path / f"key_frames_{name}.json").write_text(json.dumps(key_frame_results(hits)))
+    text = write_tables(tmp_path, ["a", "b"])
+    assert text.count("gained over feature difference") == 2 and text.count("moment is shown") == 1
+    assert as_markdown(hit_rows(answers)) in text
+    heights = []
+    for names in (["a"], ["a", "b"]):
+        write_tables(tmp_path, names)
+        heights.append(int.from_bytes((tmp_path / "accuracy.png").read_bytes()[20:24], "big"))
+    assert heights[1] == 2 * heights[0]  # a row for each
 
 
 # -- Time and memory

@@ -14,6 +14,7 @@ from synthetic_clips import (
     COLORS,
     CORNERS,
     DIRECTIONS,
+    GLIMPSES,
     QUESTION_TYPES,
     chance_levels,
     entries_of,
@@ -89,7 +90,7 @@ def seen_color(frames):
     return max(COLORS, key=lambda color: mask_of(frames, color).sum())
 
 
-@pytest.fixture(scope="module", params=[8, 12, 16], ids="{}_frames".format)
+@pytest.fixture(scope="module", params=[8, 12, 16, 32], ids="{}_frames".format)
 def dataset(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
     options = {"num_train": 64, "num_test": 16, "seed": 3, "num_frames": request.param, "fps": 5.0}
@@ -133,6 +134,56 @@ def test_entries_are_llava_json_on_disk(dataset):
     # one entry per question, one file per clip
     assert len(list((folder / "videos").iterdir())) == 80
     assert len(entries["train"]) == 64 + 48 and len(entries["test"]) == 16 + 12
+
+
+@pytest.mark.parametrize("num_frames", [8, 32])
+@pytest.mark.parametrize("kind", GLIMPSES)
+def test_a_glimpse_is_seen_in_its_moment_alone(kind, num_frames, tmp_path):
+    options = {"num_frames": num_frames, "fps": 5.0, "question_types": [kind], "progress": False}
+    entries = write_dataset(tmp_path, num_train=0, num_test=16, **options)["test"]
+    assert len(entries) == 16
+    for entry in entries:
+        frames, fps = decode(tmp_path / entry["video"])
+        counts = {color: mask_of(frames, color).sum(axis=(1, 2)) for color in COLORS}
+        answer = entry["conversations"][1]["value"]
+        first, last = (round(seconds * fps) for seconds in entry["moment"])
+        shown = np.isin(np.arange(num_frames), range(first, last + 1))
+        assert (counts[answer] > 150).tolist() == shown.tolist(), entry["id"]
+        # Nothing else has a color that could be the answer: where it is not seen, nothing is.
+        assert all(own[~shown].max() < 20 for own in counts.values())
+        assert max(own.max() for color, own in counts.items() if color != answer) < 20
+        assert last - first in (1, 2) and num_frames // 4 <= first and last < num_frames
+
+
+def test_glimpses_come_at_any_time_after_the_start_and_are_balanced_exactly():
+    clips = make_clips(384, num_frames=32, question_types=GLIMPSES)
+    assert {clip.moment[0] for clip in clips} == set(range(8, 31))
+    assert {clip.moment[-1] for clip in clips} == set(range(9, 32))
+    for question_type, level in chance_levels(entries_of(clips)).items():
+        assert level == {"num_questions": 128, "chance": 0.25, "best_guess": 0.25}, question_type
+
+
+def test_a_glimpse_is_all_that_changes_or_little_beside_the_rest():
+    """Change per frame, away from the moment and into it: so much for how hard it is to find by the difference of frames."""
+    for kind in GLIMPSES:
+        for clip in make_clips(8, num_frames=32, question_types=[kind]):
+            change = np.square(np.diff(render_clip(clip, 48).astype(float), axis=0)).mean(axis=(1, 2, 3))
+            into = change[[clip.moment[0] - 1]]
+            away = np.delete(change, [frame - 1 for frame in (*clip.moment, clip.moment[-1] + 1) if frame < 32])
+            if kind == "glimpse":
+                assert away.max() < 0.1 * into.min()
+            else:
+                assert away.min() > 150  # noise alone makes 8
+            ratio = away.max() / away.min()
+            assert ratio > 2.5 if kind == "surging_glimpse" else ratio < 1.5, (kind, ratio)
+
+
+def test_glimpses_are_not_among_what_is_asked_by_default():
+    # Data sets that were made before there were glimpses stay what they were.
+    assert not {entry["question_type"] for entry in entries_of(make_clips(48))} & set(GLIMPSES)
+    asked = entries_of(make_clips(32, question_types=["glimpse", "color"]))
+    assert Counter(entry["question_type"] for entry in asked) == {"glimpse": 16, "color": 16}
+    assert all(("moment" in entry) == (entry["question_type"] == "glimpse") for entry in asked)
 
 
 @pytest.mark.parametrize("num_clips", [16, 48, 320])
@@ -296,4 +347,4 @@ def test_command_line(tmp_path):
     assert "train: 28 questions on 16 clips" in done.stdout and "test: 7 questions on 4 clips" in done.stdout
     assert len(json.loads((tmp_path / "clips" / "train.json").read_text())) == 28
     refused = subprocess.run([*command, "--num-frames", "99"], cwd=tmp_path, capture_output=True, text=True)
-    assert refused.returncode == 2 and "num_frames is 99, expected 8 to 16" in refused.stderr
+    assert refused.returncode == 2 and "num_frames is 99, expected 8 to 32" in refused.stderr
