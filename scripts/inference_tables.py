@@ -57,13 +57,23 @@ class Answers:
     Args:
         results: what `key-frames` or `tokens` wrote.
         kind: `key_frames` or `tokens`.
+
+    Raises:
+        ValueError: if there is no question that counts, or if a condition has not one answer for each question.
     """
 
     def __init__(self, results: dict[str, Any], kind: str) -> None:
         self.kind, self.results = kind, results
         self._settings = EvaluationSettings(**results["settings"])
         self._questions = results["questions"]
+        if all(any_frame_tells(question["question_type"]) for question in self._questions):
+            raise ValueError(
+                f"any frame answers each of the {len(self._questions)} questions: there is nothing to choose"
+            )
         self._right = {(c["way"], c["budget"]): c["right"] for c in results["conditions"]}
+        for (way, budget), right in self._right.items():
+            if len(right) != len(self._questions):
+                raise ValueError(f"{len(right)} answers by {way} at {budget}, expected {len(self._questions)}")
         # Results of before there were moments have no `hits`.
         self._hits = {(c["way"], c["budget"]): c.get("hits", []) for c in results["conditions"]}
         self.types = sorted({q["question_type"] for q in self._questions})

@@ -92,7 +92,7 @@ def cache_bytes(cache: DynamicCache) -> int:
 
 @torch.inference_mode()
 def measure_prefill(settings: PrefillSettings, shares: Sequence[float], *, progress: bool = True) -> dict[str, Any]:
-    """Time until the first answer token is known, given the vision features, and memory of the cache, at each share.
+    """Time until the first answer token is known, given the vision features, and memory of the cache, at each share and at 1.
 
     Everything is measured once before it counts, then in turns, so that a machine that slows down does so for all alike. On a
     CPU these are processor seconds of one thread, in which other processes do not count.
@@ -102,6 +102,7 @@ def measure_prefill(settings: PrefillSettings, shares: Sequence[float], *, progr
         `change_seconds` (EVS), the medians of the repeats; and `by_share`, for each `share` with `num_tokens` (of the prompt),
         `seconds`, `all_seconds` (one for each repeat) and `cache_bytes`.
     """
+    shares = list(dict.fromkeys([1.0, *shares]))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -6,13 +6,14 @@
     python scripts/synthetic_clips.py --output uses/test --num-train 0 --num-test 400 --seed 7 --num-frames 8 --size 64 \\
         --question-types direction color
 
-    # one command for each table; each writes raw numbers to scripts/study_results/inference/
-    python scripts/inference_uses.py key-frames --model uses/model --data uses/test/test.json
-    python scripts/inference_uses.py tokens --model uses/model --data uses/test/test.json
-    python scripts/inference_uses.py prefill
+    # one command for each table; each writes raw numbers
+    published="--results scripts/study_results/inference"
+    python scripts/inference_uses.py key-frames --model uses/model --data uses/test/test.json $published
+    python scripts/inference_uses.py tokens --model uses/model --data uses/test/test.json $published
+    python scripts/inference_uses.py prefill --repeats 5 $published
 
     # raw numbers -> tables.md and accuracy.png beside them
-    python scripts/inference_uses.py tables
+    python scripts/inference_uses.py tables $published
 
 The same where only a short moment tells the answer, in clips in which the rest stands still, moves steadily, or moves faster
 and slower in turn; numbers go to scripts/study_results/inference_glimpse/:
@@ -87,7 +88,7 @@ from transformers.utils import logging
 
 from llava_next_ar.training_data import LlavaVideoDataset
 
-RESULTS = Path(__file__).resolve().parent / "study_results" / "inference"
+RESULTS = Path("outputs/inference_uses")
 
 
 def measure(
@@ -109,9 +110,11 @@ def measure(
         what the numbers were made with, `questions`, and `conditions`: the fields of each `Condition`.
 
     Raises:
-        ValueError: for a model without a head, or a question without choices or with other media than one video.
+        ValueError: for a model without a head, a question without choices or with other media than one video, or, of key
+            frames, a processor that writes into the prompt which frames there are.
     """
     settings = replace(settings, generation=False, reconstruction=False)
+    budgets = list(dict.fromkeys(budgets))
     identity = {}
     if model is None:
         revision = resolved_revision(settings.model, settings.revision)
@@ -119,12 +122,17 @@ def measure(
         options = {"trust_remote_code": settings.trust_remote_code, "device": settings.device, "dtype": settings.dtype}
         model, processor = load_checkpoint(settings.model, revision=revision, **options)
         identity = model_identity(settings.model, model, revision)
+    if kind == "key_frames" and processor.add_time_instruction:
+        raise ValueError(
+            "the processor has add_time_instruction on: its prompts say how many frames there are and when, which would not be "
+            "true of the key frames; turn it off in the checkpoint's processor"
+        )
     dataset = LlavaVideoDataset(settings.data, processor, video_root=settings.video_root)
     questions = read_questions(dataset, settings.max_samples)
     _check_questions(questions)
     results: dict[str, Any] = {
         "settings": asdict(settings),
-        "budgets": list(budgets),
+        "budgets": budgets,
         "versions": versions(),
         "model": identity,
         "data": {"path": settings.data, "sha256": entries_sha256(dataset.entries[: settings.max_samples])},
@@ -221,7 +229,7 @@ def _make_parser() -> argparse.ArgumentParser:
     sizes = PrefillSettings()
     for name in ("num_layers", "num_frames", "repeats"):
         prefill.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(sizes, name))
-    prefill.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.7, 0.5, 0.3, 0.1])
+    prefill.add_argument("--shares", type=float, nargs="+", default=[0.7, 0.5, 0.3, 0.2, 0.1], help="beside 1")
     prefill.add_argument("--device", default=device)
     prefill.add_argument("--results", type=Path, default=RESULTS, help="folder for the raw numbers")
 

@@ -402,6 +402,17 @@ def test_tables_from_fixed_numbers(tmp_path):
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
 
 
+def test_results_that_no_table_can_show():
+    short = fixed_results(change=[1, 1, 0, 0])
+    with pytest.raises(ValueError, match="4 answers by change at 0.5, expected 5"):
+        Answers(short, "tokens")
+    of_color = fixed_results(change=[1, 1, 0, 0, 1])
+    for question in of_color["questions"]:
+        question["question_type"] = "color"
+    with pytest.raises(ValueError, match="any frame answers each of the 5 questions"):
+        Answers(of_color, "tokens")
+
+
 def key_frame_results(hits: list[int | None]) -> dict:
     results = fixed_results(
         **{"uniform": [0] * 5, "change top": [1, 1, 0, 0, 1], "surprise top": [1, 0, 0, 0, 1], "pixels top": [0] * 5}
@@ -443,7 +454,7 @@ def test_key_frames_are_compared_with_feature_difference_and_with_when_it_was_se
 def test_prefill_counts_what_is_kept():
     sizes = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "num_key_value_heads": 2}
     settings = PrefillSettings(**sizes, vision_size=16, image_size=32, num_frames=4, num_text_tokens=7, repeats=2)
-    results = measure_prefill(settings, [1.0, 0.5, 0.1], progress=False)
+    results = measure_prefill(settings, [0.5, 0.1], progress=False)  # and all of them, first
     patches = 4 * 2 * 2  # 4 frames, 4 x 4 patches each, pooled by 2
     for row, kept in zip(results["by_share"], (patches, 8, 2), strict=True):
         assert row["num_tokens"] == kept + 1 + 7  # a newline and the words
@@ -494,6 +505,16 @@ def test_questions_that_cannot_be_scored_are_refused(folder, tmp_path):
             inference_uses.measure("tokens", settings, [0.5], progress=False)
 
 
+def test_prompts_that_say_which_frames_there_are_leave_none_out(folder, monkeypatch):
+    model, processor = evaluate.load_checkpoint(str(folder / "base"))
+    settings = EvaluationSettings(model=str(folder / "base"), data=str(folder / "clips" / "test.json"), max_samples=2)
+    monkeypatch.setattr(processor, "add_time_instruction", True)
+    options = {"model": model, "processor": processor, "progress": False}
+    with pytest.raises(ValueError, match="add_time_instruction"):
+        inference_uses.measure("key_frames", settings, [2], **options)
+    inference_uses.measure("tokens", settings, [0.5], **options)  # all frames are there, if not all of their tokens
+
+
 def test_the_commands_from_training_to_tables(folder, tmp_path, capsys):
     data, model, results = str(folder / "clips" / "test.json"), str(tmp_path / "model"), str(tmp_path / "results")
     options = ["--model", model, "--data", data, "--results", results, "--device", "cpu"]
@@ -502,7 +523,7 @@ def test_the_commands_from_training_to_tables(folder, tmp_path, capsys):
     log = json.loads((tmp_path / "model" / "trainer_state.json").read_text())
     assert log["global_step"] == 2 and "skill" in log["log_history"][0]
     inference_uses.main(["key-frames", *options, "--num-kept", "3"])
-    inference_uses.main(["tokens", *options, "--shares", "0.5", "--max-samples", "4"])
+    inference_uses.main(["tokens", *options, "--shares", "0.5", "0.5", "--max-samples", "4", "--batch-size", "2"])
     capsys.readouterr()
     inference_uses.main(["tables", "--results", results])
     printed = capsys.readouterr().out
