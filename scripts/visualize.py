@@ -13,7 +13,7 @@ frame, features as coordinates on their principal components). The pictures:
 
     film        frames, and their features as colours: true, predicted from the frames before, copied from the last one
     errors      where the prediction is wrong, and where copying is
-    surprise    the error over that of copying, by time, and over the frames (see frame_surprise.py)
+    surprise    the error over that of copying and a floor (see frame_surprise.py) by time, and over the frames
     attention   where the language model looked when it answered the question: by frame and patch, and by layer
     layout      which token of the prompt is which part of which frame
     mask        which frames the head sees
@@ -40,7 +40,7 @@ from pictures_attention import answer_attention, attention_layers, attention_map
 from pictures_features import error_figure, features_of, film_figure, fit_basis
 from pictures_layout import layout_figure, layout_numbers, mask_figure, sequence_figure
 from pictures_strip import NotThereError, save_figure, shorten, unnormalise
-from pictures_surprise import surprise_maps, surprise_of, surprise_timeline
+from pictures_surprise import copying_surprise, surprise_maps, surprise_of, surprise_timeline
 from report import Report
 from tqdm import tqdm
 
@@ -64,9 +64,14 @@ SECTIONS = (
     (
         "Surprise",
         "The error of the prediction over that of copying the last frame and a floor, which keeps patches in which nothing "
-        "changes from being surprising by their noise: about 1 for what could not be foreseen better than by copying. Copying "
-        "itself is drawn beside it. Thumbnails are the most surprising frames of their stretch of time.",
-        {"surprise": "surprise and errors over time", "surprise_maps": "surprise of each patch over the frames"},
+        "changes from being surprising by their noise: 1, dotted, is the error of copying plus the floor. Copying itself lies "
+        "below that, far below where little moves. It is drawn beside it, and marks and colours compare with it: a patch as "
+        "wrong as copying is neutral. Where nothing moves both errors are small, and a colour says little. Thumbnails are the "
+        "most surprising frames of their stretch of time.",
+        {
+            "surprise": "surprise and errors over time",
+            "surprise_maps": "surprise of each patch, over that of copying, over the frames",
+        },
     ),
     (
         "Attention of the answer",
@@ -250,6 +255,7 @@ def draw_prediction(
         "errors": surprise.errors,
         "copy_errors": surprise.copy_errors,
         "surprise": surprise.frames,
+        "copying_surprise": copying_surprise(surprise),
         "surprise_patches": surprise.patches,
         "surprise_floor": SURPRISE_FLOOR,
         "basis": asdict(basis),

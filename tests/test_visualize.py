@@ -13,12 +13,12 @@ import visualize
 from browser import Browser, find_chromium
 from demo_folder import NUM_FRAMES, make_demo_folder
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, to_rgba
 from matplotlib.text import Text
 from pictures_attention import answer_attention, attention_layers, attention_maps, attention_numbers
 from pictures_features import FeatureBasis, error_figure, features_of, film_figure, fit_basis
 from pictures_layout import head_visibility, layout_figure, layout_numbers, sequence_figure
-from pictures_strip import NotThereError, StripRow, colour_scale, frame_strip, over_frame, shorten
+from pictures_strip import BLUE, VERMILION, NotThereError, StripRow, colour_scale, frame_strip, over_frame, shorten
 from pictures_surprise import copying_surprise, shown_frames, surprise_maps, surprise_of, surprise_timeline
 from PIL import Image
 from report import Report
@@ -105,6 +105,7 @@ def test_the_numbers_are_those_of_the_model(checkpoint, settings, drawn):
             assert numbers[name] == pytest.approx(expected.tolist(), rel=1e-5), name
         assert numbers["metrics"] == pytest.approx(prediction.metrics, rel=1e-5)
         assert not numbers["is_copy"] and numbers["surprise_floor"] == SURPRISE_FLOOR
+        assert numbers["copying_surprise"] == pytest.approx(copying_surprise(surprise), rel=1e-5)
         maps = {name: getattr(surprise, name) for name in ("errors", "copy_errors")}
         for name, expected in {**maps, "surprise_patches": surprise.patches}.items():
             for own, other in zip(numbers[name], expected, strict=True):
@@ -136,6 +137,74 @@ def test_copying_is_as_surprising_as_a_model_that_copies(checkpoint, settings):
     surprise = surprise_of(prediction, clip.times)
     prediction.predictions = prediction.copies
     assert copying_surprise(surprise) == pytest.approx(surprise_of(prediction, clip.times).frames.tolist(), rel=1e-5)
+
+
+def rows_of(module: str, draw, *arguments):
+    """The lines and the options that a drawing gives `frame_strip`."""
+    strip = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            f"{module}.frame_strip", lambda rows, headings, **more: strip.update(more, rows=rows, headings=headings)
+        )
+        draw(*arguments)
+    return strip
+
+
+def test_copying_is_neutral_however_little_moves(folder, settings):
+    """An untrained head copies: where little moves its surprise is far below 1, which once looked like foresight."""
+    model = LlavaNextARForConditionalGeneration.from_pretrained(folder / "base").eval()
+    clip = read_clip(model, LlavaNextARProcessor.from_pretrained(folder / "base"), settings.videos[0], settings)
+    (surprise,) = model.surprise(**clip.inputs)
+    assert surprise.frames.max() < 0.9
+    assert copying_surprise(surprise) == surprise.frames.tolist()
+    shown = (clip.frames, clip.times.tolist(), surprise, "title")
+    strip = rows_of("pictures_surprise", surprise_maps, *shown)
+    assert strip["rows"][1].captions == ["", *["1.00"] * len(surprise.frames)]
+    for picture in strip["rows"][1].pictures[1:]:
+        assert np.ptp(picture, axis=-1).max() < 0.02  # gray: neither purple nor orange
+    # ... and a little worse is marked, though its surprise is below 1 still.
+    surprise.errors[2], surprise.frames[2] = 1.1 * surprise.errors[2], 1.1 * surprise.frames[2]
+    for number, errors in enumerate(surprise.errors):
+        surprise.errors[number] = errors if number == 2 else 0.9 * errors
+    figure = surprise_timeline(*shown)
+    lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].lines}
+    assert surprise.frames[2] < 1
+    np.testing.assert_allclose(lines["prediction, worse than copying"], lines["prediction"][[2]])
+    borders = [ax.spines["top"].get_edgecolor() for ax in figure.axes[2:]]
+    assert [border == to_rgba(VERMILION) for border in borders] == [number == 2 for number in range(len(borders))]
+
+
+def test_nothing_is_marked_where_copying_is_the_prediction():
+    surprise = made_up(5)
+    surprise.errors = surprise.copy_errors
+    surprise.frames *= 3  # whatever the floor is
+    figure = surprise_timeline(np.random.default_rng(0).random((5, 8, 8, 3)), range(5), surprise, "title")
+    lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].lines}
+    np.testing.assert_array_equal(lines["copying"], lines["prediction"])
+    assert len(lines["prediction, worse than copying"]) == 0
+    assert all(ax.spines["top"].get_edgecolor() == to_rgba(BLUE) for ax in figure.axes[2:])
+
+
+def test_half_and_twice_as_wrong_as_copying_are_equally_strong():
+    surprise = made_up(2, grid=(1, 5))
+    surprise.copy_errors = [torch.tensor([[0.01, 0.5, 2.0, 0.0, 0.0]])]
+    surprise.errors = [torch.tensor([[0.005, 0.5, 4.0, 0.0, 0.1]])]  # where nothing moved: right, and wrong
+    strip = rows_of("pictures_surprise", surprise_maps, np.ones((2, 1, 5, 3)), [0.0, 1.0], surprise, "title")
+    scale = strip["bars"][0].scale
+    drawn = strip["rows"][1].pictures[1][0] / over_frame(np.ones((1, 1, 3)), np.array([[1.0]]), scale)[0, 0]
+    drawn = drawn * scale.to_rgba(1.0)[:3]
+    np.testing.assert_allclose(drawn, scale.to_rgba([0.5, 1, 2, 1, np.float64(8)])[:, :3])
+    half, same, twice = scale.norm([0.5, 1.0, 2.0])
+    assert same - half == pytest.approx(twice - same) and same == pytest.approx(0.5)
+    assert strip["rows"][1].captions[1] == f"{4.605 / 2.51:.2f}"
+
+
+def test_copying_without_an_error_is_no_surprise():
+    surprise = made_up(3)
+    surprise.copy_errors[0] = torch.zeros(4, 4)
+    surprise.copy_errors[1] = surprise.errors[1] = torch.zeros(4, 4)
+    surprise.frames[1] = 0
+    assert copying_surprise(surprise) == [0, 0]
 
 
 # -- Features as colours
@@ -274,14 +343,7 @@ def test_a_drawn_frame_shows_each_of_its_tokens():
     tokens = tiny_model(**LAYOUTS["slow_fast"]).config.frame_token_layout.video(2)
     layout = layout_numbers(tokens, 0)
     frames = np.full((2, 20, 20, 3), 0.5)
-    strip = {}
-
-    def keep(rows, headings, **options):
-        strip.update(rows=rows, headings=headings)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pictures_layout.frame_strip", keep)
-        layout_figure(frames, [0.0, 1.0], layout, "title")
+    strip = rows_of("pictures_layout", layout_figure, frames, [0.0, 1.0], layout, "title")
     orange, purple = np.array([0xE6, 0x9F, 0x00]) / 255, np.array([0xCC, 0x79, 0xA7]) / 255
     for picture, own in zip(strip["rows"][0].pictures, layout["frames"], strict=True):
         right = np.isclose(picture[:, -5], orange).all(-1).astype(int)
