@@ -26,6 +26,7 @@ from pictures_strip import (
     frame_strip,
     over_frame,
     time_labels,
+    write_title,
 )
 
 from llava_next_ar.frame_surprise import VideoSurprise, measure_surprise
@@ -97,7 +98,7 @@ def surprise_timeline(frames: np.ndarray, seconds: Sequence[float], surprise: An
     figure = Figure(figsize=(WIDTH, 5), facecolor="white")
     grid = {"left": 0.075, "right": 0.985, "bottom": 0.1, "top": 0.68, "hspace": 0.28, "height_ratios": (1.5, 1)}
     surprise_ax, error_ax = figure.subplots(2, 1, sharex=True, gridspec_kw=grid)
-    figure.text(0.01, 0.965, title, fontsize=10.5, va="center", color=INK)
+    write_title(figure, title)
     index = surprise.frame_index.tolist()
     times, values = [seconds[frame] for frame in index], surprise.frames.tolist()
     surprise_ax.axhline(1, color=INK, linewidth=0.8, linestyle=":", zorder=1)

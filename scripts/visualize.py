@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 from pictures_attention import answer_attention, attention_layers, attention_maps, attention_numbers
 from pictures_features import error_figure, features_of, film_figure, fit_basis
 from pictures_layout import layout_figure, layout_numbers, mask_figure, sequence_figure
-from pictures_strip import NotThereError, save_figure, shorten, unnormalise
+from pictures_strip import NotThereError, legible, save_figure, shorten, unnormalise
 from pictures_surprise import copying_surprise, surprise_maps, surprise_of, surprise_timeline
 from report import Report
 from tqdm import tqdm
@@ -199,7 +199,7 @@ def read_clip(model: Any, processor: Any, video: str, settings: VisualizeSetting
     types = inputs["video_frame_types"][0].tolist() if "video_frame_types" in inputs else None
     return Clip(
         video=video,
-        name=shorten(Path(video).name),
+        name=legible(shorten(Path(video).name)),
         inputs=inputs,
         frames=frames,
         times=inputs["video_timestamps"][0].cpu(),
@@ -274,7 +274,7 @@ def draw_attention(
     """
     attention = answer_attention(model, processor, clip.inputs, settings.max_new_tokens)
     numbers = attention_numbers(attention.weights, clip.tokens, clip.first_position)
-    said = repr(shorten(attention.answer, 40)) if attention.answer else "(no words)"
+    said = legible(repr(shorten(attention.answer, 40))) if attention.answer else "(no words)"
     title = f"{clip.name}: attention of the answer {said}"
     album.add("attention", attention_maps(clip.frames, clip.times.tolist(), numbers, title))
     album.add("attention_layers", attention_layers(numbers, title))

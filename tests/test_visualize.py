@@ -1,8 +1,11 @@
 """scripts/visualize.py and the drawings that it is made of, on tiny models and real mp4 files."""
 
 import base64
+import io
 import json
 import re
+from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,16 +15,31 @@ import torch
 import visualize
 from browser import Browser, find_chromium
 from demo_folder import NUM_FRAMES, make_demo_folder
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.text import Text
 from pictures_attention import answer_attention, attention_layers, attention_maps, attention_numbers
 from pictures_features import FeatureBasis, error_figure, features_of, film_figure, fit_basis
 from pictures_layout import head_visibility, layout_figure, layout_numbers, sequence_figure
-from pictures_strip import BLUE, VERMILION, NotThereError, StripRow, colour_scale, frame_strip, over_frame, shorten
+from pictures_strip import (
+    BLUE,
+    VERMILION,
+    NotThereError,
+    StripRow,
+    colour_scale,
+    frame_strip,
+    legible,
+    over_frame,
+    shorten,
+    write_title,
+)
 from pictures_surprise import copying_surprise, shown_frames, surprise_maps, surprise_of, surprise_timeline
 from PIL import Image
-from report import Report
+from report import Report, answers_figure
 from tiny import LAYOUTS, VIDEO_TOKEN, tiny_model, video_batch
 from tiny_processor import tiny_processor
 from video_clips import write_clip
@@ -391,9 +409,9 @@ def made_up(num_frames: int, grid=(4, 4)) -> VideoSurprise:
     )
 
 
-def all_figures(num_frames: int):
+def all_figures(num_frames: int, name: str = "a_rather_long_name_of_a_video_" * 5):
     """Every kind of drawing, with numbers as long as they come."""
-    name = shorten("a_rather_long_name_of_a_video_" * 5)
+    name = shorten(name)
     model = tiny_model(**LAYOUTS["slow_fast"])
     frames, seconds = (
         np.random.default_rng(0).random((num_frames, 24, 24, 3)),
@@ -447,6 +465,85 @@ def test_no_text_covers_another_or_leaves_its_figure(num_frames):
             for other, box in texts[:number]:
                 apart = right <= box[0] + 1 or box[2] <= left + 1 or top <= box[1] + 1 or box[3] <= bottom + 1
                 assert apart, f"{text!r} covers {other!r} ({num_frames} frames)"
+
+
+def test_a_dollar_in_a_title_is_no_formula():
+    def width(title: str) -> float:
+        box = next(box for text, box in drawn_texts(sequence_figure(layout, tokens, 90, title)) if text == title)
+        return box[2] - box[0]
+
+    tokens = tiny_model().config.frame_token_layout.video(2)
+    layout = layout_numbers(tokens, 0)
+    assert width("$5 or $10") > width("5 or 10")
+    width("a$b_$c.mp4")  # is no formula that matplotlib can read
+    for figure in all_figures(2, "a$b_$c"):
+        assert any("a$b_$c" in text for text, _ in drawn_texts(figure))
+    answers_figure({"what costs $b_$": {"exact": 0.5}}).savefig(io.BytesIO())
+
+
+@pytest.fixture
+def chinese_font(tmp_path):
+    """A font with two characters, one a square and one without ink, where matplotlib finds it."""
+    pen = TTGlyphPen(None)
+    for move, place in ((pen.moveTo, (0, 0)), *((pen.lineTo, place) for place in ((0, 800), (800, 800), (800, 0)))):
+        move(place)
+    pen.closePath()
+    empty = TTGlyphPen(None).glyph()
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([".notdef", "ink", "none"])
+    font.setupCharacterMap({ord("红"): "ink", ord("色"): "none"})
+    font.setupGlyf({".notdef": empty, "ink": pen.glyph(), "none": empty})
+    font.setupHorizontalMetrics(dict.fromkeys((".notdef", "ink", "none"), (1000, 0)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupOS2()
+    font.setupNameTable({"familyName": "Two Characters", "styleName": "Regular"})
+    font.setupPost()
+    font.save(tmp_path / "two.ttf")
+    before = list(fontManager.ttflist)
+    fontManager.addfont(tmp_path / "two.ttf")
+    yield
+    fontManager.ttflist[:] = before
+
+
+def test_a_title_has_the_font_that_has_its_characters(chinese_font):
+    def drawn(title: str) -> bytes:
+        figure = Figure(figsize=(4, 1))
+        write_title(figure, title)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return bytes(canvas.buffer_rgba())
+
+    assert legible("clip 红色") == "clip 红色" and legible("clip 红蓝") == "(see the page)"
+    assert drawn("clip 红") != drawn("clip 色")  # boxes would be equal
+
+
+@pytest.mark.skipif(legible("红") == "红", reason="a font here has Chinese characters")
+def test_words_that_no_font_has_are_on_the_page(tmp_path, monkeypatch):
+    model, titles, answer = moving(tiny_model()), [], "红色的圆 costs $5_ and $6"
+
+    def note(draw, *arguments):
+        titles.append(arguments[-1])
+        return draw(*arguments)
+
+    for name in ("attention_maps", "film_figure"):
+        monkeypatch.setattr(visualize, name, partial(note, getattr(visualize, name)))
+    monkeypatch.setattr(
+        visualize, "answer_attention", lambda *arguments: replace(answer_attention(*arguments), answer=answer)
+    )
+    for name in ("圆", "a$b_$c"):
+        clip = write_clip(tmp_path / f"{name}.mp4", 8)
+        settings = VisualizeSettings(model="none", videos=(str(clip),), num_frames=2, max_new_tokens=1)
+        visualize.visualize(settings, tmp_path / "out", model, tiny_processor(model.config), progress=False)
+        page = Page(tmp_path / "out" / "index.html")
+        assert answer in page.words and str(clip) in page.words
+    assert "圆" not in "".join(titles) and "".join(titles).count("(see the page)") == 4
+    assert titles[2].startswith("a$b_$c.mp4: features") and titles[1].startswith("(see the page): attention of")
+
+
+def test_names_are_shortened_to_the_room_that_they_take():
+    assert shorten("a" * 24) == "a" * 24 and shorten("ab" * 20) == "ab" * 5 + "..." + "ab" * 5
+    assert shorten("红" * 12) == "红" * 12 and shorten("红" * 13) == "红" * 5 + "..." + "红" * 5
+    assert shorten("clip_" + "红" * 13) == "clip_红红...红红红红红"
 
 
 def test_numbers_lie_on_the_place_that_they_are_about():
