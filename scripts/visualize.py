@@ -19,6 +19,7 @@ frame, features as coordinates on their principal components). The pictures:
     mask        which frames the head sees
 
 A checkpoint without a head, or a video of one frame, gives the pictures that need none; page and numbers say what is left out.
+So do they of a video among others that cannot be read. The exit code is 1 then, and 2 where nothing could be drawn or written.
 """
 
 import argparse
@@ -52,8 +53,8 @@ SECTIONS = (
     (
         "True and predicted features",
         "The vision features of each frame as colours, on one basis for all rows, the principal components of the true ones: "
-        "lightness is the first, blue to yellow the second, green to red the third. Equal colours are equal features. Each "
-        "column is predicted from the columns to its left alone; the first cannot be predicted.",
+        "lightness is the first, blue to yellow the second, green to red the third. Equal colours are equal features. The "
+        "first frame cannot be predicted.",
         {"film": "frames above their true, predicted and copied features"},
     ),
     (
@@ -92,6 +93,9 @@ SECTIONS = (
     ),
 )  # fmt: skip
 
+# Of a head that sees no frame before it has predicted it.
+FORESIGHT = "Each column is predicted from the columns to its left alone."
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisualizeSettings:
@@ -115,7 +119,8 @@ class VisualizeSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype is {self.dtype!r}, expected one such as float32 or bfloat16")
 
     def command_line(self, output: Path) -> str:
@@ -140,22 +145,24 @@ class VisualizeSettings:
 
 
 class Album:
-    """The pictures of one video, in a folder of their own; those of an earlier run go away."""
+    """The pictures of one video, in a folder of their own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.widths: dict[str, int] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        for _, _, pictures in SECTIONS:
-            for name in pictures:
-                self.path(name).unlink(missing_ok=True)
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.png"
 
     def add(self, name: str, figure: Figure, scale: float = 1) -> None:
         """`scale` is the size on the page, where a figure that was made for something else is too large."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.widths[name] = round(scale * save_figure(figure, self.path(name)))
+
+    def remove_others(self) -> None:
+        """Pictures that an earlier run left and this one does not have go away."""
+        for name in (name for _, _, pictures in SECTIONS for name in pictures if name not in self.widths):
+            self.path(name).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -250,6 +257,7 @@ def draw_prediction(
         "frame_index": surprise.frame_index,
         **prediction.frame_metrics,
         "metrics": prediction.metrics,
+        "sees_later_frames": not head.use_frame_causal_mask,
         # The last layer of a head that has never trained is zero.
         "is_copy": all(torch.equal(a, b) for a, b in zip(prediction.predictions, prediction.copies, strict=True)),
         "errors": surprise.errors,
@@ -300,16 +308,22 @@ def draw_video(
 
     Returns:
         its numbers: `video`, `seconds` of each frame, `question`, each of `PARTS` (None where left out), and `left_out` with
-        the reason for each picture that there is none of.
+        the reason for each picture that there is none of. If the video cannot be read, `seconds` is None too.
     """
-    clip = read_clip(model, processor, video, settings)
-    record = {"video": video, "seconds": clip.times, "question": settings.question, "left_out": {}}
+    record = {"video": video, "seconds": None, "question": settings.question, **dict.fromkeys(PARTS), "left_out": {}}
+    try:
+        clip = read_clip(model, processor, video, settings)
+    except (ValueError, OSError) as error:
+        for _, pictures in PARTS.values():
+            record["left_out"].update(dict.fromkeys(pictures, f"the video cannot be read: {error}"))
+        bar.update(len(PARTS))
+        return record
+    record["seconds"] = clip.times
     for part, (draw, pictures) in PARTS.items():
         bar.set_postfix_str(f"{part} of {clip.name}")
         try:
             record[part] = draw(model, processor, clip, settings, album)
         except NotThereError as error:
-            record[part] = None
             record["left_out"].update(dict.fromkeys(pictures, str(error)))
         bar.update()
     return record
@@ -324,18 +338,21 @@ def visualize(
     """Writes pictures, page and numbers to a folder; returns the numbers.
 
     Args:
-        output: folder to write; pictures of an earlier run of the same name are replaced.
+        output: folder to write; pictures of an earlier run of the same name are replaced. It stays as it is if no video can
+            be read.
         model, processor: instead of those that `settings.model` names.
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: if a video cannot be read or has fewer frames than asked for, or the checkpoint cannot be loaded.
+        ValueError: if the device is not there, the checkpoint cannot be loaded, or none of the videos can be read or has as
+            many frames as asked for.
         FileNotFoundError: naming the videos that do not exist.
     """
     missing = [video for video in settings.videos if not Path(video).is_file()]
     if missing:
         raise FileNotFoundError(f"no such video: {', '.join(missing)}")
     if model is None or processor is None:
+        check_device(settings.device)
         settings = replace(settings, revision=resolved_revision(settings.model, settings.revision))
         model, processor = load_checkpoint(
             settings.model,
@@ -351,7 +368,10 @@ def visualize(
             draw_video(model, processor, video, settings, album, bar)
             for video, album in zip(settings.videos, albums, strict=True)
         ]
+    if all(map(is_unread, records)):
+        raise ValueError("\n".join(f"{record['video']}: {reason_unread(record)}" for record in records))
     for record, folder, album in zip(records, folders, albums, strict=True):
+        album.remove_others()
         record["pictures"] = {name: f"{folder}/{album.path(name).name}" for name in album.widths}
     results = {
         "settings": plain(asdict(settings)),
@@ -363,6 +383,24 @@ def visualize(
     (output / "numbers.json").write_text(json.dumps(results, allow_nan=False) + "\n", encoding="utf-8")
     write_page(results, albums, folders, output / "index.html")
     return results
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError unless there is a device of that name."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device is {device!r}, expected one that is there, such as cpu: {reason}") from error
+
+
+def is_unread(record: dict[str, Any]) -> bool:
+    """Whether a video's record is that of one that could not be read."""
+    return record["seconds"] is None
+
+
+def reason_unread(record: dict[str, Any]) -> str:
+    return next(iter(record["left_out"].values()))
 
 
 def folder_names(videos: Sequence[str]) -> list[str]:
@@ -399,6 +437,9 @@ def write_page(results: dict[str, Any], albums: Sequence[Album], anchors: Sequen
         report.contents({anchor: record["video"] for anchor, record in zip(anchors, records, strict=True)})
     for record, album, anchor in zip(records, albums, anchors, strict=True):
         report.heading(record["video"], anchor=anchor)
+        if is_unread(record):
+            report.text(f"Left out: {reason_unread(record)}.")
+            continue
         report.facts(facts(record))
         for heading, text, pictures in SECTIONS:
             report.heading(heading, level=3)
@@ -406,6 +447,8 @@ def write_page(results: dict[str, Any], albums: Sequence[Album], anchors: Sequen
             if reasons:
                 report.text(f"Left out: {'; '.join(sorted(reasons))}.")
                 continue
+            if "film" in pictures and not record["prediction"]["sees_later_frames"]:
+                text = f"{text} {FORESIGHT}"
             report.text(text, note=True)
             for name, alt in pictures.items():
                 report.picture(album.path(name), album.widths[name], f"{record['video']}: {alt}")
@@ -435,6 +478,8 @@ def facts(record: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{metrics['mse']:.4g} (squared; of copying {metrics['copy_mse']:.4g}), cosine {metrics['cosine']:.3f}",
             ),
         ]
+        if record["prediction"]["sees_later_frames"]:
+            rows.append(("note", "the head has seen the frames that it predicts (use_frame_causal_mask=False)"))
         if record["prediction"]["is_copy"]:
             rows.append(("note", "every prediction is the frame before: this head has not been trained"))
     return rows
@@ -465,10 +510,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = visualize(VisualizeSettings(**{**options, "videos": tuple(options["videos"])}), output)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    unread = [record for record in results["videos"] if is_unread(record)]
     for record in results["videos"]:
-        for picture, reason in record["left_out"].items():
+        for picture, reason in record["left_out"].items() if record not in unread else ():
             print(f"{record['video']}: no {picture}: {reason}")
     print(f"page: {output / 'index.html'}\nnumbers: {output / 'numbers.json'}")
+    if unread:
+        reasons = (f"{parser.prog}: {record['video']}: {reason_unread(record)}\n" for record in unread)
+        parser.exit(1, "".join(reasons))
 
 
 if __name__ == "__main__":

@@ -649,6 +649,51 @@ def test_one_frame_has_nothing_to_predict_and_an_untrained_head_is_told(checkpoi
     assert "this head has not been trained" in Page(tmp_path / "raw" / "index.html").text
 
 
+def test_a_head_that_sees_later_frames_is_told(tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", 8)
+    settings = VisualizeSettings(model="none", videos=(str(clip),), num_frames=3, max_new_tokens=1)
+    for causal in (True, False):
+        model = moving(tiny_model(head={"use_frame_causal_mask": causal}))
+        visualize.visualize(settings, tmp_path / "out", model, tiny_processor(model.config), progress=False)
+        text = Page(tmp_path / "out" / "index.html").text
+        assert ("predicted from the columns to its left alone" in text) == causal
+        assert ("the head has seen the frames that it predicts (use_frame_causal_mask=False)" in text) != causal
+
+
+def test_videos_that_cannot_be_read_are_left_out(folder, tmp_path, capsys):
+    good = sorted((folder / "clips" / "videos").glob("*.mp4"))[0]
+    bad = tmp_path / "bad.mp4"
+    output = tmp_path / "out"
+    base = ["--model", str(folder / "base"), "--output", str(output), "--device", "cpu"]
+    base += ["--num-frames", "2", "--max-new-tokens", "1", "--video"]
+    bad.write_bytes(good.read_bytes())
+    visualize.main([*base, str(bad), str(good)])
+    assert (output / "bad" / "film.png").exists()
+    bad.write_bytes(b"no video")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        visualize.main([*base, str(bad), str(good)])
+    said = capsys.readouterr()
+    assert stopped.value.code == 1 and f"{bad}: the video cannot be read: " in said.err
+    assert "page: " in said.out and "no film" not in said.out
+    unread, read = json.loads((output / "numbers.json").read_text())["videos"]
+    assert set(unread["left_out"]) == set(PICTURES) and unread["seconds"] is None and unread["pictures"] == {}
+    assert read["left_out"] == {} and set(read["pictures"]) == set(PICTURES)
+    assert not list((output / "bad").iterdir())  # the pictures of what it once was
+    page = Page(output / "index.html")
+    assert len(page.all("img")) == len(PICTURES) and page.words.count(str(bad)) == 2
+    assert page.text.count("Left out: the video cannot be read: ") == 1
+    # Where none can be read, what is there stays.
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    worse = tmp_path / "worse.mp4"
+    worse.write_bytes(b"no video")
+    with pytest.raises(SystemExit) as stopped:
+        visualize.main([*base, str(bad), str(worse)])
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and "bad.mp4: the video" in said.err and "worse.mp4: the video" in said.err
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
 def test_a_video_in_which_nothing_changes_can_be_drawn(tmp_path):
     model = tiny_model()
     clip = tmp_path / "clip.mp4"
@@ -680,6 +725,9 @@ def test_the_command_line_names_what_is_wrong(folder, tmp_path, capsys):
         (["--video", str(clip), "--num-frames", "0"], "num_frames is 0"),
         (["--video", str(clip), "--num-frames", "99"], "99"),
         (["--video", str(clip), "--dtype", "float31"], "dtype is 'float31'"),
+        (["--video", str(clip), "--dtype", "int64"], "dtype is 'int64'"),
+        (["--video", str(clip), "--device", "gpu"], "device is 'gpu', expected one that is there"),
+        (["--video", str(clip), "--device", "cuda:99"], "device is 'cuda:99', expected one that is there"),
         (["--video", str(clip), "--revision", "v1"], "revision is 'v1'"),
     ):
         with pytest.raises(SystemExit) as stopped:
