@@ -119,8 +119,7 @@ class VisualizeSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
-        dtype = getattr(torch, self.dtype, None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"dtype is {self.dtype!r}, expected one such as float32 or bfloat16")
 
     def command_line(self, output: Path) -> str:
@@ -315,7 +314,7 @@ def draw_video(
         clip = read_clip(model, processor, video, settings)
     except (ValueError, OSError) as error:
         for _, pictures in PARTS.values():
-            record["left_out"].update(dict.fromkeys(pictures, f"the video cannot be read: {error}"))
+            record["left_out"].update(dict.fromkeys(pictures, str(error)))
         bar.update(len(PARTS))
         return record
     record["seconds"] = clip.times

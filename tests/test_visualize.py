@@ -674,7 +674,7 @@ def test_videos_that_cannot_be_read_are_left_out(folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         visualize.main([*base, str(bad), str(good)])
     said = capsys.readouterr()
-    assert stopped.value.code == 1 and f"{bad}: the video cannot be read: " in said.err
+    assert stopped.value.code == 1 and f"{bad}: cannot read video" in said.err
     assert "page: " in said.out and "no film" not in said.out
     unread, read = json.loads((output / "numbers.json").read_text())["videos"]
     assert set(unread["left_out"]) == set(PICTURES) and unread["seconds"] is None and unread["pictures"] == {}
@@ -682,7 +682,7 @@ def test_videos_that_cannot_be_read_are_left_out(folder, tmp_path, capsys):
     assert not list((output / "bad").iterdir())  # the pictures of what it once was
     page = Page(output / "index.html")
     assert len(page.all("img")) == len(PICTURES) and page.words.count(str(bad)) == 2
-    assert page.text.count("Left out: the video cannot be read: ") == 1
+    assert page.text.count("Left out: cannot read video") == 1
     # Where none can be read, what is there stays.
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     worse = tmp_path / "worse.mp4"
@@ -690,7 +690,7 @@ def test_videos_that_cannot_be_read_are_left_out(folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         visualize.main([*base, str(bad), str(worse)])
     said = capsys.readouterr()
-    assert stopped.value.code == 2 and "bad.mp4: the video" in said.err and "worse.mp4: the video" in said.err
+    assert stopped.value.code == 2 and "bad.mp4: cannot" in said.err and "worse.mp4: cannot" in said.err
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
@@ -725,7 +725,6 @@ def test_the_command_line_names_what_is_wrong(folder, tmp_path, capsys):
         (["--video", str(clip), "--num-frames", "0"], "num_frames is 0"),
         (["--video", str(clip), "--num-frames", "99"], "99"),
         (["--video", str(clip), "--dtype", "float31"], "dtype is 'float31'"),
-        (["--video", str(clip), "--dtype", "int64"], "dtype is 'int64'"),
         (["--video", str(clip), "--device", "gpu"], "device is 'gpu', expected one that is there"),
         (["--video", str(clip), "--device", "cuda:99"], "device is 'cuda:99', expected one that is there"),
         (["--video", str(clip), "--revision", "v1"], "revision is 'v1'"),
