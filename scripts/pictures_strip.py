@@ -118,21 +118,24 @@ def shorten(name: str, length: int = 24) -> str:
 
 def _families(text: str) -> tuple[list[str], set[int]]:
     """Fonts to write a text with, the usual one first, and the characters that no font of matplotlib's has."""
-    families = [FontProperties().get_name()]
-    missing = {ord(character) for character in text if not character.isspace()} - _characters(families[0])
+    usual = FontProperties()
+    families = [usual.get_name()]
+    missing = {ord(character) for character in text if not character.isspace()} - _characters(findfont(usual))
     # "Last Resort" has a box for every character.
-    others = sorted({font.name for font in fontManager.ttflist if not font.name.startswith("Last Resort")})
-    while missing and missing & _characters(
-        most := max(others, key=lambda family: len(missing & _characters(family)))
-    ):
+    files = {font.name: font.fname for font in fontManager.ttflist if not font.name.startswith("Last Resort")}
+    while missing:
+        most = max(files, key=lambda family: len(missing & _characters(files[family])))
+        found = missing & _characters(files[most])
+        if not found:
+            break
         families.append(most)
-        missing = missing - _characters(most)
+        missing = missing - found
     return families, missing
 
 
 @cache
-def _characters(family: str) -> frozenset[int]:
-    font = get_font(findfont(family))
+def _characters(file: str) -> frozenset[int]:
+    font = get_font(file)
     return frozenset(font.get_charmap()) if font.scalable else frozenset()
 
 

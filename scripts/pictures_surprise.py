@@ -104,7 +104,7 @@ def surprise_timeline(frames: np.ndarray, seconds: Sequence[float], surprise: An
     surprise_ax.axhline(1, color=INK, linewidth=0.8, linestyle=":", zorder=1)
     surprise_ax.plot(times, values, "o-", color=BLUE, markersize=5, linewidth=1.4, label="prediction", zorder=3)
     copying = copying_surprise(surprise)
-    surprise_ax.plot(times, copying, "s--", color=GRAY, markersize=3.5, linewidth=1.2, label="copying", zorder=2)
+    surprise_ax.plot(times, copying, "s--", color=GRAY, markersize=3.5, linewidth=1.2, label="copying", zorder=3.5)
     is_worse = frames_over_copying(surprise) > 1
     label = "prediction, worse than copying"
     marked = np.array([times, values])[:, is_worse]
