@@ -4,9 +4,9 @@
     surprise = error / (copy_error + floor * variance)
 
 with mean squared errors over features. Copying the last frame misses by as much as the picture changed, so that motion which
-is foreseen gives little, however fast it is, and what is no better foreseen than by copying nearly 1. The floor, a share of the
-variance of the features, keeps patches in which nothing changes from being surprising by their noise; by it, copying itself has
-`copy_error / (copy_error + floor * variance)`, which is below 1.
+is foreseen gives little, however fast it is. The floor, a share of the variance of the features, keeps patches in which nothing
+changes from being surprising by their noise: 1 is the error of copying plus the floor. Copying itself has
+`copy_error / (copy_error + floor * variance)`, which is below 1, and far below where little moves.
 
 Kin: surprise as the error of latent prediction in V-JEPA (arXiv 2502.11831) and Cambrian-S (arXiv 2511.04670), there without
 a baseline.

@@ -16,7 +16,6 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from pictures_strip import (
     BLUE,
-    INK,
     LIGHT,
     ORANGE,
     WIDTH,
@@ -27,6 +26,7 @@ from pictures_strip import (
     frame_strip,
     over_frame,
     time_labels,
+    write_title,
 )
 from transformers.cache_utils import DynamicCache
 
@@ -172,7 +172,7 @@ def attention_layers(numbers: dict[str, Any], title: str) -> Figure:
     num_layers, num_frames = shares.shape
     height = 1.5 + min(max(0.2 * num_layers, 0.9), 5)
     figure = Figure(figsize=(WIDTH, height), facecolor="white")
-    figure.text(0.01, 1 - 0.17 / height, title, fontsize=10.5, va="center", color=INK)
+    write_title(figure, title)
     top, bottom = 1 - 0.72 / height, 0.5 / height
     frame_ax, split_ax = figure.subplots(
         1,

@@ -7,7 +7,19 @@ import numpy as np
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from pictures_strip import GRAY, INK, LIGHT, ORANGE, PURPLE, SKY, WIDTH, StripRow, frame_strip, legend_of, time_labels
+from pictures_strip import (
+    GRAY,
+    LIGHT,
+    ORANGE,
+    PURPLE,
+    SKY,
+    WIDTH,
+    StripRow,
+    frame_strip,
+    legend_of,
+    time_labels,
+    write_title,
+)
 
 from llava_next_ar.frame_masks import FrameLevelMaskGenerator
 from llava_next_ar.frame_token_layout import FrameType, TokenKind, VideoTokens
@@ -127,7 +139,7 @@ def sequence_figure(layout: dict[str, Any], tokens: VideoTokens, length: int, ti
     """
     figure = Figure(figsize=(WIDTH, 1.15), facecolor="white")
     ax = figure.add_axes((0.02, 0.36, 0.965, 0.3))
-    figure.text(0.01, 0.86, title, fontsize=10.5, va="center", color=INK)
+    write_title(figure, title)
     colours = np.empty((1, length, 3))
     colours[:] = to_rgb(LIGHT)
     for own in layout["frames"]:

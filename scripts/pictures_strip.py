@@ -8,8 +8,10 @@ frames as with 4. Colours keep apart for colour-blind readers too: scales differ
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unicodedata import east_asian_width
 
 import matplotlib
 import numpy as np
@@ -17,10 +19,11 @@ import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.patches import Rectangle
 
 COLUMNS = 8
-BLUE, SKY, ORANGE, VERMILION, PURPLE, GREEN = "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#CC79A7", "#009E73"
+BLUE, SKY, ORANGE, VERMILION, PURPLE = "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#CC79A7"
 GRAY, LIGHT, INK = "#767676", "#D9D9D9", "#222222"
 # Pixels of an inch: in a file, and on a page, where a file is shown smaller and so stays sharp on a fine screen.
 FILE_DPI, PAGE_DPI = 130, 112
@@ -103,9 +106,49 @@ def save_figure(figure: Figure, path: Path) -> int:
 
 
 def shorten(name: str, length: int = 24) -> str:
-    """A name, its middle left out where it is too long."""
+    """A name, its middle left out where it is too long; of Chinese and other wide characters half as many have room."""
+    widths = [2 if east_asian_width(character) in "FW" else 1 for character in name]
+    if sum(widths) <= length:
+        return name
     half = (length - 3) // 2
-    return name if len(name) <= length else f"{name[:half]}...{name[-half:]}"
+    start = int((np.cumsum(widths) <= half).sum())
+    end = int((np.cumsum(widths[::-1]) <= half).sum())
+    return f"{name[:start]}...{name[len(name) - end :]}"
+
+
+def _families(text: str) -> tuple[list[str], set[int]]:
+    """Fonts to write a text with, the usual one first, and the characters that no font of matplotlib's has."""
+    usual = FontProperties()
+    families = [usual.get_name()]
+    missing = {ord(character) for character in text if not character.isspace()} - _characters(findfont(usual))
+    # "Last Resort" has a box for every character.
+    files = {font.name: font.fname for font in fontManager.ttflist if not font.name.startswith("Last Resort")}
+    while missing:
+        most = max(files, key=lambda family: len(missing & _characters(files[family])))
+        found = missing & _characters(files[most])
+        if not found:
+            break
+        families.append(most)
+        missing = missing - found
+    return families, missing
+
+
+@cache
+def _characters(file: str) -> frozenset[int]:
+    font = get_font(file)
+    return frozenset(font.get_charmap()) if font.scalable else frozenset()
+
+
+def legible(text: str) -> str:
+    """A text for a title, or a hint at the page, which a browser writes, where no font here has all its characters."""
+    return "(see the page)" if _families(text)[1] else text
+
+
+def write_title(figure: Figure, title: str) -> None:
+    """In the upper left corner, letter by letter: in names of files and in answers a dollar is no formula."""
+    width, height = figure.get_size_inches()
+    place, families = (0.1 / width, 1 - 0.18 / height), _families(title)[0]
+    figure.text(*place, title, fontsize=10.5, va="center", color=INK, family=families, parse_math=False)
 
 
 def time_labels(seconds: Sequence[float]) -> list[str]:
@@ -151,7 +194,7 @@ def frame_strip(
     below = top + num_blocks * block_height + (num_blocks - 1) * _BLOCK_GAP
     height = below + (_BARS_HEIGHT if bars else 0) + (_LEGEND_HEIGHT if legend else 0) + 0.08
     figure, ax = _inches(width, height)
-    ax.text(0.1, 0.2, title, fontsize=10.5, va="center", color=INK)
+    write_title(figure, title)
     for number, heading in enumerate(headings):
         block, column = divmod(number, columns)
         x = _LABEL_WIDTH + column * (cell + _GAP)

@@ -1,7 +1,8 @@
 """How surprising each frame is and where, over time and over the frames; used by scripts/visualize.py and scripts/demo.py.
 
-Surprise is the error of a prediction over that of copying the frame before and a floor (frame_surprise.py): about 1 for what
-could not be foreseen better than by copying.
+Surprise is the error of a prediction over that of copying the frame before and a floor (frame_surprise.py): 1 is the error of
+copying plus the floor. Copying itself lies below that, far below where little moves, and so it is copying's own surprise that
+marks and colours compare with, not 1.
 """
 
 from collections.abc import Sequence
@@ -25,12 +26,13 @@ from pictures_strip import (
     frame_strip,
     over_frame,
     time_labels,
+    write_title,
 )
 
 from llava_next_ar.frame_surprise import VideoSurprise, measure_surprise
 
 MAX_THUMBNAILS = 11
-# Purple below 1 and orange above, both lighter towards 1; the purple no darker than lets the frame be seen below it.
+# Purple for better than copying and orange for worse; the purple no darker than lets the frame be seen below it.
 _COLOURS = LinearSegmentedColormap.from_list(
     "surprise", [matplotlib.colormaps["PuOr_r"](place) for place in (0.22, 0.36, 0.5, 0.75, 1.0)]
 )
@@ -60,20 +62,32 @@ def shown_frames(surprise: Any, most: int = MAX_THUMBNAILS) -> list[int]:
     return [int(stretch[surprise.frames.numpy()[stretch].argmax()]) for stretch in stretches]
 
 
+def over_copying(errors: np.ndarray, copy_errors: np.ndarray) -> np.ndarray:
+    """Surprise over that of copying, in which the floor cancels: 1 is exactly as wrong as copying, also if neither is wrong."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(errors == copy_errors, 1.0, errors / copy_errors)
+
+
+def frames_over_copying(surprise: Any) -> np.ndarray:
+    """`[M]`, `over_copying` of each frame."""
+    return over_copying(
+        *(np.array([float(error.mean()) for error in some]) for some in (surprise.errors, surprise.copy_errors))
+    )
+
+
 def copying_surprise(surprise: Any) -> list[float]:
     """What the surprise of each frame would be if the frame before it were the prediction; below 1 by the floor alone.
 
     NaN where a prediction is without any error: the floor, which a `VideoSurprise` does not tell, cannot be derived then.
     """
-    errors, copy_errors = (
-        np.array([float(error.mean()) for error in some]) for some in (surprise.errors, surprise.copy_errors)
-    )
     with np.errstate(invalid="ignore"):
-        return (copy_errors * surprise.frames.numpy() / errors).tolist()
+        return (surprise.frames.numpy() / frames_over_copying(surprise)).tolist()
 
 
 def surprise_timeline(frames: np.ndarray, seconds: Sequence[float], surprise: Any, title: str) -> Figure:
-    """Surprise over time below thumbnails, and the two errors that it is made of.
+    """Surprise over time below thumbnails, beside that of copying, and the two errors that it is made of.
+
+    Marked are frames that were predicted worse than by copying. The dotted line is the error of copying plus the floor.
 
     Args:
         frames: `[T, H, W, 3]` in 0 to 1.
@@ -84,15 +98,17 @@ def surprise_timeline(frames: np.ndarray, seconds: Sequence[float], surprise: An
     figure = Figure(figsize=(WIDTH, 5), facecolor="white")
     grid = {"left": 0.075, "right": 0.985, "bottom": 0.1, "top": 0.68, "hspace": 0.28, "height_ratios": (1.5, 1)}
     surprise_ax, error_ax = figure.subplots(2, 1, sharex=True, gridspec_kw=grid)
-    figure.text(0.01, 0.965, title, fontsize=10.5, va="center", color=INK)
+    write_title(figure, title)
     index = surprise.frame_index.tolist()
     times, values = [seconds[frame] for frame in index], surprise.frames.tolist()
     surprise_ax.axhline(1, color=INK, linewidth=0.8, linestyle=":", zorder=1)
     surprise_ax.plot(times, values, "o-", color=BLUE, markersize=5, linewidth=1.4, label="prediction", zorder=3)
     copying = copying_surprise(surprise)
-    surprise_ax.plot(times, copying, "s--", color=GRAY, markersize=3.5, linewidth=1.2, label="copying", zorder=2)
-    above = np.array([(time, value) for time, value in zip(times, values, strict=True) if value > 1]).reshape(-1, 2)
-    surprise_ax.plot(*above.T, "D", color=VERMILION, markersize=5.5, label="prediction, above 1", zorder=4)
+    surprise_ax.plot(times, copying, "s--", color=GRAY, markersize=3.5, linewidth=1.2, label="copying", zorder=3.5)
+    is_worse = frames_over_copying(surprise) > 1
+    label = "prediction, worse than copying"
+    marked = np.array([times, values])[:, is_worse]
+    surprise_ax.plot(*marked, "D", color=VERMILION, markersize=5.5, label=label, zorder=4)
     surprise_ax.set_ylim(0, max(1.25, 1.15 * max(values)))
     surprise_ax.set_ylabel("surprise", fontsize=9)
     for errors, colour, style, label in (
@@ -116,12 +132,15 @@ def surprise_timeline(frames: np.ndarray, seconds: Sequence[float], surprise: An
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="#EEEEEE", linewidth=0.8)
         ax.set_axisbelow(True)
-    _draw_thumbnails(figure, surprise_ax, frames, surprise, times, values)
+    colours = [VERMILION if worse else BLUE for worse in is_worse]
+    _draw_thumbnails(figure, surprise_ax, frames, surprise, times, values, colours)
     return figure
 
 
-def _draw_thumbnails(figure: Figure, ax: Any, frames: np.ndarray, surprise: Any, times: list, values: list) -> None:
-    """A row above the axes, each thumbnail tied to its point."""
+def _draw_thumbnails(
+    figure: Figure, ax: Any, frames: np.ndarray, surprise: Any, times: list, values: list, colours: list[str]
+) -> None:
+    """A row above the axes, each thumbnail tied to its point, in its colour."""
     shown = shown_frames(surprise)
     left, right = 0.075, 0.985
     space = (right - left) / max(len(shown), 4)
@@ -138,13 +157,12 @@ def _draw_thumbnails(figure: Figure, ax: Any, frames: np.ndarray, surprise: Any,
         box = figure.add_axes((center - width / 2, 0.72, width, height))
         box.imshow(frames[int(surprise.frame_index[entry])], aspect="auto")
         box.set(xticks=[], yticks=[])
-        colour = VERMILION if values[entry] > 1 else BLUE
         for spine in box.spines.values():
-            spine.set(color=colour, linewidth=1.6)
+            spine.set(color=colours[entry], linewidth=1.6)
         box.set_title(f"{values[entry]:.2f}", fontsize=8, pad=2, color=INK)
         tie = ConnectionPatch(
             (0.5, 0), (times[entry], values[entry]), "axes fraction", "data", axesA=box, axesB=ax,
-            color=colour, linewidth=0.6, alpha=0.5,
+            color=colours[entry], linewidth=0.6, alpha=0.5,
         )  # fmt: skip
         figure.add_artist(tie)
 
@@ -161,28 +179,30 @@ def _spread(wanted: Sequence[float], distance: float, low: float, high: float) -
 
 
 def surprise_maps(frames: np.ndarray, seconds: Sequence[float], surprise: Any, title: str) -> Figure:
-    """The surprise of each patch over the frames: orange where it is above 1, purple where below.
+    """The surprise of each patch over that of copying, over the frames: orange where it is more, purple where less.
 
     The scale is logarithmic and the same on both sides of 1: half and twice as wrong as copying are equally strong.
     """
-    patches = [some.cpu().numpy() for some in surprise.patches]
-    away = np.abs(np.log2(np.maximum(np.concatenate([some.ravel() for some in patches]), 1e-6)))
+    patches = [
+        # LogNorm knows neither 0 nor infinity: of no error, and of no error of copying alone.
+        over_copying(error.cpu().numpy(), copy_error.cpu().numpy()).clip(1e-6, 1e6)
+        for error, copy_error in zip(surprise.errors, surprise.copy_errors, strict=True)
+    ]
+    away = np.abs(np.log2(np.concatenate([some.ravel() for some in patches])))
     reach = int(np.clip(np.ceil(np.percentile(away, 98)), 1, 3))
     scale = colour_scale(_COLOURS, LogNorm(2.0**-reach, 2.0**reach))
-    pictures = [
-        over_frame(frame, np.maximum(some, 1e-6), scale) for frame, some in zip(frames[1:], patches, strict=True)
-    ]
-    captions = ["", *(f"{value:.2f}" for value in surprise.frames.tolist())]
+    pictures = [over_frame(frame, some, scale) for frame, some in zip(frames[1:], patches, strict=True)]
+    captions = ["", *(f"{value:.2f}" for value in frames_over_copying(surprise))]
     powers = range(-reach, reach + 1)
     ticks = {2.0**power: f"1/{2**-power}" if power < 0 else str(2**power) for power in powers}
     bar = ColourBar(
         scale=scale,
-        label="surprise of a patch: 1 is about as wrong as copying (below: of the frame)",
+        label="surprise of a patch over that of copying: 1 is as wrong as copying (below: of the frame)",
         extend="both",
         ticks=ticks,
     )
     rows = [
         StripRow(name="frame", pictures=list(frames)),
-        StripRow(name="surprise", pictures=[None, *pictures], captions=captions),
+        StripRow(name="surprise over\ncopying's", pictures=[None, *pictures], captions=captions),
     ]
     return frame_strip(rows, time_labels(seconds), title=title, bars=[bar])

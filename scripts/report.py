@@ -78,7 +78,7 @@ def _accuracy_bars(series: Sequence[tuple[str, str, dict[str, Any], str]], label
             ax.annotate(f"{value:.2f}", (x, top + 0.01), ha="center", va="bottom", fontsize=8 if width > 0.3 else 6.5)
         if "chance" in series[-1][2][name]:
             ax.hlines(series[-1][2][name]["chance"], place - 0.42, place + 0.42, color=_ORANGE, linewidth=1.8)
-    ax.set_xticks(range(len(names)), names, fontsize=9, rotation=0 if len(names) < 8 else 30)
+    ax.set_xticks(range(len(names)), names, fontsize=9, rotation=0 if len(names) < 8 else 30, parse_math=False)
     ax.set_ylim(0, 1.12)
     ax.set_ylabel(label, fontsize=8)
     ax.tick_params(axis="y", labelsize=7)

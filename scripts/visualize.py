@@ -13,12 +13,13 @@ frame, features as coordinates on their principal components). The pictures:
 
     film        frames, and their features as colours: true, predicted from the frames before, copied from the last one
     errors      where the prediction is wrong, and where copying is
-    surprise    the error over that of copying, by time, and over the frames (see frame_surprise.py)
+    surprise    the error over that of copying and a floor (see frame_surprise.py) by time, and over the frames
     attention   where the language model looked when it answered the question: by frame and patch, and by layer
     layout      which token of the prompt is which part of which frame
     mask        which frames the head sees
 
 A checkpoint without a head, or a video of one frame, gives the pictures that need none; page and numbers say what is left out.
+So do they of a video among others that cannot be read. The exit code is 1 then, and 2 where nothing could be drawn or written.
 """
 
 import argparse
@@ -39,8 +40,8 @@ from matplotlib.figure import Figure
 from pictures_attention import answer_attention, attention_layers, attention_maps, attention_numbers
 from pictures_features import error_figure, features_of, film_figure, fit_basis
 from pictures_layout import layout_figure, layout_numbers, mask_figure, sequence_figure
-from pictures_strip import NotThereError, save_figure, shorten, unnormalise
-from pictures_surprise import surprise_maps, surprise_of, surprise_timeline
+from pictures_strip import NotThereError, legible, save_figure, shorten, unnormalise
+from pictures_surprise import copying_surprise, surprise_maps, surprise_of, surprise_timeline
 from report import Report
 from tqdm import tqdm
 
@@ -52,8 +53,8 @@ SECTIONS = (
     (
         "True and predicted features",
         "The vision features of each frame as colours, on one basis for all rows, the principal components of the true ones: "
-        "lightness is the first, blue to yellow the second, green to red the third. Equal colours are equal features. Each "
-        "column is predicted from the columns to its left alone; the first cannot be predicted.",
+        "lightness is the first, blue to yellow the second, green to red the third. Equal colours are equal features. The "
+        "first frame cannot be predicted.",
         {"film": "frames above their true, predicted and copied features"},
     ),
     (
@@ -64,9 +65,14 @@ SECTIONS = (
     (
         "Surprise",
         "The error of the prediction over that of copying the last frame and a floor, which keeps patches in which nothing "
-        "changes from being surprising by their noise: about 1 for what could not be foreseen better than by copying. Copying "
-        "itself is drawn beside it. Thumbnails are the most surprising frames of their stretch of time.",
-        {"surprise": "surprise and errors over time", "surprise_maps": "surprise of each patch over the frames"},
+        "changes from being surprising by their noise: 1, dotted, is the error of copying plus the floor. Copying itself lies "
+        "below that, far below where little moves. It is drawn beside it, and marks and colours compare with it: a patch as "
+        "wrong as copying is neutral. Where nothing moves both errors are small, and a colour says little. Thumbnails are the "
+        "most surprising frames of their stretch of time.",
+        {
+            "surprise": "surprise and errors over time",
+            "surprise_maps": "surprise of each patch, over that of copying, over the frames",
+        },
     ),
     (
         "Attention of the answer",
@@ -86,6 +92,9 @@ SECTIONS = (
         {"mask": "which frame sees which in the head"},
     ),
 )  # fmt: skip
+
+# Of a head that sees no frame before it has predicted it.
+FORESIGHT = "Each column is predicted from the columns to its left alone."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,22 +144,24 @@ class VisualizeSettings:
 
 
 class Album:
-    """The pictures of one video, in a folder of their own; those of an earlier run go away."""
+    """The pictures of one video, in a folder of their own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.widths: dict[str, int] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        for _, _, pictures in SECTIONS:
-            for name in pictures:
-                self.path(name).unlink(missing_ok=True)
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.png"
 
     def add(self, name: str, figure: Figure, scale: float = 1) -> None:
         """`scale` is the size on the page, where a figure that was made for something else is too large."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.widths[name] = round(scale * save_figure(figure, self.path(name)))
+
+    def remove_others(self) -> None:
+        """Pictures that an earlier run left and this one does not have go away."""
+        for name in (name for _, _, pictures in SECTIONS for name in pictures if name not in self.widths):
+            self.path(name).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -194,7 +205,7 @@ def read_clip(model: Any, processor: Any, video: str, settings: VisualizeSetting
     types = inputs["video_frame_types"][0].tolist() if "video_frame_types" in inputs else None
     return Clip(
         video=video,
-        name=shorten(Path(video).name),
+        name=legible(shorten(Path(video).name)),
         inputs=inputs,
         frames=frames,
         times=inputs["video_timestamps"][0].cpu(),
@@ -245,11 +256,13 @@ def draw_prediction(
         "frame_index": surprise.frame_index,
         **prediction.frame_metrics,
         "metrics": prediction.metrics,
+        "sees_later_frames": not head.use_frame_causal_mask,
         # The last layer of a head that has never trained is zero.
         "is_copy": all(torch.equal(a, b) for a, b in zip(prediction.predictions, prediction.copies, strict=True)),
         "errors": surprise.errors,
         "copy_errors": surprise.copy_errors,
         "surprise": surprise.frames,
+        "copying_surprise": copying_surprise(surprise),
         "surprise_patches": surprise.patches,
         "surprise_floor": SURPRISE_FLOOR,
         "basis": asdict(basis),
@@ -268,7 +281,7 @@ def draw_attention(
     """
     attention = answer_attention(model, processor, clip.inputs, settings.max_new_tokens)
     numbers = attention_numbers(attention.weights, clip.tokens, clip.first_position)
-    said = repr(shorten(attention.answer, 40)) if attention.answer else "(no words)"
+    said = legible(repr(shorten(attention.answer, 40))) if attention.answer else "(no words)"
     title = f"{clip.name}: attention of the answer {said}"
     album.add("attention", attention_maps(clip.frames, clip.times.tolist(), numbers, title))
     album.add("attention_layers", attention_layers(numbers, title))
@@ -294,16 +307,22 @@ def draw_video(
 
     Returns:
         its numbers: `video`, `seconds` of each frame, `question`, each of `PARTS` (None where left out), and `left_out` with
-        the reason for each picture that there is none of.
+        the reason for each picture that there is none of. If the video cannot be read, `seconds` is None too.
     """
-    clip = read_clip(model, processor, video, settings)
-    record = {"video": video, "seconds": clip.times, "question": settings.question, "left_out": {}}
+    record = {"video": video, "seconds": None, "question": settings.question, **dict.fromkeys(PARTS), "left_out": {}}
+    try:
+        clip = read_clip(model, processor, video, settings)
+    except (ValueError, OSError) as error:
+        for _, pictures in PARTS.values():
+            record["left_out"].update(dict.fromkeys(pictures, str(error)))
+        bar.update(len(PARTS))
+        return record
+    record["seconds"] = clip.times
     for part, (draw, pictures) in PARTS.items():
         bar.set_postfix_str(f"{part} of {clip.name}")
         try:
             record[part] = draw(model, processor, clip, settings, album)
         except NotThereError as error:
-            record[part] = None
             record["left_out"].update(dict.fromkeys(pictures, str(error)))
         bar.update()
     return record
@@ -318,18 +337,21 @@ def visualize(
     """Writes pictures, page and numbers to a folder; returns the numbers.
 
     Args:
-        output: folder to write; pictures of an earlier run of the same name are replaced.
+        output: folder to write; pictures of an earlier run of the same name are replaced. It stays as it is if no video can
+            be read.
         model, processor: instead of those that `settings.model` names.
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: if a video cannot be read or has fewer frames than asked for, or the checkpoint cannot be loaded.
+        ValueError: if the device is not there, the checkpoint cannot be loaded, or none of the videos can be read or has as
+            many frames as asked for.
         FileNotFoundError: naming the videos that do not exist.
     """
     missing = [video for video in settings.videos if not Path(video).is_file()]
     if missing:
         raise FileNotFoundError(f"no such video: {', '.join(missing)}")
     if model is None or processor is None:
+        check_device(settings.device)
         settings = replace(settings, revision=resolved_revision(settings.model, settings.revision))
         model, processor = load_checkpoint(
             settings.model,
@@ -345,7 +367,10 @@ def visualize(
             draw_video(model, processor, video, settings, album, bar)
             for video, album in zip(settings.videos, albums, strict=True)
         ]
+    if all(map(is_unread, records)):
+        raise ValueError("\n".join(f"{record['video']}: {reason_unread(record)}" for record in records))
     for record, folder, album in zip(records, folders, albums, strict=True):
+        album.remove_others()
         record["pictures"] = {name: f"{folder}/{album.path(name).name}" for name in album.widths}
     results = {
         "settings": plain(asdict(settings)),
@@ -357,6 +382,24 @@ def visualize(
     (output / "numbers.json").write_text(json.dumps(results, allow_nan=False) + "\n", encoding="utf-8")
     write_page(results, albums, folders, output / "index.html")
     return results
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError unless there is a device of that name."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device is {device!r}, expected one that is there, such as cpu: {reason}") from error
+
+
+def is_unread(record: dict[str, Any]) -> bool:
+    """Whether a video's record is that of one that could not be read."""
+    return record["seconds"] is None
+
+
+def reason_unread(record: dict[str, Any]) -> str:
+    return next(iter(record["left_out"].values()))
 
 
 def folder_names(videos: Sequence[str]) -> list[str]:
@@ -393,6 +436,9 @@ def write_page(results: dict[str, Any], albums: Sequence[Album], anchors: Sequen
         report.contents({anchor: record["video"] for anchor, record in zip(anchors, records, strict=True)})
     for record, album, anchor in zip(records, albums, anchors, strict=True):
         report.heading(record["video"], anchor=anchor)
+        if is_unread(record):
+            report.text(f"Left out: {reason_unread(record)}.")
+            continue
         report.facts(facts(record))
         for heading, text, pictures in SECTIONS:
             report.heading(heading, level=3)
@@ -400,6 +446,8 @@ def write_page(results: dict[str, Any], albums: Sequence[Album], anchors: Sequen
             if reasons:
                 report.text(f"Left out: {'; '.join(sorted(reasons))}.")
                 continue
+            if "film" in pictures and not record["prediction"]["sees_later_frames"]:
+                text = f"{text} {FORESIGHT}"
             report.text(text, note=True)
             for name, alt in pictures.items():
                 report.picture(album.path(name), album.widths[name], f"{record['video']}: {alt}")
@@ -429,6 +477,8 @@ def facts(record: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{metrics['mse']:.4g} (squared; of copying {metrics['copy_mse']:.4g}), cosine {metrics['cosine']:.3f}",
             ),
         ]
+        if record["prediction"]["sees_later_frames"]:
+            rows.append(("note", "the head has seen the frames that it predicts (use_frame_causal_mask=False)"))
         if record["prediction"]["is_copy"]:
             rows.append(("note", "every prediction is the frame before: this head has not been trained"))
     return rows
@@ -459,10 +509,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = visualize(VisualizeSettings(**{**options, "videos": tuple(options["videos"])}), output)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    unread = [record for record in results["videos"] if is_unread(record)]
     for record in results["videos"]:
-        for picture, reason in record["left_out"].items():
+        for picture, reason in record["left_out"].items() if record not in unread else ():
             print(f"{record['video']}: no {picture}: {reason}")
     print(f"page: {output / 'index.html'}\nnumbers: {output / 'numbers.json'}")
+    if unread:
+        reasons = (f"{parser.prog}: {record['video']}: {reason_unread(record)}\n" for record in unread)
+        parser.exit(1, "".join(reasons))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """scripts/visualize.py and the drawings that it is made of, on tiny models and real mp4 files."""
 
 import base64
+import io
 import json
 import re
+from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,16 +15,31 @@ import torch
 import visualize
 from browser import Browser, find_chromium
 from demo_folder import NUM_FRAMES, make_demo_folder
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.text import Text
 from pictures_attention import answer_attention, attention_layers, attention_maps, attention_numbers
 from pictures_features import FeatureBasis, error_figure, features_of, film_figure, fit_basis
 from pictures_layout import head_visibility, layout_figure, layout_numbers, sequence_figure
-from pictures_strip import NotThereError, StripRow, colour_scale, frame_strip, over_frame, shorten
+from pictures_strip import (
+    BLUE,
+    VERMILION,
+    NotThereError,
+    StripRow,
+    colour_scale,
+    frame_strip,
+    legible,
+    over_frame,
+    shorten,
+    write_title,
+)
 from pictures_surprise import copying_surprise, shown_frames, surprise_maps, surprise_of, surprise_timeline
 from PIL import Image
-from report import Report
+from report import Report, answers_figure
 from tiny import LAYOUTS, VIDEO_TOKEN, tiny_model, video_batch
 from tiny_processor import tiny_processor
 from video_clips import write_clip
@@ -105,6 +123,7 @@ def test_the_numbers_are_those_of_the_model(checkpoint, settings, drawn):
             assert numbers[name] == pytest.approx(expected.tolist(), rel=1e-5), name
         assert numbers["metrics"] == pytest.approx(prediction.metrics, rel=1e-5)
         assert not numbers["is_copy"] and numbers["surprise_floor"] == SURPRISE_FLOOR
+        assert numbers["copying_surprise"] == pytest.approx(copying_surprise(surprise), rel=1e-5)
         maps = {name: getattr(surprise, name) for name in ("errors", "copy_errors")}
         for name, expected in {**maps, "surprise_patches": surprise.patches}.items():
             for own, other in zip(numbers[name], expected, strict=True):
@@ -136,6 +155,74 @@ def test_copying_is_as_surprising_as_a_model_that_copies(checkpoint, settings):
     surprise = surprise_of(prediction, clip.times)
     prediction.predictions = prediction.copies
     assert copying_surprise(surprise) == pytest.approx(surprise_of(prediction, clip.times).frames.tolist(), rel=1e-5)
+
+
+def rows_of(module: str, draw, *arguments):
+    """The lines and the options that a drawing gives `frame_strip`."""
+    strip = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            f"{module}.frame_strip", lambda rows, headings, **more: strip.update(more, rows=rows, headings=headings)
+        )
+        draw(*arguments)
+    return strip
+
+
+def test_copying_is_neutral_however_little_moves(folder, settings):
+    """An untrained head copies: where little moves its surprise is far below 1, which once looked like foresight."""
+    model = LlavaNextARForConditionalGeneration.from_pretrained(folder / "base").eval()
+    clip = read_clip(model, LlavaNextARProcessor.from_pretrained(folder / "base"), settings.videos[0], settings)
+    (surprise,) = model.surprise(**clip.inputs)
+    assert surprise.frames.max() < 0.9
+    assert copying_surprise(surprise) == surprise.frames.tolist()
+    shown = (clip.frames, clip.times.tolist(), surprise, "title")
+    strip = rows_of("pictures_surprise", surprise_maps, *shown)
+    assert strip["rows"][1].captions == ["", *["1.00"] * len(surprise.frames)]
+    for picture in strip["rows"][1].pictures[1:]:
+        assert np.ptp(picture, axis=-1).max() < 0.02  # gray: neither purple nor orange
+    # ... and a little worse is marked, though its surprise is below 1 still.
+    surprise.errors[2], surprise.frames[2] = 1.1 * surprise.errors[2], 1.1 * surprise.frames[2]
+    for number, errors in enumerate(surprise.errors):
+        surprise.errors[number] = errors if number == 2 else 0.9 * errors
+    figure = surprise_timeline(*shown)
+    lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].lines}
+    assert surprise.frames[2] < 1
+    np.testing.assert_allclose(lines["prediction, worse than copying"], lines["prediction"][[2]])
+    borders = [ax.spines["top"].get_edgecolor() for ax in figure.axes[2:]]
+    assert [border == to_rgba(VERMILION) for border in borders] == [number == 2 for number in range(len(borders))]
+
+
+def test_nothing_is_marked_where_copying_is_the_prediction():
+    surprise = made_up(5)
+    surprise.errors = surprise.copy_errors
+    surprise.frames *= 3  # whatever the floor is
+    figure = surprise_timeline(np.random.default_rng(0).random((5, 8, 8, 3)), range(5), surprise, "title")
+    lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].lines}
+    np.testing.assert_array_equal(lines["copying"], lines["prediction"])
+    assert len(lines["prediction, worse than copying"]) == 0
+    assert all(ax.spines["top"].get_edgecolor() == to_rgba(BLUE) for ax in figure.axes[2:])
+
+
+def test_half_and_twice_as_wrong_as_copying_are_equally_strong():
+    surprise = made_up(2, grid=(1, 5))
+    surprise.copy_errors = [torch.tensor([[0.01, 0.5, 2.0, 0.0, 0.0]])]
+    surprise.errors = [torch.tensor([[0.005, 0.5, 4.0, 0.0, 0.1]])]  # where nothing moved: right, and wrong
+    strip = rows_of("pictures_surprise", surprise_maps, np.ones((2, 1, 5, 3)), [0.0, 1.0], surprise, "title")
+    scale = strip["bars"][0].scale
+    drawn = strip["rows"][1].pictures[1][0] / over_frame(np.ones((1, 1, 3)), np.array([[1.0]]), scale)[0, 0]
+    drawn = drawn * scale.to_rgba(1.0)[:3]
+    np.testing.assert_allclose(drawn, scale.to_rgba([0.5, 1, 2, 1, np.float64(8)])[:, :3])
+    half, same, twice = scale.norm([0.5, 1.0, 2.0])
+    assert same - half == pytest.approx(twice - same) and same == pytest.approx(0.5)
+    assert strip["rows"][1].captions[1] == f"{4.605 / 2.51:.2f}"
+
+
+def test_copying_without_an_error_is_no_surprise():
+    surprise = made_up(3)
+    surprise.copy_errors[0] = torch.zeros(4, 4)
+    surprise.copy_errors[1] = surprise.errors[1] = torch.zeros(4, 4)
+    surprise.frames[1] = 0
+    assert copying_surprise(surprise) == [0, 0]
 
 
 # -- Features as colours
@@ -274,14 +361,7 @@ def test_a_drawn_frame_shows_each_of_its_tokens():
     tokens = tiny_model(**LAYOUTS["slow_fast"]).config.frame_token_layout.video(2)
     layout = layout_numbers(tokens, 0)
     frames = np.full((2, 20, 20, 3), 0.5)
-    strip = {}
-
-    def keep(rows, headings, **options):
-        strip.update(rows=rows, headings=headings)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pictures_layout.frame_strip", keep)
-        layout_figure(frames, [0.0, 1.0], layout, "title")
+    strip = rows_of("pictures_layout", layout_figure, frames, [0.0, 1.0], layout, "title")
     orange, purple = np.array([0xE6, 0x9F, 0x00]) / 255, np.array([0xCC, 0x79, 0xA7]) / 255
     for picture, own in zip(strip["rows"][0].pictures, layout["frames"], strict=True):
         right = np.isclose(picture[:, -5], orange).all(-1).astype(int)
@@ -329,9 +409,9 @@ def made_up(num_frames: int, grid=(4, 4)) -> VideoSurprise:
     )
 
 
-def all_figures(num_frames: int):
+def all_figures(num_frames: int, name: str = "a_rather_long_name_of_a_video_" * 5):
     """Every kind of drawing, with numbers as long as they come."""
-    name = shorten("a_rather_long_name_of_a_video_" * 5)
+    name = shorten(name)
     model = tiny_model(**LAYOUTS["slow_fast"])
     frames, seconds = (
         np.random.default_rng(0).random((num_frames, 24, 24, 3)),
@@ -385,6 +465,88 @@ def test_no_text_covers_another_or_leaves_its_figure(num_frames):
             for other, box in texts[:number]:
                 apart = right <= box[0] + 1 or box[2] <= left + 1 or top <= box[1] + 1 or box[3] <= bottom + 1
                 assert apart, f"{text!r} covers {other!r} ({num_frames} frames)"
+
+
+def test_a_dollar_in_a_title_is_no_formula():
+    def width(title: str) -> float:
+        box = next(box for text, box in drawn_texts(sequence_figure(layout, tokens, 90, title)) if text == title)
+        return box[2] - box[0]
+
+    tokens = tiny_model().config.frame_token_layout.video(2)
+    layout = layout_numbers(tokens, 0)
+    assert width("$5 or $10") > width("5 or 10")
+    width("a$b_$c.mp4")  # is no formula that matplotlib can read
+    for figure in all_figures(2, "a$b_$c"):
+        assert any("a$b_$c" in text for text, _ in drawn_texts(figure))
+    answers_figure({"what costs $b_$": {"exact": 0.5}}).savefig(io.BytesIO())
+
+
+@pytest.fixture
+def few_fonts(monkeypatch):
+    """As if matplotlib found those alone that come with it."""
+    own = [font for font in fontManager.ttflist if font.name.startswith(("DejaVu", "Last Resort"))]
+    monkeypatch.setattr(fontManager, "ttflist", own)
+
+
+@pytest.fixture
+def chinese_font(few_fonts, tmp_path):
+    """A font with two characters, one a square and one without ink, where matplotlib finds it."""
+    pen = TTGlyphPen(None)
+    for move, place in ((pen.moveTo, (0, 0)), *((pen.lineTo, place) for place in ((0, 800), (800, 800), (800, 0)))):
+        move(place)
+    pen.closePath()
+    empty = TTGlyphPen(None).glyph()
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([".notdef", "ink", "none"])
+    font.setupCharacterMap({ord("红"): "ink", ord("色"): "none"})
+    font.setupGlyf({".notdef": empty, "ink": pen.glyph(), "none": empty})
+    font.setupHorizontalMetrics(dict.fromkeys((".notdef", "ink", "none"), (1000, 0)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupOS2()
+    font.setupNameTable({"familyName": "Two Characters", "styleName": "Regular"})
+    font.setupPost()
+    font.save(tmp_path / "two.ttf")
+    fontManager.addfont(tmp_path / "two.ttf")
+
+
+def test_a_title_has_the_font_that_has_its_characters(chinese_font):
+    def drawn(title: str) -> bytes:
+        figure = Figure(figsize=(4, 1))
+        write_title(figure, title)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return bytes(canvas.buffer_rgba())
+
+    assert legible("clip 红色") == "clip 红色" and legible("clip 红蓝") == "(see the page)"
+    assert drawn("clip 红") != drawn("clip 色")  # boxes would be equal
+
+
+def test_words_that_no_font_has_are_on_the_page(few_fonts, tmp_path, monkeypatch):
+    model, titles, answer = moving(tiny_model()), [], "红色的圆 costs $5_ and $6"
+
+    def note(draw, *arguments):
+        titles.append(arguments[-1])
+        return draw(*arguments)
+
+    for name in ("attention_maps", "film_figure"):
+        monkeypatch.setattr(visualize, name, partial(note, getattr(visualize, name)))
+    monkeypatch.setattr(
+        visualize, "answer_attention", lambda *arguments: replace(answer_attention(*arguments), answer=answer)
+    )
+    for name in ("圆", "a$b_$c"):
+        clip = write_clip(tmp_path / f"{name}.mp4", 8)
+        settings = VisualizeSettings(model="none", videos=(str(clip),), num_frames=2, max_new_tokens=1)
+        visualize.visualize(settings, tmp_path / "out", model, tiny_processor(model.config), progress=False)
+        page = Page(tmp_path / "out" / "index.html")
+        assert answer in page.words and str(clip) in page.words
+    assert "圆" not in "".join(titles) and "".join(titles).count("(see the page)") == 4
+    assert titles[2].startswith("a$b_$c.mp4: features") and titles[1].startswith("(see the page): attention of")
+
+
+def test_names_are_shortened_to_the_room_that_they_take():
+    assert shorten("a" * 24) == "a" * 24 and shorten("ab" * 20) == "ab" * 5 + "..." + "ab" * 5
+    assert shorten("红" * 12) == "红" * 12 and shorten("红" * 13) == "红" * 5 + "..." + "红" * 5
+    assert shorten("clip_" + "红" * 13) == "clip_红红...红红红红红"
 
 
 def test_numbers_lie_on_the_place_that_they_are_about():
@@ -490,6 +652,51 @@ def test_one_frame_has_nothing_to_predict_and_an_untrained_head_is_told(checkpoi
     assert "this head has not been trained" in Page(tmp_path / "raw" / "index.html").text
 
 
+def test_a_head_that_sees_later_frames_is_told(tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", 8)
+    settings = VisualizeSettings(model="none", videos=(str(clip),), num_frames=3, max_new_tokens=1)
+    for causal in (True, False):
+        model = moving(tiny_model(head={"use_frame_causal_mask": causal}))
+        visualize.visualize(settings, tmp_path / "out", model, tiny_processor(model.config), progress=False)
+        text = Page(tmp_path / "out" / "index.html").text
+        assert ("predicted from the columns to its left alone" in text) == causal
+        assert ("the head has seen the frames that it predicts (use_frame_causal_mask=False)" in text) != causal
+
+
+def test_videos_that_cannot_be_read_are_left_out(folder, tmp_path, capsys):
+    good = sorted((folder / "clips" / "videos").glob("*.mp4"))[0]
+    bad = tmp_path / "bad.mp4"
+    output = tmp_path / "out"
+    base = ["--model", str(folder / "base"), "--output", str(output), "--device", "cpu"]
+    base += ["--num-frames", "2", "--max-new-tokens", "1", "--video"]
+    bad.write_bytes(good.read_bytes())
+    visualize.main([*base, str(bad), str(good)])
+    assert (output / "bad" / "film.png").exists()
+    bad.write_bytes(b"no video")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        visualize.main([*base, str(bad), str(good)])
+    said = capsys.readouterr()
+    assert stopped.value.code == 1 and f"{bad}: cannot read video" in said.err
+    assert "page: " in said.out and "no film" not in said.out
+    unread, read = json.loads((output / "numbers.json").read_text())["videos"]
+    assert set(unread["left_out"]) == set(PICTURES) and unread["seconds"] is None and unread["pictures"] == {}
+    assert read["left_out"] == {} and set(read["pictures"]) == set(PICTURES)
+    assert not list((output / "bad").iterdir())  # the pictures of what it once was
+    page = Page(output / "index.html")
+    assert len(page.all("img")) == len(PICTURES) and page.words.count(str(bad)) == 2
+    assert page.text.count("Left out: cannot read video") == 1
+    # Where none can be read, what is there stays.
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    worse = tmp_path / "worse.mp4"
+    worse.write_bytes(b"no video")
+    with pytest.raises(SystemExit) as stopped:
+        visualize.main([*base, str(bad), str(worse)])
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and "bad.mp4: cannot" in said.err and "worse.mp4: cannot" in said.err
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
 def test_a_video_in_which_nothing_changes_can_be_drawn(tmp_path):
     model = tiny_model()
     clip = tmp_path / "clip.mp4"
@@ -521,6 +728,8 @@ def test_the_command_line_names_what_is_wrong(folder, tmp_path, capsys):
         (["--video", str(clip), "--num-frames", "0"], "num_frames is 0"),
         (["--video", str(clip), "--num-frames", "99"], "99"),
         (["--video", str(clip), "--dtype", "float31"], "dtype is 'float31'"),
+        (["--video", str(clip), "--device", "gpu"], "device is 'gpu', expected one that is there"),
+        (["--video", str(clip), "--device", "cuda:99"], "device is 'cuda:99', expected one that is there"),
         (["--video", str(clip), "--revision", "v1"], "revision is 'v1'"),
     ):
         with pytest.raises(SystemExit) as stopped:
