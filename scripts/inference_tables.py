@@ -24,7 +24,8 @@ Surprise and prediction error take a pass of all frames through the language mod
 simply shown all of them. The feature difference takes the vision tower on all frames, the pixel difference takes decoded
 frames alone.""",
     "tokens": """\
-EVS takes the embeddings alone. Surprise and prediction error take a pass of all tokens first: see the time of the prefill.""",
+EVS takes the embeddings alone. Surprise and prediction error take a pass of all tokens first: see the time of the prefill.
+A share below one over the number of frames leaves the first frame alone, the same in every row.""",
     "prefill": """\
 Seconds from the vision features to the first answer token. The scores are found once for a video: from so many questions
 on, each with a prefill of its own, surprise costs less than dropping nothing. Where the cache of the video is kept from one

@@ -235,7 +235,7 @@ def test_each_frame_adds_the_same_memory_its_tokens_in_the_cache():
 def test_memory_over_two_thousand_frames():
     text = {**ONEVISION["text_config"], "max_position_embeddings": 32768}
     sizes = torch.tensor(bytes_over_frames(2000, 100, text_config=text))
-    print("bytes a frame:", sizes.diff().tolist())
+    print("bytes for each 100 frames:", sizes.diff().tolist())
     assert len(set(sizes.diff().tolist())) == 1
 
 
