@@ -1,7 +1,7 @@
 """What the head buys at inference, against the obvious cheap way at the same budget.
 
     # a small model that has learned to predict motion, then one that has seen videos with frames and tokens left out
-    python scripts/demo.py --steps 700
+    python scripts/demo.py
     python scripts/inference_uses.py train --model demo_output/model --data demo_output/clips/train_mix.json --output uses/model
     python scripts/synthetic_clips.py --output uses/test --num-train 0 --num-test 400 --seed 7 --num-frames 8 --size 64 \\
         --question-types direction color
