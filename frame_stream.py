@@ -11,8 +11,10 @@ Shape letters: T frames, P patches of the vision tower, P' patches of a frame on
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache
 
@@ -56,18 +58,22 @@ class _Frame:
     teacher_features: torch.Tensor  # [P, Dv]
 
 
-def as_times(times: torch.Tensor | Sequence[float] | float) -> torch.Tensor:
-    """Times on the CPU: a tensor as it is, numbers of Python as float64 seconds, also where they are integers.
+def as_times(times: torch.Tensor | np.ndarray | Sequence[float] | float) -> torch.Tensor:
+    """Times on the CPU: a tensor or an array as it is, numbers of Python as float64 seconds, also where they are integers.
 
     Raises:
         ValueError: if it is neither.
     """
+    if isinstance(times, np.ndarray):
+        times = torch.from_numpy(times)
     if isinstance(times, torch.Tensor):
         return times.cpu()
-    numbers = times if isinstance(times, Sequence) else [times]
-    if any(isinstance(one, bool) or not isinstance(one, (int, float)) for one in numbers):
-        raise ValueError(f"times must be a tensor, or seconds as numbers of Python, got {times!r}")
-    return torch.tensor(times, dtype=torch.float64)
+    is_one = not isinstance(times, Sequence)
+    numbers = [times] if is_one else times
+    if any(isinstance(one, bool) or not isinstance(one, Real) for one in numbers):
+        raise ValueError(f"times must be a tensor, an array, or seconds as numbers, got {times!r}")
+    seconds = [float(one) for one in numbers]
+    return torch.tensor(seconds[0] if is_one else seconds, dtype=torch.float64)
 
 
 class FrameStream:
@@ -148,6 +154,8 @@ class FrameStream:
             raise ValueError(
                 f"features must be [T, P, Dv] of at least one frame, got the shape {list(features.shape)}"
             )
+        if len(teacher_features) != len(features):
+            raise ValueError(f"{len(features)} frames need as many teacher_features, got {len(teacher_features)}")
         num_frames, times = len(features), as_times(times)
         if times.shape != (num_frames,):
             raise ValueError(f"{num_frames} frames need as many times, got times of the shape {list(times.shape)}")
@@ -204,7 +212,10 @@ class FrameStream:
         if frame_type is None and self._layout.is_slow_fast:
             (frame_type,) = self._layout.frame_types(1, first_frame=self.num_frames)
         head, frame, device = self._head, self._layout.video(1, [last.layout_type]), last.hidden_states.device
-        (seconds,) = self._seconds(as_times(time).reshape(1))
+        times = as_times(time)
+        if times.numel() != 1:
+            raise ValueError(f"one frame is predicted at a time, got the times {times.tolist()}")
+        (seconds,) = self._seconds(times.reshape(1))
         kind, gap = self._target_type(frame_type), (seconds - last.seconds).to(device)
         states = head.step(last.hidden_states, frame, last.seconds.to(device), gap, last.frame_type, self._memory)
         grid = head.target_layout.frame_grid(kind)
@@ -229,8 +240,10 @@ class FrameStream:
             raise ValueError(f"times of one video must have one unit: got {times.tolist()} as {given} after {before}")
         if not times.isfinite().all():
             raise ValueError(f"times must be finite, got {times.tolist()}")
-        in_order = times if self._last is None else torch.cat([self._last.time[None], times])
-        for earlier, later in itertools.pairwise(in_order.tolist()):
+        seconds = seconds_since(first, times)
+        # As they are used: the same time may have been given in another precision.
+        known = [] if self._last is None else [float(self._last.seconds)]
+        for earlier, later in itertools.pairwise([*known, *seconds.tolist()]):
             if later < earlier:
-                raise ValueError(f"times must not decrease, but {later} comes after {earlier}")
-        return seconds_since(first, times)
+                raise ValueError(f"times must not decrease, but {later} comes after {earlier} (since the first)")
+        return seconds

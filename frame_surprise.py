@@ -39,6 +39,7 @@ class VideoSurprise:
         patches: for each frame `[h, w]` float32, the surprise of each patch.
         errors, copy_errors: for each frame `[h, w]` float32: squared error of the prediction and of copying the frame
             before, mean over features.
+        floors: `[M]` float32, the squared error that is added to the copy error of each frame, of its patches too.
         video_index: which video of the batch this is; 0 in a stream.
     """
 
@@ -48,6 +49,7 @@ class VideoSurprise:
     patches: list[torch.Tensor]
     errors: list[torch.Tensor]
     copy_errors: list[torch.Tensor]
+    floors: torch.Tensor
     video_index: int = 0
 
 
@@ -81,7 +83,7 @@ def measure_surprise(
         ValueError: if the floor is not a positive number.
     """
     check_floor(floor)
-    errors, copy_errors, patches, frames = [], [], [], []
+    errors, copy_errors, patches, frames, floors = [], [], [], [], []
     for prediction, target, copy, grid in zip(predictions, targets, copies, grids, strict=True):
         error, copy_error = ((other.float() - target.float()).square().mean(-1) for other in (prediction, copy))
         least = floor * target.float().var(-1, correction=0).mean()
@@ -89,6 +91,7 @@ def measure_surprise(
         patches.append((error / (copy_error + least)).unflatten(0, grid))
         errors.append(error.unflatten(0, grid))
         copy_errors.append(copy_error.unflatten(0, grid))
+        floors.append(least)
     return VideoSurprise(
         frame_index=torch.tensor(frame_index, dtype=torch.long),
         seconds=torch.tensor(seconds, dtype=torch.float32),
@@ -96,6 +99,7 @@ def measure_surprise(
         patches=patches,
         errors=errors,
         copy_errors=copy_errors,
+        floors=torch.stack(floors).cpu() if floors else torch.zeros(0),
         video_index=video_index,
     )
 

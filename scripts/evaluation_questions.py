@@ -28,6 +28,8 @@ class Question:
     answer: str
     choices: tuple[str, ...] = ()
     media: tuple[str, ...] = ()
+    videos: tuple[str, ...] = ()
+    """Those of its media that are videos."""
     moment: tuple[float, float] | None = None
     """When what is asked about is seen, if not all the time: seconds since the first frame, of its first and last frame."""
     first_videos: tuple[int, ...] = ()
@@ -97,18 +99,19 @@ def _read_question(dataset: LlavaVideoDataset, index: int, seen: set[str]) -> Qu
         answer=answer,
         choices=tuple(choices),
         media=tuple(part[part["type"]] for part in parts),
+        videos=tuple(videos),
         first_videos=tuple(n for n, video in enumerate(videos) if video not in {*seen, *videos[:n]}),
         moment=tuple(entry["moment"]) if entry.get("moment") else None,
     )
 
 
 def check_answers_fit(questions: Sequence[Question], processor: Any, max_new_tokens: int) -> None:
-    """Refuses reference answers that no model could generate.
+    """Refuses reference answers that no model could generate; of a choice, its letter is enough (`parse_choice`).
 
     Raises:
         ValueError: naming the first question whose answer takes more tokens than that, and what the longest one takes.
     """
-    asked = [question for question in questions if question.problem is None]
+    asked = [question for question in questions if question.problem is None and not question.choices]
     # Outer spaces and a final period do not count (`normalise_answer`), and the end of the turn may be cut off.
     texts = [question.answer.strip().rstrip(".").strip() for question in asked]
     lengths = (

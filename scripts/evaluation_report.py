@@ -31,7 +31,7 @@ def write_report(results: dict[str, Any], path: Path) -> None:
     else:
         report.table(frame_rows(frames))
         report.figure(gap_figure(by_frames_ahead(frames)), "skill and temporal consistency by time gap")
-        if frames["rollout"]:
+        if frames["rollout"] and frames["rollout"]["by_horizon"]:
             report.figure(horizon_figure(frames["rollout"]["by_horizon"]), "error by horizon, of the frames held back")
         report.text(
             "Every frame: the next one, from all true ones before it. Held back: the last frames of each video, from those "

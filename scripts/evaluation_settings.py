@@ -163,7 +163,10 @@ def versions() -> dict[str, str]:
     for name in ("tokenizers", "pillow", "av", "decord"):
         with suppress(PackageNotFoundError):
             others[name] = version(name)
-    modules = sorted(Path(video_decoding.__file__).parent.glob("*.py"))
+    # The same version may be a changed checkout: what makes the numbers is the package's modules and the evaluation.
+    modules = sorted(Path(video_decoding.__file__).parent.glob("*.py")) + sorted(
+        Path(__file__).parent.glob("eval*.py")
+    )
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -172,7 +175,7 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         **others,
         "llava_next_ar": version("llava-next-ar"),
-        "code_sha256": sha256_of(modules),  # of the package's modules: the same version may be a changed checkout
+        "code_sha256": sha256_of(modules),
     }
 
 

@@ -88,6 +88,11 @@ def remarks(results: dict[str, Any], *, problems: bool = True) -> list[str]:
     if results["num_bad_samples"]:
         first = f"; the first: {results['bad_samples'][0]['problem']}" if problems else ""
         notes.append(f"{results['num_bad_samples']} entries could not be read and are in no number{first}")
+    if results.get("unmeasured_videos"):
+        notes.append(
+            f"the frames of {len(results['unmeasured_videos'])} videos are in no number: another medium of the first question "
+            "about each could not be read"
+        )
     rollout = (results["reconstruction"] or {}).get("rollout") or {"left_out": {}}
     for reason, number in rollout["left_out"].items():
         ahead = results["settings"]["horizons"]

@@ -251,7 +251,10 @@ def write_tables(results: Path, shown: Sequence[str] = ("test",)) -> str:
     titles = {"key_frames": "Key frames", "tokens": "Fewer visual tokens"}
     for kind, title in titles.items():
         for path in sorted(results.glob(f"{kind}_*.json")):
-            answers = Answers(json.loads(path.read_text(encoding="utf-8")), kind)
+            try:
+                answers = Answers(json.loads(path.read_text(encoding="utf-8")), kind)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
             name = path.stem.removeprefix(f"{kind}_")
             if name in shown:
                 drawn.setdefault(name, []).append(answers)

@@ -10,7 +10,7 @@
     published="--results scripts/study_results/inference"
     python scripts/inference_uses.py key-frames --model uses/model --data uses/test/test.json $published
     python scripts/inference_uses.py tokens --model uses/model --data uses/test/test.json $published
-    python scripts/inference_uses.py prefill --repeats 5 $published
+    python scripts/inference_uses.py prefill --repeats 5 --shares 1 0.7 0.5 0.3 0.2 0.1 $published
 
     # raw numbers -> tables.md and accuracy.png beside them
     python scripts/inference_uses.py tables $published
@@ -81,7 +81,7 @@ from evaluation_settings import (
 )
 from evaluation_tables import write_results
 from inference_measures import measure_key_frames, measure_tokens
-from inference_tables import write_tables
+from inference_tables import any_frame_tells, write_tables
 from inference_timing import PrefillSettings, measure_prefill
 from inference_training import train_with_parts_left_out
 from transformers.utils import logging
@@ -130,6 +130,8 @@ def measure(
     dataset = LlavaVideoDataset(settings.data, processor, video_root=settings.video_root)
     questions = read_questions(dataset, settings.max_samples)
     _check_questions(questions)
+    if all(any_frame_tells(question.question_type) for question in questions):
+        raise ValueError(f"any frame answers each of the {len(questions)} questions: there is nothing to choose")
     results: dict[str, Any] = {
         "settings": asdict(settings),
         "budgets": budgets,
@@ -187,7 +189,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _write(results: dict[str, Any], path: Path) -> None:
     write_results(results, path)
-    print(f"written to {path}; `python scripts/inference_uses.py tables` makes tables of it")
+    tables = shlex.join(["python", "scripts/inference_uses.py", "tables", "--results", str(path.parent)])
+    print(f"written to {path}; `{tables}` makes tables of it")
 
 
 def _make_parser() -> argparse.ArgumentParser:

@@ -135,7 +135,10 @@ def _families(text: str) -> tuple[list[str], set[int]]:
 
 @cache
 def _characters(file: str) -> frozenset[int]:
-    font = get_font(file)
+    try:
+        font = get_font(file)
+    except (OSError, RuntimeError):  # matplotlib remembers fonts that are gone, or cannot read this one
+        return frozenset()
     return frozenset(font.get_charmap()) if font.scalable else frozenset()
 
 

@@ -62,26 +62,25 @@ def shown_frames(surprise: Any, most: int = MAX_THUMBNAILS) -> list[int]:
     return [int(stretch[surprise.frames.numpy()[stretch].argmax()]) for stretch in stretches]
 
 
-def over_copying(errors: np.ndarray, copy_errors: np.ndarray) -> np.ndarray:
-    """Surprise over that of copying, in which the floor cancels: 1 is exactly as wrong as copying, also if neither is wrong."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(errors == copy_errors, 1.0, errors / copy_errors)
+def over_copying(errors: torch.Tensor, copy_errors: torch.Tensor, floor: torch.Tensor) -> np.ndarray:
+    """Errors over those of copying, the floor added to both: 1 is exactly as wrong as copying, and near 1 is also what is wrong
+    by less than the floor."""
+    return ((errors.cpu() + floor) / (copy_errors.cpu() + floor)).numpy()
 
 
 def frames_over_copying(surprise: Any) -> np.ndarray:
     """`[M]`, `over_copying` of each frame."""
-    return over_copying(
-        *(np.array([float(error.mean()) for error in some]) for some in (surprise.errors, surprise.copy_errors))
-    )
+    return over_copying(*map(_means, (surprise.errors, surprise.copy_errors)), surprise.floors)
 
 
 def copying_surprise(surprise: Any) -> list[float]:
-    """What the surprise of each frame would be if the frame before it were the prediction; below 1 by the floor alone.
+    """What the surprise of each frame would be if the frame before it were the prediction; below 1 by the floor alone."""
+    copy_errors = _means(surprise.copy_errors)
+    return (copy_errors / (copy_errors + surprise.floors)).tolist()
 
-    NaN where a prediction is without any error: the floor, which a `VideoSurprise` does not tell, cannot be derived then.
-    """
-    with np.errstate(invalid="ignore"):
-        return (surprise.frames.numpy() / frames_over_copying(surprise)).tolist()
+
+def _means(maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([own.float().mean() for own in maps]).cpu()
 
 
 def surprise_timeline(frames: np.ndarray, seconds: Sequence[float], surprise: Any, title: str) -> Figure:
@@ -179,15 +178,11 @@ def _spread(wanted: Sequence[float], distance: float, low: float, high: float) -
 
 
 def surprise_maps(frames: np.ndarray, seconds: Sequence[float], surprise: Any, title: str) -> Figure:
-    """The surprise of each patch over that of copying, over the frames: orange where it is more, purple where less.
+    """How wrong the prediction of each patch is over copying (`over_copying`), over the frames: orange is more, purple less.
 
     The scale is logarithmic and the same on both sides of 1: half and twice as wrong as copying are equally strong.
     """
-    patches = [
-        # LogNorm knows neither 0 nor infinity: of no error, and of no error of copying alone.
-        over_copying(error.cpu().numpy(), copy_error.cpu().numpy()).clip(1e-6, 1e6)
-        for error, copy_error in zip(surprise.errors, surprise.copy_errors, strict=True)
-    ]
+    patches = [over_copying(*own) for own in zip(surprise.errors, surprise.copy_errors, surprise.floors, strict=True)]
     away = np.abs(np.log2(np.concatenate([some.ravel() for some in patches])))
     reach = int(np.clip(np.ceil(np.percentile(away, 98)), 1, 3))
     scale = colour_scale(_COLOURS, LogNorm(2.0**-reach, 2.0**reach))
@@ -197,12 +192,12 @@ def surprise_maps(frames: np.ndarray, seconds: Sequence[float], surprise: Any, t
     ticks = {2.0**power: f"1/{2**-power}" if power < 0 else str(2**power) for power in powers}
     bar = ColourBar(
         scale=scale,
-        label="surprise of a patch over that of copying: 1 is as wrong as copying (below: of the frame)",
+        label="error of a patch over that of copying, the floor added to both: 1 is as wrong (below: of the frame)",
         extend="both",
         ticks=ticks,
     )
     rows = [
         StripRow(name="frame", pictures=list(frames)),
-        StripRow(name="surprise over\ncopying's", pictures=[None, *pictures], captions=captions),
+        StripRow(name="wrong, over\ncopying", pictures=[None, *pictures], captions=captions),
     ]
     return frame_strip(rows, time_labels(seconds), title=title, bars=[bar])

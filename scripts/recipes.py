@@ -159,9 +159,8 @@ HEAD_KEYS = {f.name for f in fields(LlavaNextARAutoregressiveConfig)} & set(
 )
 CONFIG_KEYS = {f.name for f in fields(LlavaNextARConfig)} - {f.name for f in fields(LlavaOnevisionConfig)}
 CONFIG_KEYS -= {"autoregressive_config"}
-PROTOTYPE_DEFAULTS = {
-    "loss_weight": 0.1
-}  # of the head, where they are not ours: what a recipe that leaves them out meant
+# What a recipe in the prototype's form means where it says nothing, if that is not ours.
+PROTOTYPE_DEFAULTS = {"autoregressive_config.loss_weight": 0.1}
 SECTIONS = {"autoregressive_config": HEAD_KEYS, "model_config": CONFIG_KEYS}
 
 
@@ -171,7 +170,6 @@ def flatten_recipe(document: Any, source: str) -> dict[str, Any]:
     Raises:
         ValueError: on an unknown or ambiguous key (naming the nearest), or a document of neither form.
     """
-    defaults: dict[str, Any] = {}
     if isinstance(document, list):  # the prototype's form
         if len(document) != 1 or not isinstance(document[0], dict) or document[0].get("type") != "trainer":
             raise ValueError(f"{source}: a list must hold one entry of the form `- type: trainer` with `config:`")
@@ -182,7 +180,6 @@ def flatten_recipe(document: Any, source: str) -> dict[str, Any]:
         trainer_type = document.pop("trainer_type", TRAINER_TYPE)
         if trainer_type != TRAINER_TYPE:
             raise ValueError(f"{source}: trainer_type is {trainer_type!r}, expected {TRAINER_TYPE!r}")
-        defaults = {f"autoregressive_config.{key}": value for key, value in PROTOTYPE_DEFAULTS.items()}
     if not isinstance(document, dict):
         raise ValueError(f"{source} must hold keys and values, got {type(document).__name__}")
     flat: dict[str, Any] = {}
@@ -205,7 +202,7 @@ def flatten_recipe(document: Any, source: str) -> dict[str, Any]:
                     add(resolve_key(f"autoregressive_config.{head_name}", source), head_value)
             else:
                 add(resolve_key(f"{key}.{name}", source), inner)
-    return {**defaults, **flat}
+    return flat
 
 
 def resolve_key(key: str, source: str) -> str:
@@ -275,10 +272,14 @@ def parse_arguments(
     given = read_command_line(argv)
     values: dict[str, Any] = {}
     config_files = given.pop("config", [])
+    defaults: dict[str, Any] = {}
     for path in config_files if isinstance(config_files, list) else [config_files]:
         with open(path, encoding="utf-8") as file:
-            values.update(flatten_recipe(yaml.safe_load(file) or {}, str(path)))
+            document = yaml.safe_load(file) or {}
+        values.update(flatten_recipe(document, str(path)))
+        defaults |= PROTOTYPE_DEFAULTS if isinstance(document, list) else {}
     values.update(flatten_recipe(given, "the command line"))
+    values = {**defaults, **values}
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     words = []
     if "use_cpu" not in values and not torch.accelerator.is_available():

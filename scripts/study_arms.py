@@ -149,6 +149,15 @@ TABLES: Mapping[str, Table] = MappingProxyType(
                 num_seeds=3,
             ),
             Table(
+                name="targets",
+                title="Normalization of the targets",
+                arms=(
+                    _FULL,
+                    _arm("targets", "by-patch", "each patch by itself, as by default", head={"target_norm": True}),
+                ),
+                num_seeds=3,
+            ),
+            Table(
                 name="layout",
                 title="Slow and fast frames, several scales",
                 arms=(

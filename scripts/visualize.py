@@ -13,7 +13,7 @@ frame, features as coordinates on their principal components). The pictures:
 
     film        frames, and their features as colours: true, predicted from the frames before, copied from the last one
     errors      where the prediction is wrong, and where copying is
-    surprise    the error over that of copying and a floor (see frame_surprise.py) by time, and over the frames
+    surprise    the error over that of copying and a floor (see frame_surprise.py) by time; over copying, over the frames
     attention   where the language model looked when it answered the question: by frame and patch, and by layer
     layout      which token of the prompt is which part of which frame
     mask        which frames the head sees
@@ -67,11 +67,11 @@ SECTIONS = (
         "The error of the prediction over that of copying the last frame and a floor, which keeps patches in which nothing "
         "changes from being surprising by their noise: 1, dotted, is the error of copying plus the floor. Copying itself lies "
         "below that, far below where little moves. It is drawn beside it, and marks and colours compare with it: a patch as "
-        "wrong as copying is neutral. Where nothing moves both errors are small, and a colour says little. Thumbnails are the "
+        "wrong as copying is neutral, and so is one in which both errors are far below the floor. Thumbnails are the "
         "most surprising frames of their stretch of time.",
         {
             "surprise": "surprise and errors over time",
-            "surprise_maps": "surprise of each patch, over that of copying, over the frames",
+            "surprise_maps": "how wrong each patch is over copying, the floor added to both, over the frames",
         },
     ),
     (
@@ -265,6 +265,7 @@ def draw_prediction(
         "copying_surprise": copying_surprise(surprise),
         "surprise_patches": surprise.patches,
         "surprise_floor": SURPRISE_FLOOR,
+        "floors": surprise.floors,
         "basis": asdict(basis),
         "features": {kind: [basis.coordinates(frame) for frame in some] for kind, some in features.items()},
         "head_mask": mask,
@@ -319,7 +320,7 @@ def draw_video(
         return record
     record["seconds"] = clip.times
     for part, (draw, pictures) in PARTS.items():
-        bar.set_postfix_str(f"{part} of {clip.name}")
+        bar.set_postfix_str(f"{part} of {Path(video).name}")
         try:
             record[part] = draw(model, processor, clip, settings, album)
         except NotThereError as error:

@@ -34,7 +34,7 @@ OTHER = {
     "autoregressive_config": {
         "embedding_dim": 96,
         "num_hist": 5,
-        "loss_weight": 1,
+        "loss_weight": 2,
         "num_heads": 4,
         "num_layers": 2,
         "use_frame_causal_mask": False,

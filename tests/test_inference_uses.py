@@ -136,6 +136,7 @@ def test_scores_of_frames_and_what_is_chosen_by_them():
         patches=[torch.ones(1, 2)] * 3,
         errors=[torch.tensor([[0.0, value]]) for value in (6.0, 2.0, 4.0)],
         copy_errors=[torch.tensor([[value, 0.0]]) for value in (2.0, 4.0, 6.0)],
+        floors=torch.full((3,), 0.1),
     )
     pixels = torch.tensor([0.0, 3, 3, 4]).view(4, 1, 1, 1).expand(4, 3, 2, 2)
     scores = frame_scores(surprise, pixels)

@@ -51,6 +51,7 @@ def stream_surprise(model, inputs, sizes) -> VideoSurprise:
         frame_index=torch.cat([part.frame_index for part in parts]),
         seconds=torch.cat([part.seconds for part in parts]),
         frames=torch.cat([part.frames for part in parts]),
+        floors=torch.cat([part.floors for part in parts]),
         **{name: [x for part in parts for x in getattr(part, name)] for name in ("patches", "errors", "copy_errors")},
     )
 
@@ -58,6 +59,7 @@ def stream_surprise(model, inputs, sizes) -> VideoSurprise:
 def assert_same_surprise(actual: VideoSurprise, expected: VideoSurprise) -> None:
     assert actual.frame_index.tolist() == expected.frame_index.tolist()
     torch.testing.assert_close(actual.seconds, expected.seconds)
+    torch.testing.assert_close(actual.floors, expected.floors)
     torch.testing.assert_close(actual.frames, expected.frames, rtol=1e-5, atol=1e-5)
     for name in ("patches", "errors", "copy_errors"):
         for own, other in zip(getattr(actual, name), getattr(expected, name), strict=True):
@@ -116,12 +118,31 @@ def test_numbers_of_python_are_seconds(first):
     inputs = inputs_of(model)
     inputs["video_timestamps"] = torch.arange(9).float()[None]
     expected = stream_surprise(model, inputs, (9,))
-    for times in (list(range(first, first + 9)), [float(first + frame) for frame in range(9)]):
+    numbers = list(range(first, first + 9))
+    for times in (numbers, [float(number) for number in numbers], np.array(numbers) / 1.0, [*map(np.int64, numbers)]):
         own = model.surprise_stream(prompt_of(inputs)).read(inputs["pixel_values_videos"][0], times)
         assert_same_surprise(own, expected)
     stream = FrameStream(model)
     stream.read(*stream.encode(inputs["pixel_values_videos"][0, :1]), [first])
+    with pytest.raises(ValueError, match="one frame is predicted at a time"):
+        stream.predict([first + 1, first + 2])
     assert stream.predict(first + 2).seconds == 2.0
+
+
+def test_the_same_time_in_another_precision_does_not_decrease():
+    model = moving_model()
+    pixels, stream = inputs_of(model)["pixel_values_videos"][0], model.surprise_stream()
+    stream.read(pixels[:2], torch.tensor([0.0, 0.1]))
+    assert stream.read(pixels[2:3], [0.1]).seconds.tolist() == pytest.approx([0.1])
+
+
+def test_features_of_fewer_frames_are_refused_and_nothing_is_read():
+    model = moving_model()
+    stream = FrameStream(model)
+    features, teacher_features = stream.encode(inputs_of(model)["pixel_values_videos"][0, :2])
+    with pytest.raises(ValueError, match="2 frames need as many teacher_features, got 1"):
+        stream.read(features, teacher_features[:1], [0.0, 1.0])
+    assert stream.num_frames == 0
 
 
 REFUSED_TIMES = {
@@ -131,8 +152,8 @@ REFUSED_TIMES = {
     r"times must be finite, got \[nan\]": [float("nan")],
     r"times must be finite, got \[inf\]": torch.tensor([torch.inf]),
     "times must not decrease, but 0.5 comes after 1.0": [0.5],
-    "a tensor, or seconds as numbers of Python, got 'now'": "now",
-    r"seconds as numbers of Python, got \[tensor\(2\)\]": [torch.tensor(2)],  # might be of nanoseconds
+    "a tensor, an array, or seconds as numbers, got 'now'": "now",
+    r"seconds as numbers, got \[tensor\(2\)\]": [torch.tensor(2)],  # might be of nanoseconds
     r"1 frames need as many times, got times of the shape \[\]": 2.0,
     r"1 frames need as many times, got times of the shape \[2\]": [2.0, 3.0],
 }

@@ -337,6 +337,7 @@ def test_a_clip_is_scored_from_the_event_on():
         patches=maps(9.0, 4.0, 1.0),
         errors=maps(9.0, 1.0, 3.0),
         copy_errors=maps(9.0, 5.0, 1.0),
+        floors=torch.full((3,), 0.1),
     )
     assert clip_scores(surprise, 2) == {
         "surprise_at_event": 2.0,

@@ -179,7 +179,6 @@ def test_a_glimpse_is_all_that_changes_or_little_beside_the_rest():
 
 
 def test_glimpses_are_not_among_what_is_asked_by_default():
-    # Data sets that were made before there were glimpses stay what they were.
     assert not {entry["question_type"] for entry in entries_of(make_clips(48))} & set(GLIMPSES)
     asked = entries_of(make_clips(32, question_types=["glimpse", "color"]))
     assert Counter(entry["question_type"] for entry in asked) == {"glimpse": 16, "color": 16}

@@ -195,7 +195,8 @@ def test_copying_is_neutral_however_little_moves(folder, settings):
 def test_nothing_is_marked_where_copying_is_the_prediction():
     surprise = made_up(5)
     surprise.errors = surprise.copy_errors
-    surprise.frames *= 3  # whatever the floor is
+    surprise.floors *= 3  # whatever the floor is
+    surprise.frames = torch.tensor(copying_surprise(surprise))
     figure = surprise_timeline(np.random.default_rng(0).random((5, 8, 8, 3)), range(5), surprise, "title")
     lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].lines}
     np.testing.assert_array_equal(lines["copying"], lines["prediction"])
@@ -205,23 +206,24 @@ def test_nothing_is_marked_where_copying_is_the_prediction():
 
 def test_half_and_twice_as_wrong_as_copying_are_equally_strong():
     surprise = made_up(2, grid=(1, 5))
-    surprise.copy_errors = [torch.tensor([[0.01, 0.5, 2.0, 0.0, 0.0]])]
-    surprise.errors = [torch.tensor([[0.005, 0.5, 4.0, 0.0, 0.1]])]  # where nothing moved: right, and wrong
+    surprise.copy_errors = [torch.tensor([[0.3, 0.5, 1.9, 0.0, 1e-5]])]
+    surprise.errors = [
+        torch.tensor([[0.1, 0.5, 3.9, 0.7, 1e-4]])
+    ]  # where nothing moved: wrong, and wrong by noise alone
     strip = rows_of("pictures_surprise", surprise_maps, np.ones((2, 1, 5, 3)), [0.0, 1.0], surprise, "title")
     scale = strip["bars"][0].scale
     drawn = strip["rows"][1].pictures[1][0] / over_frame(np.ones((1, 1, 3)), np.array([[1.0]]), scale)[0, 0]
     drawn = drawn * scale.to_rgba(1.0)[:3]
-    np.testing.assert_allclose(drawn, scale.to_rgba([0.5, 1, 2, 1, np.float64(8)])[:, :3])
+    np.testing.assert_allclose(drawn, scale.to_rgba([0.5, 1, 2, 8, (1e-4 + 0.1) / (1e-5 + 0.1)])[:, :3], atol=1e-6)
     half, same, twice = scale.norm([0.5, 1.0, 2.0])
     assert same - half == pytest.approx(twice - same) and same == pytest.approx(0.5)
-    assert strip["rows"][1].captions[1] == f"{4.605 / 2.51:.2f}"
+    assert strip["rows"][1].captions[1] == f"{(5.2001 + 0.5) / (2.70001 + 0.5):.2f}"
 
 
 def test_copying_without_an_error_is_no_surprise():
     surprise = made_up(3)
     surprise.copy_errors[0] = torch.zeros(4, 4)
     surprise.copy_errors[1] = surprise.errors[1] = torch.zeros(4, 4)
-    surprise.frames[1] = 0
     assert copying_surprise(surprise) == [0, 0]
 
 
@@ -406,6 +408,7 @@ def made_up(num_frames: int, grid=(4, 4)) -> VideoSurprise:
         patches=[e / (c + 0.1) for e, c in zip(errors, copies, strict=True)],
         errors=errors,
         copy_errors=copies,
+        floors=torch.full((num_frames - 1,), 0.1),
     )
 
 
