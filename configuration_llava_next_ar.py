@@ -134,7 +134,7 @@ class LlavaNextARAutoregressiveConfig(PreTrainedConfig):
         num_hist (`int`, defaults to 3): frames a patch may attend to, its own included.
         loss_weight (`float`, defaults to 1.0): weight of the reconstruction loss in the total loss; 0 computes and
             reports it without training on it. With the research prototype's 0.1 no gain in accuracy was certain in
-            the study, with 1.0 it was (scripts/study_results/weights.md); there with `target_norm=False`.
+            the study, with 1.0 it was (scripts/study_results/weights.md).
         num_heads (`int`, defaults to 8): attention heads of the predictor.
         num_layers (`int`, defaults to 3): transformer layers of the predictor.
         use_frame_causal_mask (`bool`, defaults to `True`): `False` lets a patch see every frame of the clip, the
