@@ -56,6 +56,7 @@ from evaluation_questions import PromptCollator, Prompts, Question, check_answer
 from evaluation_records import Batches, RecordFiles
 from evaluation_settings import (
     EvaluationSettings,
+    check_device,
     command_line,
     device_of_process,
     entries_sha256,
@@ -317,6 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = EvaluationSettings(**options)
         if output is not None:
             _check_output(output, has_report=not no_report)
+        check_device(settings.device)
         results = evaluate(settings, output=output, resume=resume)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")

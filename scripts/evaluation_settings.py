@@ -179,6 +179,15 @@ def versions() -> dict[str, str]:
     }
 
 
+def check_device(device: str) -> None:
+    """Raises ValueError unless there is a device of that name."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # the latter two where torch was built without it
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device is {device!r}, expected one that is there, such as cpu: {reason}") from error
+
+
 def device_of_process(device: str, processes: PartialState) -> str | torch.device:
     """The device that a process computes on: the one that is asked for, or of several processes each its own of that kind.
 

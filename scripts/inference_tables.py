@@ -213,6 +213,8 @@ def accuracy_figure(answers: dict[str, Sequence[Answers]]) -> Figure:
     axes = figure.subplots(len(answers), columns, squeeze=False)
     panels = [(axes[row, column], name, own) for row, (name, some) in enumerate(answers.items())
               for column, own in enumerate(some)]  # fmt: skip
+    for ax in set(axes.flat) - {ax for ax, _, _ in panels}:
+        ax.set_axis_off()
     for ax, name, own in panels:
         if len(answers) > 1:
             ax.set_title(name)

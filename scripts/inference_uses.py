@@ -73,6 +73,7 @@ from evaluation_measures import load_checkpoint
 from evaluation_questions import Question, read_questions
 from evaluation_settings import (
     EvaluationSettings,
+    check_device,
     entries_sha256,
     hardware,
     model_identity,
@@ -165,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     job, results = options.pop("job"), options.pop("results", RESULTS)
     logging.set_verbosity_error()
     try:
+        check_device(options.get("device", "cpu"))
         if job == "train":
             train_with_parts_left_out(**options)
         elif job == "tables":

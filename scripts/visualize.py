@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from evaluation_measures import load_checkpoint
-from evaluation_settings import model_identity, resolved_revision, versions
+from evaluation_settings import check_device, model_identity, resolved_revision, versions
 from matplotlib.figure import Figure
 from pictures_attention import answer_attention, attention_layers, attention_maps, attention_numbers
 from pictures_features import error_figure, features_of, film_figure, fit_basis
@@ -383,15 +383,6 @@ def visualize(
     (output / "numbers.json").write_text(json.dumps(results, allow_nan=False) + "\n", encoding="utf-8")
     write_page(results, albums, folders, output / "index.html")
     return results
-
-
-def check_device(device: str) -> None:
-    """Raises ValueError unless there is a device of that name."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device is {device!r}, expected one that is there, such as cpu: {reason}") from error
 
 
 def is_unread(record: dict[str, Any]) -> bool:

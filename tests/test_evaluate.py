@@ -227,6 +227,12 @@ def test_only_the_report_needs_matplotlib(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
+def test_a_device_that_is_not_there_is_named(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--model", "m", "--data", "d", "--device", "gpu"])
+    assert "device is 'gpu', expected one that is there" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options",
     [{"batch_size": 0}, {"dtype": "float33"}, {"max_samples": -1}, {"max_bad_samples": -1}, {"frame_order": "none"}],

@@ -531,6 +531,10 @@ def test_the_commands_from_training_to_tables(folder, tmp_path, capsys):
     assert "key-frames --model" in printed and "0.5 of the tokens - EVS" in printed and "3 frames - uniform" in printed
     raw = json.loads((tmp_path / "results" / "key_frames_test.json").read_text())
     assert len(raw["questions"]) == 8 and raw["settings"]["batch_size"] == 32
+    for job in ("key-frames", "prefill"):
+        with pytest.raises(SystemExit):
+            inference_uses.main([job, *(options[:-2] if job == "key-frames" else ()), "--device", "gpu"])
+        assert "device is 'gpu', expected one that is there" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         inference_uses.main(["key-frames", *options, "--num-kept", "99"])
     assert "99 frames were asked for" in capsys.readouterr().err
