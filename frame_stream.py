@@ -68,12 +68,10 @@ def as_times(times: torch.Tensor | np.ndarray | Sequence[float] | float) -> torc
         times = torch.from_numpy(times)
     if isinstance(times, torch.Tensor):
         return times.cpu()
-    is_one = not isinstance(times, Sequence)
-    numbers = [times] if is_one else times
+    numbers = times if isinstance(times, Sequence) else [times]
     if any(isinstance(one, bool) or not isinstance(one, Real) for one in numbers):
         raise ValueError(f"times must be a tensor, an array, or seconds as numbers, got {times!r}")
-    seconds = [float(one) for one in numbers]
-    return torch.tensor(seconds[0] if is_one else seconds, dtype=torch.float64)
+    return torch.tensor(times, dtype=torch.float64)
 
 
 class FrameStream:

@@ -14,9 +14,6 @@ from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGenera
 from llava_next_ar.processing_llava_next_ar import LlavaNextARProcessor
 from llava_next_ar.reconstruction_metrics import straight_line
 
-NO_ROLLOUT = ("not alone in the prompt", "too short")
-"""Why frames of a video are not held back and imagined."""
-
 
 def load_checkpoint(
     model: str,
@@ -248,7 +245,7 @@ def rollout_records(
     """What goes into the records of the first questions about a video, if frames of it are to be held back and imagined.
 
     `rollout`: by horizon (`"1"` and on, all from the same last frame), the lists of `next_frame_records`. Where a prompt
-    is more than text and one video, or this is too short, `no_rollout` instead: for each video why (`NO_ROLLOUT`).
+    is more than text and one video, or this is too short, `no_rollout` instead: for each video why.
     """
     if num_frames < 2:
         return {}
@@ -259,7 +256,7 @@ def rollout_records(
         if number not in questions[row].first_videos:
             continue
         if media[row] != ["video"] or lengths[video] <= num_frames:
-            reason = NO_ROLLOUT[int(media[row] == ["video"])]
+            reason = "too short" if media[row] == ["video"] else "not alone in the prompt"
             records.setdefault(row, {"no_rollout": []})["no_rollout"].append(reason)
             continue
         text, length = batch["attention_mask"][row].bool(), lengths[video]

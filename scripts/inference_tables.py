@@ -43,6 +43,12 @@ def any_frame_tells(question_type: str) -> bool:
     return question_type in QUESTION_TYPES and QUESTION_TYPES[question_type].one_frame == 1
 
 
+def check_choice_matters(question_types: Sequence[str]) -> None:
+    """Raises ValueError if any frame answers every question: nothing can be told by what is shown then."""
+    if all(map(any_frame_tells, question_types)):
+        raise ValueError(f"any frame answers each of the {len(question_types)} questions: there is nothing to choose")
+
+
 def mean_over_clips(values: Sequence[float], clips: Sequence[Any], settings: EvaluationSettings) -> Value:
     """The mean, and its interval over clips: questions about the same one are drawn together."""
     sums: dict[Any, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -67,10 +73,7 @@ class Answers:
         self.kind, self.results = kind, results
         self._settings = EvaluationSettings(**results["settings"])
         self._questions = results["questions"]
-        if all(any_frame_tells(question["question_type"]) for question in self._questions):
-            raise ValueError(
-                f"any frame answers each of the {len(self._questions)} questions: there is nothing to choose"
-            )
+        check_choice_matters([question["question_type"] for question in self._questions])
         self._right = {(c["way"], c["budget"]): c["right"] for c in results["conditions"]}
         for (way, budget), right in self._right.items():
             if len(right) != len(self._questions):

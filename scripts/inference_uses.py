@@ -82,7 +82,7 @@ from evaluation_settings import (
 )
 from evaluation_tables import write_results
 from inference_measures import measure_key_frames, measure_tokens
-from inference_tables import any_frame_tells, write_tables
+from inference_tables import check_choice_matters, write_tables
 from inference_timing import PrefillSettings, measure_prefill
 from inference_training import train_with_parts_left_out
 from transformers.utils import logging
@@ -131,8 +131,7 @@ def measure(
     dataset = LlavaVideoDataset(settings.data, processor, video_root=settings.video_root)
     questions = read_questions(dataset, settings.max_samples)
     _check_questions(questions)
-    if all(any_frame_tells(question.question_type) for question in questions):
-        raise ValueError(f"any frame answers each of the {len(questions)} questions: there is nothing to choose")
+    check_choice_matters([question.question_type for question in questions])
     results: dict[str, Any] = {
         "settings": asdict(settings),
         "budgets": budgets,

@@ -46,6 +46,11 @@ class DataSettings:
     tower_layers: int = 6
     seed: int = 0
 
+    @property
+    def shown_frames(self) -> range:
+        """Of each clip."""
+        return range(0, self.num_frames, self.frame_step)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudyQuestion:
@@ -158,7 +163,7 @@ class StudyData:
     @property
     def num_frames(self) -> int:
         """Of each clip, as it is shown (T)."""
-        return len(range(0, self.settings.num_frames, self.settings.frame_step))
+        return len(self.settings.shown_frames)
 
     @property
     def training_frames(self) -> slice:
@@ -167,8 +172,7 @@ class StudyData:
 
     def frames(self, clip: int) -> np.ndarray:
         """`[T, H, W, 3]` uint8."""
-        shown = range(0, self.settings.num_frames, self.settings.frame_step)
-        return render_clip(self.clips[clip], self.settings.image_size, shown)
+        return render_clip(self.clips[clip], self.settings.image_size, self.settings.shown_frames)
 
     def frame_numbers(self, clip: int, *, shuffled: bool = False) -> np.ndarray:
         """`[T]`, numbered through all clips; in the order of the benchmark's control if `shuffled`.

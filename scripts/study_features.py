@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -70,6 +69,8 @@ def fetch_tower(folder: Path) -> None:
 
 def dinov2_state(onnx_file: bytes) -> dict[str, torch.Tensor]:
     """Weights of the backbone in an ONNX file -> those of `Dinov2Model`, under the names of released checkpoints."""
+    import onnx  # which only those need who fetch the tower, not those who read results
+
     graph = onnx.load_from_string(onnx_file).graph
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     prefix = "backbone."

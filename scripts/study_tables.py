@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from study_arms import TABLES, Arm, RunSettings, Table
 from study_runs import read_run
-from temporal_questions import QUESTION_TYPES
+from temporal_questions import QUESTION_TYPES, unordered_ceiling
 
 # 97.5% quantile of Student's t for 1, 2... degrees of freedom
 T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
@@ -126,7 +126,7 @@ def format_table(table: Table, runs: Runs) -> str:
     rows = [
         [
             name if answers == "answers" else f"{name}, shuffled",
-            f"{unordered_ceiling(name):.2f}",
+            f"{_ceiling(name):.2f}",
             *_row(arms, runs, lambda run, name=name, answers=answers: accuracy(run, name, answers)),
         ]
         for name in types
@@ -139,9 +139,9 @@ def _question_types(runs: Runs, arms: Sequence[Arm]) -> list[str]:
     return sorted(runs[arms[0].name][0]["answers"], key=list(QUESTION_TYPES).index)
 
 
-def unordered_ceiling(question_type: str) -> float:
-    """The best accuracy that is to be had without the order of the frames."""
-    return QUESTION_TYPES[question_type].unordered
+def _ceiling(question_type: str) -> float:
+    """The best accuracy that is to be had without the order of the frames that are shown."""
+    return unordered_ceiling(question_type, len(RunSettings().data.shown_frames))[0]
 
 
 def _row(arms: Sequence[Arm], runs: Runs, measure: Callable[[dict[str, Any]], float]) -> list[str]:
@@ -163,16 +163,20 @@ def _pair_lines(arms: Sequence[Arm], runs: Runs) -> list[str]:
             cells.append(f"{wins.mean():.3f} [{low:.2f}, {high:.2f}]")
         rows.append([score, *cells])
     for where in ("at_event", "frame"):
-        baselines = {f"difference_{where}": lambda run, where=where: pair_wins(run, f"difference_{where}")}
+        # By arm, since a layout may pool the features; without a model, and so the same for all seeds.
+        baselines = {
+            f"difference_{where}": {arm.name: pair_wins(runs[arm.name][0], f"difference_{where}") for arm in arms}
+        }
         if arms[0].settings(RunSettings()).head.get("loss_weight") == 0:
-            # A head that nothing has trained copies, so that its surprise is the frame difference, normalized: without a model.
+            # A head that nothing has trained copies, so that its surprise is the frame difference, normalized.
             untrained = pair_wins(runs[arms[0].name][0], f"surprise_{where}")
-            baselines[f"normalized difference_{where}"] = lambda run, wins=untrained: wins
+            baselines[f"normalized difference_{where}"] = {arm.name: untrained for arm in arms}
         for name, baseline in baselines.items():
             for score in (f"error_{where}", f"surprise_{where}"):
                 ahead = []
                 for arm in arms:
-                    difference = np.mean([pair_wins(run, score) - baseline(run) for run in runs[arm.name]], axis=0)
+                    without = baseline[arm.name]
+                    difference = np.mean([pair_wins(run, score) - without for run in runs[arm.name]], axis=0)
                     low, high = bootstrap_of_mean(difference)
                     ahead.append(f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
                 rows.append([f"{score}, less {name}", *ahead])
@@ -260,7 +264,7 @@ def type_curves_figure(arms: Sequence[Arm], runs: Runs) -> Figure:
     figure = Figure(figsize=(3 * len(types), 2.8), layout="constrained")
     for axes, question_type in zip(figure.subplots(1, len(types), squeeze=False)[0], types, strict=True):
         _draw_curves(axes, arms, runs, lambda point, name=question_type: _share(point["answers"][name]))
-        axes.axhline(unordered_ceiling(question_type), color="black", linewidth=1, linestyle="--")
+        axes.axhline(_ceiling(question_type), color="black", linewidth=1, linestyle="--")
         axes.set(xlabel="step", title=question_type, ylim=(0, 1.02))
     axes.legend(fontsize="small")
     return figure
@@ -277,7 +281,7 @@ def types_figure(arms: Sequence[Arm], runs: Runs) -> Figure:
         means, halves = zip(*stats, strict=True)
         left = places + (number - (len(arms) - 1) / 2) * width
         axes.bar(left, means, width, yerr=np.nan_to_num(halves), color=f"C{number}", label=arm.title)
-    axes.scatter(places, [unordered_ceiling(name) for name in types], marker="_", s=400, color="black", zorder=3)
+    axes.scatter(places, [_ceiling(name) for name in types], marker="_", s=400, color="black", zorder=3)
     axes.set(xticks=places, xticklabels=types, ylabel="accuracy", ylim=(0, 1))
     axes.legend(fontsize="small")
     return figure
