@@ -27,20 +27,22 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH_PIP_ARGS) "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]"
+	mkdir -p .typing && ln -sfn .. .typing/llava_next_ar
 	touch $(STAMP)
 
 test: setup ## run the tests (PYTEST_ARGS="-m slow" for the slow ones)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-versions: setup ## run the core tests with the oldest and newest releases (VERSIONS_ARGS="--list" names them)
-	$(BIN)/python scripts/test_versions.py --torch-pip-args "$(TORCH_PIP_ARGS)" $(VERSIONS_ARGS)
+	$(BIN)/python tests/environments/versions_run.py --torch-pip-args "$(TORCH_PIP_ARGS)" $(VERSIONS_ARGS)
 
 test-lmms-eval: setup ## run lmms-eval itself on a tiny model, in an environment of its own (needs a package index)
-	$(BIN)/python scripts/test_lmms_eval.py $(LMMS_EVAL_ARGS)
+	$(BIN)/python tests/environments/lmms_eval_run.py $(LMMS_EVAL_ARGS)
 
-lint: setup ## check the style
+lint: setup ## check the style, and that static tools see the package's types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy tests/typed_usage.py
 
 demo: setup ## train a tiny model on synthetic clips and show what it predicts
 	$(BIN)/python scripts/demo.py $(DEMO_ARGS)
@@ -49,5 +51,5 @@ benchmark: setup ## measure decoding, the head and a training step
 	$(BIN)/python scripts/benchmark.py $(BENCHMARK_ARGS)
 
 clean: ## remove the environment, caches and outputs
-	rm -rf $(VENV) build dist *.egg-info scripts/*.egg-info demo_output .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .typing build dist *.egg-info demo_output .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import torch
-from evaluation_measures import load_checkpoint
-from synthetic_clips import write_dataset
-from tiny_checkpoint import build_tiny_checkpoint, texts_of
+
+from llava_next_ar.evaluation.measures import load_checkpoint
+from llava_next_ar.experiments.demo.tiny_checkpoint import build_tiny_checkpoint, texts_of
+from llava_next_ar.experiments.temporal.synthetic_clips import write_dataset
 
 NUM_FRAMES = 8
 

@@ -17,7 +17,7 @@ from random import Random
 import torch
 from fuzzing import check, damage
 
-from llava_next_ar.video_frames import FrameSampling, load_video
+from llava_next_ar.processing.video_frames import FrameSampling, load_video
 
 MEMORY = 8 * 2**30  # bytes of address space: a clip that claims more must be refused, not served
 

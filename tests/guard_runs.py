@@ -15,7 +15,7 @@ from tiny import make_sample, tiny_model
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
-from llava_next_ar.training_llava_next_ar import (
+from llava_next_ar.training.trainer import (
     AutoregressiveTrainer,
     BadStepError,
     BadStepPolicy,

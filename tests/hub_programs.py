@@ -118,8 +118,7 @@ def push_adapters(clip: str) -> dict[str, Any]:
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-    import push_to_hub
+    from llava_next_ar.hub import push as push_to_hub
 
     expected: dict[str, Any] = {"adapter": {}, "merged": {}}
     # From its folder in the cache: the adapter must name its base by the id all the same.
@@ -246,7 +245,7 @@ def train_on_a_dataset(folder: str, output: str) -> dict[str, Any]:
     from tiny_processor import tiny_processor
     from transformers import TrainingArguments
 
-    from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer, LlavaVideoDataset
+    from llava_next_ar.training.trainer import AutoregressiveTrainer, LlavaVideoDataset
 
     api = HfApi()
     api.create_repo("clips", repo_type="dataset", private=True)

@@ -8,8 +8,8 @@ import sys
 import torch
 from tiny import tiny_model
 
-from llava_next_ar.configuration_llava_next_ar import LlavaNextARConfig
-from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
+from llava_next_ar.configuration.configuration_llava_next_ar import LlavaNextARConfig
+from llava_next_ar.modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 
 NUM_VIDEOS, NUM_FRAMES, NUM_TEXT, NUM_TARGETS = 2, 16, 60, 40
 

@@ -30,7 +30,7 @@ from training_runs import make_samples
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from llava_next_ar.training_llava_next_ar import (
+from llava_next_ar.training.trainer import (
     AutoregressiveTrainer,
     LlavaVideoCollator,
     StopOnSigterm,

@@ -1,4 +1,4 @@
-"""The wheel holds the root modules and nothing else, and what the package promises about itself is consistent."""
+"""The wheel holds the folders of modules and nothing else, and what the package promises about itself is consistent."""
 
 import ast
 import importlib.metadata
@@ -12,70 +12,36 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from modules import IMPORTS, MODULES, ROOT, name_of
 from packaging.requirements import Requirement
 from tiny import tiny_model
 from tiny_processor import tiny_processor
 
-ROOT = Path(__file__).resolve().parent.parent
-MODULES = {path.name for path in ROOT.glob("*.py")}
-# Which extra a script needs; None: the package alone.
+# The extra that a script needs, with all that it imports; None: the package alone.
 EXTRA_OF_SCRIPT = {
     "benchmark.py": "benchmark",
-    "benchmark_training.py": "benchmark",
-    "benchmark_stream.py": "benchmark",
-    "checkpoint_conversion.py": None,
+    "compare.py": None,
     "consolidate.py": None,
     "convert.py": None,
     "demo.py": "demo",
     "evaluate.py": "eval",
-    "evaluation_measures.py": "eval",
-    "evaluation_metrics.py": "train",
-    "evaluation_questions.py": "train",
-    "evaluation_records.py": "eval",
-    "evaluation_report.py": "eval",
-    "evaluation_settings.py": "train",
-    "evaluation_tables.py": "train",
-    "fetch_transformers_tests.py": "dev",
-    "hub_card.py": "train",
-    "inference_measures.py": "eval",
-    "inference_selection.py": None,
-    "inference_tables.py": "demo",
-    "inference_timing.py": "train",
-    "inference_training.py": "demo",
     "inference_uses.py": "demo",
-    "lmms_eval_model.py": "eval",
-    "original_checkpoint.py": None,
-    "pictures_attention.py": "eval",
-    "pictures_features.py": "eval",
-    "pictures_layout.py": "eval",
-    "pictures_strip.py": "eval",
-    "pictures_surprise.py": "eval",
-    "preflight.py": "train",
     "push_to_hub.py": "train",
-    "recipes.py": "train",
-    "report.py": "eval",
-    "step_memory.py": "train",
-    "streamed_safetensors.py": None,
     "study.py": "study",
-    "study_arms.py": "demo",
-    "study_data.py": "demo",
-    "study_features.py": "study",
-    "study_measures.py": "study",
-    "study_runs.py": "study",
-    "study_tables.py": "study",
     "synthetic_clips.py": "demo",
     "temporal_benchmark.py": "demo",
-    "temporal_draws.py": "demo",
-    "temporal_events.py": "demo",
-    "temporal_questions.py": "demo",
-    "temporal_scenes.py": "demo",
-    "test_lmms_eval.py": "demo",
-    "test_versions.py": "dev",
     "tiny_checkpoint.py": "demo",
     "train.py": "train",
-    "trained_model.py": "train",
     "visualize.py": "eval",
 }
+DATA = {
+    "py.typed",
+    "model_card.md",
+    "hub/releases.json",
+    *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("scripts/*/*.yaml")),
+}
+TRAVELLING = {"configuration", "modeling", "processing"}
+LIBRARY = {*TRAVELLING, "hub", "training"}
 IMPORT_NAMES = {"pyyaml": "yaml", "pillow": "PIL", "opencv-python-headless": "cv2"}
 
 
@@ -91,7 +57,7 @@ def distributions(tmp_path_factory) -> tuple[Path, Path]:
     # from a copy of the checkout, so that no build folder is left in it
     source = tmp_path_factory.mktemp("some other name") / "checkout"
     outputs = ("build", "dist", "*.egg-info", "__pycache__", "demo_output", "outputs", "runs")
-    ignored = shutil.ignore_patterns(".git", ".venv", *outputs)
+    ignored = shutil.ignore_patterns(".*", *outputs)
     shutil.copytree(ROOT, source, ignore=ignored)
     output = source.parent / "dist"
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", output, ".", cwd=source)
@@ -104,22 +70,16 @@ def wheel(distributions) -> Path:
     return distributions[1]
 
 
-def test_no_init_file_beside_the_modules():
-    # With one, pytest imports each class twice or fails to collect, depending on the name of the checkout's folder.
-    assert "__init__.py" not in MODULES
-    assert not (ROOT / "tests" / "__init__.py").exists()
-
-
-def test_wheel_holds_exactly_the_root_modules_and_the_mark_that_they_are_typed(wheel):
+def test_wheel_holds_exactly_the_modules_and_their_data(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     content = {name for name in names if ".dist-info/" not in name}
-    assert content == {f"llava_next_ar/{name}" for name in (*MODULES, "py.typed")}
+    assert content == {f"llava_next_ar/{name}" for name in (*map(name_of, MODULES), *DATA)}
 
 
 def test_source_distribution_holds_code_licence_and_page(distributions):
     with tarfile.open(distributions[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert names >= {*MODULES, "py.typed", "pyproject.toml", "README.md", "LICENSE"}
+    assert names >= {*map(name_of, MODULES), *DATA, "pyproject.toml", "README.md", "LICENSE"}
 
 
 def test_wheel_carries_the_licence(wheel):
@@ -137,9 +97,9 @@ def test_installed_wheel_finds_its_modules_from_any_folder(wheel, tmp_path):
     elsewhere.mkdir()
     # -I ignores the working folder; site-packages still hold the editable install, which must not win over the path
     code = f"import sys; sys.path.insert(0, {str(target)!r})\n"
-    code += "import llava_next_ar.frame_token_layout as module; print(module.__file__)"
+    code += "import llava_next_ar.configuration.frame_token_layout as module; print(module.__file__)"
     path = run(sys.executable, "-I", "-c", code, cwd=elsewhere).strip()
-    assert Path(path) == target / "llava_next_ar" / "frame_token_layout.py"
+    assert Path(path) == target / "llava_next_ar" / "configuration" / "frame_token_layout.py"
 
 
 @pytest.mark.slow
@@ -156,11 +116,11 @@ def test_installed_wheel_loads_a_checkpoint(wheel, tmp_path):
     code = f"""
 import importlib, sys
 sys.path.append({str(dependencies)!r})  # behind the wheel, and without the editable install's finder
-for name in {sorted(Path(module).stem for module in MODULES)}:
+for name in {sorted(dotted_names(None))}:
     module = importlib.import_module(f"llava_next_ar.{{name}}")
     assert "site-packages" in module.__file__ and {str(tmp_path / "venv")!r} in module.__file__, module.__file__
-from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
-from llava_next_ar.processing_llava_next_ar import LlavaNextARProcessor
+from llava_next_ar.modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
+from llava_next_ar.processing.processing_llava_next_ar import LlavaNextARProcessor
 model, info = LlavaNextARForConditionalGeneration.from_pretrained("checkpoint", output_loading_info=True)
 assert not info["missing_keys"] and not info["unexpected_keys"], info
 LlavaNextARProcessor.from_pretrained("checkpoint").check_layout(model.config)
@@ -171,9 +131,9 @@ print(sum(parameter.double().sum().item() for parameter in model.parameters()))
 
 
 def test_editable_install_is_this_checkout(tmp_path):
-    code = "import llava_next_ar.frame_token_layout as module; print(module.__file__)"
+    code = "import llava_next_ar.configuration.frame_token_layout as module; print(module.__file__)"
     path = run(sys.executable, "-c", code, cwd=tmp_path).strip()
-    assert Path(path) == ROOT / "frame_token_layout.py"
+    assert Path(path) == ROOT / "configuration" / "frame_token_layout.py"
 
 
 def test_every_direct_dependency_is_pinned():
@@ -219,9 +179,11 @@ def unannotated(body: list[ast.stmt], prefix: str = "", in_class: bool = False) 
             yield f"{prefix}{node.name}: {', '.join(missing)}"
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
+@pytest.mark.parametrize(
+    "module", [path for path in MODULES if name_of(path).partition("/")[0] in LIBRARY], ids=name_of
+)
 def test_public_signatures_are_annotated(module):
-    assert list(unannotated(ast.parse((ROOT / module).read_text()).body)) == []
+    assert list(unannotated(ast.parse(module.read_text()).body)) == []
 
 
 def test_the_search_for_annotations_finds_what_lacks_them():
@@ -263,22 +225,34 @@ def covered_by(extra: str | None) -> set[str]:
     return import_names([*wanted, *always])
 
 
-def test_the_package_alone_covers_what_its_modules_need():
-    needed = set().union(*(imported(ROOT / module) for module in MODULES))
-    assert needed - covered_by(None) == set()
+def closure(path: Path) -> set[Path]:
+    """A module and all modules of this package that it imports, directly or not."""
+    found, waiting = set(), [path]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            waiting += [other for _, other in IMPORTS[path]]
+    return found
+
+
+def dotted_names(extra: str | None) -> list[str]:
+    """Modules that an extra covers, with all that they import."""
+    covered = [path for path in MODULES if set().union(*map(imported, closure(path))) <= covered_by(extra)]
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in covered]
+
+
+def test_the_package_alone_covers_what_models_and_processors_need():
+    assert {name.partition(".")[0] for name in dotted_names(None)} >= {"configuration", "modeling", "processing"}
+    needed = [imported(path) for path in MODULES if name_of(path).partition("/")[0] in TRAVELLING]
+    assert set().union(*needed) - covered_by(None) == set()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)
 def test_the_extra_of_a_script_covers_what_it_imports(path):
     assert path.name in EXTRA_OF_SCRIPT, "say above which extra a new script needs"
-    siblings = {other.stem: other for other in (ROOT / "scripts").glob("*.py")}
-    needed, waiting = set(), [path.stem]
-    while waiting:  # also what the scripts need that it imports, down to the last
-        names = imported(siblings[waiting.pop()])
-        waiting += sorted(names & siblings.keys() - needed)
-        needed |= names
-    tests = {other.stem for other in (ROOT / "tests").glob("*.py")}
-    assert needed - siblings.keys() - tests - covered_by(EXTRA_OF_SCRIPT[path.name]) == set()
+    needed = set().union(*map(imported, closure(path)))
+    assert needed - covered_by(EXTRA_OF_SCRIPT[path.name]) == set()
 
 
 def test_the_demo_can_train():

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
-from llava_next_ar.configuration_llava_next_ar import LlavaNextARConfig
-from llava_next_ar.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
+from llava_next_ar.configuration.configuration_llava_next_ar import LlavaNextARConfig
+from llava_next_ar.modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 
 IMAGE_SIZE, PATCH_SIZE, GRID = 35, 7, 5
 VOCAB_SIZE, IMAGE_TOKEN, VIDEO_TOKEN, PAD_TOKEN = 128, 126, 127, 0

@@ -4,7 +4,7 @@ from typing import Any
 
 from tiny_tokenizer import character_tokenizer
 
-from llava_next_ar.processing_llava_next_ar import LlavaNextARProcessor
+from llava_next_ar.processing.processing_llava_next_ar import LlavaNextARProcessor
 
 
 def tiny_processor(config: Any, **video_kwargs: Any) -> LlavaNextARProcessor:

@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from tiny import collate, make_sample, tiny_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from llava_next_ar.training_llava_next_ar import AutoregressiveTrainer, LlavaVideoCollator
-from llava_next_ar.transformers_compat import ACTIVATION_CHECKPOINTING
+from llava_next_ar.configuration.transformers_compat import ACTIVATION_CHECKPOINTING
+from llava_next_ar.training.trainer import AutoregressiveTrainer, LlavaVideoCollator
 
 # Frames of the videos of each sample: unequal, several, of one frame (nothing to predict), none.
 FRAMES = ([2], [], [5, 3], [7, 1], [1], [3], [4], [6])

@@ -2,8 +2,8 @@
 
 from collections import Counter
 
-import fetch_transformers_tests
 import pytest
+from environments import fetch_transformers_tests
 
 FILE = "test_transformers_common.py"
 MARKERS = (

@@ -1,0 +1,279 @@
+"""What a checkpoint says and predicts about a batch of questions, as plain records; used by scripts/evaluate.py."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.cache_utils import DynamicCache
+
+from ..modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
+from ..modeling.reconstruction_metrics import straight_line
+from ..processing.processing_llava_next_ar import LlavaNextARProcessor
+from .questions import Question, media_parts, normalise_answer, parse_choice
+from .settings import EvaluationSettings, base_of_adapter
+
+
+def load_checkpoint(
+    model: str,
+    *,
+    trust_remote_code: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: str = "float32",
+    revision: str | None = None,
+    base_revision: str | None = None,
+) -> tuple[Any, Any]:
+    """Model, in eval mode, and processor. With `trust_remote_code`, the checkpoint's code runs, else the package's.
+
+    `revision` is that of `model`; if this is an adapter, `base_revision` is that of its base.
+    """
+    model_class, processor_class = LlavaNextARForConditionalGeneration, LlavaNextARProcessor
+    trust = {}
+    if trust_remote_code:
+        model_class, processor_class, trust = AutoModelForImageTextToText, AutoProcessor, {"trust_remote_code": True}
+    own = {"revision": revision or "main"}
+    # Of an adapter, transformers takes `revision` for that of the base.
+    is_adapter = base_of_adapter(model, revision) is not None
+    pinned = {"revision": base_revision or "main", "adapter_kwargs": own} if is_adapter else own
+    loaded = model_class.from_pretrained(model, dtype=getattr(torch, dtype), **pinned, **trust)
+    processor = processor_class.from_pretrained(model, **own, **trust)
+    return loaded.to(device).eval(), processor
+
+
+def answer_tokens(processor: Any, messages: list[dict[str, Any]], answer: str) -> list[int]:
+    """What the model would have to say to give this answer: its tokens, and those that end the turn."""
+    options = {"tokenize": False}
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, **options)
+    spoken = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    whole = processor.apply_chat_template(spoken, **options)
+    if not whole.startswith(prompt):
+        raise ValueError("the chat template writes a prompt that is not the beginning of the answered conversation")
+    return processor.tokenizer(whole[len(prompt) :].rstrip(), add_special_tokens=False)["input_ids"]
+
+
+def prompt_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Of the tokens `[B, S]` of prompts that are padded on the left."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def choice_log_likelihoods(
+    model: Any,
+    cache: DynamicCache,
+    last_logits: torch.Tensor,
+    attention_mask: torch.Tensor,
+    choices: Sequence[Sequence[Sequence[int]]],
+    next_positions: torch.Tensor | None = None,
+) -> list[list[float]]:
+    """The log-probabilities of `score_choices` alone."""
+    scores = score_choices(model, cache, last_logits, attention_mask, choices, next_positions)
+    return [[log_likelihood for log_likelihood, _ in own] for own in scores]
+
+
+def score_choices(
+    model: Any,
+    cache: DynamicCache,
+    last_logits: torch.Tensor,
+    attention_mask: torch.Tensor,
+    choices: Sequence[Sequence[Sequence[int]]],
+    next_positions: torch.Tensor | None = None,
+) -> list[list[tuple[float, bool]]]:
+    """Log-probability of each choice as a whole, given prompts that were read already.
+
+    Args:
+        cache: of the prompts, padded on the left; used up.
+        last_logits: `[B, V]` at the last token of each prompt.
+        attention_mask: `[B, S]` of the prompts.
+        choices: for each prompt its choices as tokens.
+        next_positions: `[B]`, positions that the choices begin at, if tokens of the prompts were left out; by default the
+            prompts' lengths.
+
+    Returns:
+        for each prompt a pair for each choice: the number, and whether greedy decoding would give this choice.
+    """
+    device = last_logits.device
+    rows = torch.tensor([row for row, some in enumerate(choices) for _ in some], device=device)  # [R] one per choice
+    flat = [torch.tensor(tokens) for some in choices for tokens in some]
+    if not flat:
+        return [[] for _ in choices]
+    tokens = torch.nn.utils.rnn.pad_sequence(flat, batch_first=True, padding_value=-1).to(device)  # [R, A]
+    exists = tokens >= 0
+    tokens = tokens.clamp(min=0)
+    logits = last_logits[rows][:, None]
+    if tokens.shape[1] > 1:
+        cache.batch_select_indices(rows)
+        mask = torch.cat([attention_mask[rows], exists[:, :-1].to(attention_mask.dtype)], dim=1)
+        first = attention_mask.sum(1) if next_positions is None else next_positions
+        position_ids = first[rows, None] + torch.arange(tokens.shape[1] - 1, device=device)
+        rest = model(
+            input_ids=tokens[:, :-1],
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        logits = torch.cat([logits, rest], dim=1)
+    log_probs = logits.float().log_softmax(-1)
+    scores = log_probs.gather(-1, tokens[..., None])[..., 0]
+    is_greedy = ((log_probs.argmax(-1) == tokens) | ~exists).all(1).tolist()
+    pairs = list(zip((scores * exists).sum(1).tolist(), is_greedy, strict=True))
+    ends = np.cumsum([len(some) for some in choices])
+    return [pairs[end - len(some) : end] for some, end in zip(choices, ends, strict=True)]
+
+
+@torch.inference_mode()
+def measure_batch(
+    model: Any,
+    processor: Any,
+    batch: dict[str, torch.Tensor],
+    questions: Sequence[Question],
+    settings: EvaluationSettings,
+) -> list[dict[str, Any]]:
+    """Records of the questions of one batch, of JSON types alone.
+
+    Each has `id`, `question_type`, `answer`, `choices` and, where measured, `generated` and `exact`, for questions with
+    choices `choice` (which of them the generated text names, or None), `log_likelihoods` and `likelihood`, and for the
+    first question about a video `next_frame` (see `next_frame_records`) and what `rollout_records` gives.
+    """
+    batch = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+    records = [
+        {"id": q.id, "question_type": q.question_type, "answer": q.answer, "choices": list(q.choices)}
+        for q in questions
+    ]
+    if settings.generation:
+        generated = model.generate(**batch, max_new_tokens=settings.max_new_tokens, do_sample=False, num_beams=1)
+        texts = processor.tokenizer.batch_decode(
+            generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        for record, question, text in zip(records, questions, texts, strict=True):
+            record["generated"] = text.strip()
+            record["exact"] = normalise_answer(text) == normalise_answer(question.answer)
+            if question.choices:
+                place = parse_choice(text, question.choices)
+                record["choice"] = None if place is None else question.choices[place]
+    choices = [[answer_tokens(processor, q.messages, choice) for choice in q.choices] for q in questions]
+    wants_choices = settings.likelihood and any(choices)
+    wants_frames = settings.reconstruction and model.autoregressive_module is not None
+    wants_frames &= any(q.first_videos for q in questions) and "pixel_values_videos" in batch
+    if not wants_choices and not wants_frames:
+        return records
+    cache = DynamicCache(config=model.config.get_text_config()) if wants_choices else None
+    outputs = model(
+        **batch,
+        position_ids=prompt_positions(batch["attention_mask"]),
+        past_key_values=cache,
+        use_cache=wants_choices,
+        return_reconstruction=wants_frames,
+        skip_reconstruction=not wants_frames,
+        logits_to_keep=1,
+    )
+    if wants_choices:
+        scores = choice_log_likelihoods(
+            model, outputs.past_key_values, outputs.logits[:, -1], batch["attention_mask"], choices
+        )
+        for record, question, own in zip(records, questions, scores, strict=True):
+            if own:
+                record["log_likelihoods"] = own
+                record["likelihood"] = question.choices[int(np.argmax(own))] == question.answer
+    if wants_frames and outputs.reconstruction is not None:
+        frames = next_frame_records(outputs.reconstruction, batch["video_timestamps"], questions)
+        for record, own in zip(records, frames, strict=True):
+            if own:
+                record["next_frame"] = own
+    if wants_frames:
+        for row, own in rollout_records(model, batch, questions, settings.horizons).items():
+            records[row].update(own)
+    return records
+
+
+def _owners(questions: Sequence[Question]) -> list[tuple[int, int]]:
+    """For each video of a batch its question, and which of the question's videos it is."""
+    num_videos = [sum(p["type"] == "video" for m in q.messages for p in media_parts(m)) for q in questions]
+    return [(question, video) for question, number in enumerate(num_videos) for video in range(number)]
+
+
+def next_frame_records(
+    reconstruction: Any, timestamps: torch.Tensor, questions: Sequence[Question]
+) -> list[dict[str, list[float]]]:
+    """For each question, one entry of each list for every predicted frame of its `first_videos`; empty without any.
+
+    Args:
+        reconstruction: predictions one frame ahead, for the videos of the batch.
+        timestamps: `[N, T]` nanoseconds of the frames of the batch's videos, as the collator gives them.
+
+    Returns:
+        `video` (which of the question's), `frame` (that is predicted), `gap` (seconds since the last frame that was seen)
+        and the metrics.
+    """
+    owners = _owners(questions)
+    metrics = {name: values.tolist() for name, values in reconstruction.frame_metrics().items()}
+    of_batch, frames = reconstruction.frame_video.tolist(), reconstruction.frame_index.tolist()
+    times = timestamps.tolist()
+    metrics["linear_mse"] = linear_errors(reconstruction, timestamps).tolist()
+    records: list[dict[str, list[float]]] = [{} for _ in questions]
+    for place, (video, frame) in enumerate(zip(of_batch, frames, strict=True)):
+        question, number = owners[video]
+        if number not in questions[question].first_videos:
+            continue
+        values = {
+            "video": number,
+            "frame": frame,
+            "gap": round((times[video][frame] - times[video][frame - 1]) / 1e9, 6),
+            **{name: own[place] for name, own in metrics.items()},
+            # Nearest to a copy is always the frame before, so copying is no baseline here; a blind guess is one.
+            "temporal_consistency_chance": 1 / (of_batch.count(video) + 1),
+        }
+        for name, value in values.items():
+            records[question].setdefault(name, []).append(value)
+    return records
+
+
+def linear_errors(reconstruction: Any, timestamps: torch.Tensor) -> torch.Tensor:
+    """`[M]`: squared error of continuing the last two frames in a straight line, or of copying where there is one alone."""
+    errors = []
+    predicted = zip(reconstruction.frame_video.tolist(), reconstruction.frame_index.tolist(), strict=True)
+    for (video, frame), frames in zip(predicted, reconstruction.candidates, strict=True):
+        times = timestamps[video]
+        line = straight_line(frames[:frame], times[:frame], times[frame])
+        errors.append((line - frames[frame]).square().mean())
+    return torch.stack(errors)
+
+
+def rollout_records(
+    model: Any, batch: dict[str, torch.Tensor], questions: Sequence[Question], num_frames: int
+) -> dict[int, dict[str, Any]]:
+    """What goes into the records of the first questions about a video, if frames of it are to be held back and imagined.
+
+    `rollout`: by horizon (`"1"` and on, all from the same last frame), the lists of `next_frame_records`. Where a prompt
+    is more than text and one video, or this is too short, `no_rollout` instead: for each video why.
+    """
+    if num_frames < 2:
+        return {}
+    owners, lengths = _owners(questions), batch["video_frame_mask"].sum(1).tolist()
+    media = [[part["type"] for message in q.messages for part in media_parts(message)] for q in questions]
+    records: dict[int, dict[str, Any]] = {}
+    for video, (row, number) in enumerate(owners):
+        if number not in questions[row].first_videos:
+            continue
+        if media[row] != ["video"] or lengths[video] <= num_frames:
+            reason = "too short" if media[row] == ["video"] else "not alone in the prompt"
+            records.setdefault(row, {"no_rollout": []})["no_rollout"].append(reason)
+            continue
+        text, length = batch["attention_mask"][row].bool(), lengths[video]
+        inputs = {name: value[video, None] for name, value in batch.items() if "video" in name}
+        inputs["input_ids"] = batch["input_ids"][row, None, text]
+        (own,) = model.imagine(num_frames, hold_back=True, **inputs)
+        metrics = {name: values.tolist() for name, values in own.frame_metrics().items()}
+        times = batch["video_timestamps"][video].tolist()
+        rollout = {
+            str(ahead): {
+                "video": [0],
+                "frame": [int(own.frame_index[ahead - 1])],
+                "gap": [round((times[length - num_frames + ahead - 1] - times[length - num_frames - 1]) / 1e9, 6)],
+                **{name: [values[ahead - 1]] for name, values in metrics.items()},
+                "temporal_consistency_chance": [1 / length],
+            }
+            for ahead in range(1, num_frames + 1)
+        }
+        records[row] = {"rollout": rollout}
+    return records

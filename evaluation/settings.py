@@ -1,0 +1,288 @@
+"""What the numbers of an evaluation depend on: settings, model, data and versions; used by scripts/evaluate.py.
+
+All of it goes into the output, and records of an interrupted run are only continued where all of it is the same.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import platform
+import shlex
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate import PartialState
+from huggingface_hub import ResolvedRevision
+from transformers.utils import find_adapter_config_file, resolve_revision
+
+from ..hub.hub_folder import sha256_of, weights_sha256
+
+FRAME_ORDERS = ("natural", "shuffled", "reversed")
+# Settings that change no number.
+_WITHOUT_EFFECT = ("num_workers", "max_bad_samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """Everything that the results depend on; written into the output."""
+
+    model: str
+    data: str
+    revision: str | None = None
+    """Of a model on the Hub. In the output it is the commit that was loaded."""
+    base_revision: str | None = None
+    """The same of the base of a model that is an adapter."""
+    video_root: str | None = None
+    allow_outside_root: bool = False
+    trust_remote_code: bool = False
+    device: str = "cpu"
+    dtype: str = "float32"
+    cpu_threads: int = 1
+    """Threads of each process on a CPU. A sum's last digits depend on them, and launchers set them as they like."""
+    batch_size: int = 8
+    num_workers: int = 0
+    max_samples: int | None = None
+    max_bad_samples: int = 0
+    """Entries that may be left out since they cannot be read, all of them named in the output; one more is an error."""
+    max_new_tokens: int = 16
+    num_frames: int | None = None
+    frame_order: str = "natural"
+    """`shuffled` and `reversed` show each video's frames in another order, at the same times: what is still answered
+    needs no time."""
+    generation: bool = True
+    likelihood: bool = True
+    reconstruction: bool = True
+    horizons: int = 1
+    """How many frames ahead are predicted. Above 1, so many last frames of each video are held back and imagined."""
+    bootstrap_samples: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_new_tokens", "max_samples", "num_frames", "cpu_threads", "horizons"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        for name in ("num_workers", "max_bad_samples", "bootstrap_samples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if self.reconstruction and 1 < self.horizons and (self.num_frames or math.inf) <= self.horizons:
+            raise ValueError(
+                f"horizons is {self.horizons}, expected fewer than the {self.num_frames} frames of num_frames"
+            )
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype is {self.dtype!r}, expected one such as float32 or bfloat16")
+        if self.frame_order not in FRAME_ORDERS:
+            raise ValueError(f"frame_order is {self.frame_order!r}, expected one of {', '.join(FRAME_ORDERS)}")
+
+
+# -- The command line
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """One option for each setting, and `output`, `resume` and `no_report`."""
+    defaults = EvaluationSettings(model="", data="")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", required=True, help="checkpoint: a folder or a Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    parser.add_argument("--base-revision", help="the same of the base of a model that is an adapter")
+    parser.add_argument("--data", required=True, help="LLaVA JSON or JSON lines")
+    parser.add_argument("--output", type=Path, help="JSON file to write, with an HTML report beside it")
+    parser.add_argument("--no-report", action="store_true", help="write no HTML report")
+    parser.add_argument("--resume", action="store_true", help="go on where a run with the same output was interrupted")
+    parser.add_argument("--video-root", help="folder of the videos; that of the data if not given")
+    parser.add_argument("--allow-outside-root", action="store_true", help="accept paths outside of it, and URLs")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that the checkpoint carries")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, ...; of several processes each takes a device of that kind",
+    )
+    parser.add_argument("--dtype", default=defaults.dtype, help="float32, bfloat16 or float16")
+    parser.add_argument(
+        "--cpu-threads", type=int, default=defaults.cpu_threads, help="of each process, if the device is a CPU"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=defaults.batch_size, help="questions; last digits depend on it"
+    )
+    parser.add_argument("--num-workers", type=int, default=defaults.num_workers, help="processes that decode videos")
+    parser.add_argument("--max-samples", type=int, help="only the first so many entries")
+    parser.add_argument(
+        "--max-bad-samples",
+        type=int,
+        default=defaults.max_bad_samples,
+        help="leave out, and name in the output, up to so many entries that cannot be read",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
+    parser.add_argument(
+        "--num-frames", type=int, help="frames of a video, if other than the checkpoint's processor says"
+    )
+    parser.add_argument(
+        "--frame-order", choices=FRAME_ORDERS, default=defaults.frame_order, help="a control: what needs no time"
+    )
+    parser.add_argument(
+        "--horizons", type=int, default=defaults.horizons, help="frames ahead, by feeding predictions back"
+    )
+    parser.add_argument("--bootstrap-samples", type=int, default=defaults.bootstrap_samples, help="0: no intervals")
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    for name in ("generation", "likelihood", "reconstruction"):
+        parser.add_argument(f"--no-{name}", dest=name, action="store_false", help=f"do not measure {name}")
+    return parser
+
+
+def command_line(settings: EvaluationSettings, output: Path | None = None) -> str:
+    """The command that repeats an evaluation, every setting spelled out: defaults may move."""
+    words = ["python", "scripts/evaluate.py"]
+    for field in fields(settings):
+        value, name = getattr(settings, field.name), field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words += [] if value == field.default else [f"--{name}" if value else f"--no-{name}"]
+        elif value is not None:
+            words += [f"--{name}", str(value)]
+    words += [] if output is None else ["--output", str(output)]
+    return shlex.join(words)
+
+
+# -- Versions and fingerprints
+
+# Folders whose code the numbers of an evaluation depend on.
+_MEASURED_WITH = ("hub", "configuration", "modeling", "processing", "training", "evaluation")
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers may depend on; packages that are not installed are left out."""
+    others = {}
+    for name in ("tokenizers", "pillow", "av", "decord"):
+        with suppress(PackageNotFoundError):
+            others[name] = version(name)
+    # The same version may be a changed checkout: what makes the numbers is the package's modules and the evaluation.
+    root = Path(__file__).parents[1]
+    modules = [path for folder in _MEASURED_WITH for path in sorted((root / folder).glob("*.py"))]
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": version("accelerate"),
+        "numpy": np.__version__,
+        **others,
+        "llava_next_ar": version("llava-next-ar"),
+        "code_sha256": sha256_of(modules),
+    }
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError unless there is a device of that name."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # the latter two where torch was built without it
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device is {device!r}, expected one that is there, such as cpu: {reason}") from error
+
+
+def device_of_process(device: str, processes: PartialState) -> str | torch.device:
+    """The device that a process computes on: the one that is asked for, or of several processes each its own of that kind.
+
+    Raises:
+        ValueError: if the launcher gave this process another kind.
+    """
+    if processes.num_processes == 1:
+        return device
+    wanted, given = torch.device(device), processes.device
+    if wanted.index is not None or wanted.type != given.type:
+        raise ValueError(f"device is {device!r}, but the launcher gave this process {given}: give {given.type!r}")
+    return given
+
+
+def hardware(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device} ({platform.machine()})"
+
+
+def resolved_revision(model: str, revision: str | None) -> str | None:
+    """The commit that a revision of a model on the Hub is now; None for a folder.
+
+    Raises:
+        ValueError: for a revision of a folder.
+    """
+    if Path(model).exists():
+        if revision is not None:
+            raise ValueError(f"revision is {revision!r}, but {model} is a folder, which has none")
+        return None
+    resolved = resolve_revision(model, revision)
+    return resolved.resolved if isinstance(resolved, ResolvedRevision) else resolved
+
+
+def base_of_adapter(model: str, revision: str | None) -> str | None:
+    """Folder or Hub id of the model that transformers puts an adapter on; None for anything else than an adapter.
+
+    Raises:
+        ValueError: if the adapter names no base.
+    """
+    path = find_adapter_config_file(model, revision=revision)
+    if path is None or (Path(model) / "config.json").exists():  # a whole model with an adapter inside is its own base
+        return None
+    base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"base_model_name_or_path in {path} is {base!r}, expected a folder or a Hub id")
+    return base
+
+
+def resolved_revisions(model: str, revision: str | None, base_revision: str | None) -> tuple[str | None, str | None]:
+    """The commits of a model and, if it is an adapter, of its base; see `resolved_revision`.
+
+    Raises:
+        ValueError: for a revision of a folder, or of the base of what is no adapter.
+    """
+    revision = resolved_revision(model, revision)
+    base = base_of_adapter(model, revision)
+    if base is not None:
+        return revision, resolved_revision(base, base_revision)
+    if base_revision is not None:
+        raise ValueError(f"base_revision is {base_revision!r}, but {model} is no adapter, and has no base")
+    return revision, None
+
+
+def model_identity(
+    name: str, model: Any, revision: str | None, base_revision: str | None = None
+) -> dict[str, str | None]:
+    """Which model this is, and if it is an adapter on which base: the commit of what is on the Hub, a hash of the weight
+    files of what is in a folder."""
+    base = base_of_adapter(name, revision)
+    return {
+        "id": name,
+        "revision": revision,
+        "weights_sha256": weights_sha256(name),
+        "base": base,
+        "base_revision": None if base is None else resolved_revision(base, base_revision),
+        "base_weights_sha256": None if base is None else weights_sha256(base),
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+    }
+
+
+def entries_sha256(entries: Sequence[Any]) -> str:
+    """Of what the entries of a data set say, whatever file or format they come from."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(json.dumps(entry, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def first_difference(mine: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """The first key, with both values, in which two provenances (dicts of dicts) differ in more than convenience."""
+    for part in mine:
+        for name in {**mine[part], **other.get(part, {})}:
+            values = [some.get(part, {}).get(name) for some in (mine, other)]
+            if values[0] != values[1] and not (part == "settings" and name in _WITHOUT_EFFECT):
+                key = name if part == "settings" else f"{part} {name}"
+                return f"{key} is {values[0]!r} here, but {values[1]!r} there"
+    return None

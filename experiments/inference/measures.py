@@ -1,0 +1,293 @@
+"""What a checkpoint answers when it sees some frames, or some visual tokens, of each video; used by scripts/inference_uses.py.
+
+Every way of choosing has the same budget. Those that look at the video rest on one of these scores:
+
+    surprise    error of the head's prediction over that of copying the frame before (frame_surprise.py)
+    error       error of the prediction alone
+    change      features: error of copying alone; tokens: Efficient Video Sampling (EVS), 1 - cosine of the embeddings
+    pixels      mean squared difference of the pixels
+    random      drawn for each video, the same in every run
+
+The first frame has no frame before it, and comes before all others in each of them.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers.cache_utils import DynamicCache
+
+from ...evaluation.measures import answer_tokens, choice_log_likelihoods, measure_batch, prompt_positions
+from ...evaluation.questions import PromptCollator, Prompts, Question
+from ...evaluation.settings import EvaluationSettings
+from ...modeling.autoregressive_reconstruction import seconds_since
+from ...modeling.frame_surprise import VideoSurprise
+from .selection import (
+    change_scores,
+    first_frame_first,
+    keep_frames,
+    keep_tokens,
+    keep_with_newlines,
+    prune_prompts,
+    select_key_frames,
+    spread_key_frames,
+    uniform_frames,
+)
+
+FRAME_SCORES = ("surprise", "error", "change", "pixels")
+FRAME_RULES = {"top": select_key_frames, "spread": spread_key_frames}
+TOKEN_SCORES = ("surprise", "error", "change", "random")
+
+
+@dataclass
+class Condition:
+    """What came of one way of choosing at one budget."""
+
+    way: str
+    """`all` if everything was shown."""
+    budget: float | None
+    """Number of frames, or share of the tokens."""
+    right: list[int] = field(default_factory=list)
+    """For each question, 1 if the most probable choice was the right one."""
+    frames: list[list[int]] = field(default_factory=list)
+    """For each question the frames that were shown, where frames are chosen."""
+    hits: list[int | None] = field(default_factory=list)
+    """For each of these, 1 if one of them shows the question's moment, None if the question has none."""
+
+
+class _Conditions(dict):
+    """By way and budget; made when first asked for."""
+
+    def __missing__(self, key: tuple[str, float | None]) -> Condition:
+        self[key] = Condition(*key)
+        return self[key]
+
+
+def _batches(
+    questions: Sequence[Question], processor: Any, settings: EvaluationSettings, description: str, progress: bool
+) -> Iterator[tuple[list[Question], list[dict[str, torch.Tensor]]]]:
+    """Questions with their samples, decoded in workers, so many at a time; a bar counts those that are done."""
+    loader = DataLoader(
+        Prompts(questions, processor, settings),
+        batch_size=settings.batch_size,
+        num_workers=settings.num_workers,
+        collate_fn=list,
+    )
+    with tqdm(total=len(questions), desc=description, unit="question", disable=not progress) as bar:
+        for number, samples in enumerate(loader):
+            some = list(questions[number * settings.batch_size :][: len(samples)])
+            problems = [sample for sample in samples if isinstance(sample, str)]
+            if problems:
+                raise ValueError(problems[0])
+            yield some, samples
+            bar.update(len(some))
+
+
+def _on_device(batch: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+
+
+def surprise_of_batch(model: Any, batch: dict[str, torch.Tensor]) -> list[VideoSurprise]:
+    """Of each video of a batch of prompts with one video each.
+
+    Raises:
+        ValueError: if a prompt holds no video of two frames or more, or more than one video.
+    """
+    surprises = model.surprise(**batch, position_ids=prompt_positions(batch["attention_mask"]))
+    if not len(surprises) == len(batch["video_frame_mask"]) == len(batch["input_ids"]):
+        raise ValueError(
+            f"{len(batch['input_ids'])} prompts hold {len(batch['video_frame_mask'])} videos, {len(surprises)} of them of two "
+            "frames or more, expected one such video in each"
+        )
+    return surprises
+
+
+# -- Key frames
+
+
+def frame_scores(surprise: VideoSurprise, pixel_values: torch.Tensor) -> dict[str, list[float]]:
+    """By the name of a score, one number for each frame, 0 for the first.
+
+    Args:
+        surprise: of the video.
+        pixel_values: `[T, 3, H, W]`.
+    """
+    pixels = pixel_values.float().diff(dim=0).square().flatten(1).mean(1)
+    scores = {
+        "surprise": surprise.frames.tolist(),
+        "error": [float(errors.mean()) for errors in surprise.errors],
+        "change": [float(errors.mean()) for errors in surprise.copy_errors],
+        "pixels": pixels.tolist(),
+    }
+    return {name: [0.0, *own] for name, own in scores.items()}
+
+
+def choose_frames(scores: dict[str, list[float]], num_kept: int, key: str) -> dict[str, list[int]]:
+    """The frames that each way of choosing keeps; `key` names the video, for those that are drawn."""
+    num_frames = len(scores["pixels"])
+    drawn = _random(f"{key} {num_kept}").permutation(np.arange(1, num_frames))[: num_kept - 1]
+    chosen = {"uniform": uniform_frames(num_frames, num_kept), "random": sorted([0, *drawn.tolist()])}
+    for name in FRAME_SCORES:
+        for rule, choose in FRAME_RULES.items():
+            chosen[f"{name} {rule}"] = choose(scores[name], num_kept)
+    return chosen
+
+
+def _key(question: Question, settings: EvaluationSettings) -> str:
+    """Of a question's video, wherever it lies."""
+    return f"{settings.seed} {Path(question.media[0]).name}"
+
+
+def _random(key: str) -> np.random.Generator:
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
+
+
+def shows_moment(question: Question, times: torch.Tensor, frames: Sequence[int]) -> int | None:
+    """Whether one of the frames lies in the question's moment; None if it has none.
+
+    Args:
+        times: `[T]` of the whole video, as the processor gives them.
+    """
+    if question.moment is None:
+        return None
+    first, last = question.moment
+    slack = 1e-3  # seconds: files and entries round times differently
+    seconds = seconds_since(times[0], times)[list(frames)]
+    return int(((seconds >= first - slack) & (seconds <= last + slack)).any())
+
+
+def measure_key_frames(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    settings: EvaluationSettings,
+    num_kept: Sequence[int],
+    *,
+    progress: bool = True,
+) -> list[Condition]:
+    """Answers from so many frames of each video, for every way of choosing them.
+
+    Args:
+        questions: with choices, about one video each.
+        settings: batch size, frames of the dense sampling, and the like.
+        num_kept: budgets in frames.
+
+    Returns:
+        `all`, then every way at every budget.
+    """
+    collate = PromptCollator(processor)
+    conditions = _Conditions()
+
+    def answer(samples: Sequence[dict[str, torch.Tensor]], some: Sequence[Question]) -> list[int]:
+        batch, _ = collate(samples)
+        return [int(record["likelihood"]) for record in measure_batch(model, processor, batch, some, settings)]
+
+    for some, samples in _batches(questions, processor, settings, "key frames", progress):
+        batch, _ = collate(samples)
+        surprises = surprise_of_batch(model, _on_device(batch, model))
+        scores = [
+            frame_scores(own, sample["pixel_values_videos"][0]) for own, sample in zip(surprises, samples, strict=True)
+        ]
+        conditions["all", None].right += answer(samples, some)
+        for number in num_kept:
+            chosen = [choose_frames(own, number, _key(q, settings)) for own, q in zip(scores, some, strict=True)]
+            for way in chosen[0]:
+                frames = [own[way] for own in chosen]
+                layout, token = model.config.frame_token_layout, model.config.video_token_id
+                kept = [keep_frames(sample, own, layout, token) for sample, own in zip(samples, frames, strict=True)]
+                conditions[way, number].right += answer(kept, some)
+                conditions[way, number].frames += frames
+                conditions[way, number].hits += [
+                    shows_moment(q, sample["video_timestamps"][0], own)
+                    for q, sample, own in zip(some, samples, frames, strict=True)
+                ]
+    return list(conditions.values())
+
+
+# -- Tokens
+
+
+def token_scores(
+    surprise: VideoSurprise, features: torch.Tensor, tokens: Any, key: str
+) -> dict[str, list[torch.Tensor]]:
+    """By the name of a score, for each frame but the first `[h, w]`.
+
+    Args:
+        surprise, features, tokens: of one video; features `[L, D]` as the language model gets them.
+        key: names the video, for what is drawn.
+    """
+    rng = _random(key)
+    return {
+        "surprise": surprise.patches,
+        "error": surprise.errors,
+        "change": change_scores(features, tokens),
+        "random": [torch.from_numpy(rng.random(grid)).to(features.device) for grid in tokens.frame_grids[1:]],
+    }
+
+
+@torch.inference_mode()
+def measure_tokens(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    settings: EvaluationSettings,
+    shares: Sequence[float],
+    *,
+    progress: bool = True,
+) -> list[Condition]:
+    """Answers from a share of the tokens of each video, for every way of choosing them.
+
+    Args:
+        questions: with choices, about one video each.
+        shares: budgets, as shares of the patch tokens.
+
+    Returns:
+        `all`, then every way at every budget.
+    """
+    collate = PromptCollator(processor)
+    conditions = _Conditions()
+    for some, samples in _batches(questions, processor, settings, "tokens", progress):
+        batch, _ = collate(samples)
+        batch = _on_device(batch, model)
+        surprises = surprise_of_batch(model, batch)
+        video = model.model.get_video_features(
+            **{name: value for name, value in batch.items() if "video" in name}, return_dict=True
+        )
+        choices = [[answer_tokens(processor, q.messages, choice) for choice in q.choices] for q in some]
+        scores = [
+            token_scores(own, features, tokens, _key(q, settings))
+            for own, features, tokens, q in zip(surprises, video.pooler_output, video.video_tokens, some, strict=True)
+        ]
+        answer = partial(_answer_pruned, model, batch, video, choices, some)
+        everything = [torch.ones(len(t.patch_offsets), dtype=torch.bool) for t in video.video_tokens]
+        conditions["all", None].right += answer(everything)
+        for share in shares:
+            for way in TOKEN_SCORES:
+                ranked = [first_frame_first(own[way], t) for own, t in zip(scores, video.video_tokens, strict=True)]
+                conditions[way, share].right += answer([keep_tokens(own, share) for own in ranked])
+    return list(conditions.values())
+
+
+def _answer_pruned(
+    model: Any,
+    batch: dict[str, torch.Tensor],
+    video: Any,
+    choices: Sequence[Sequence[Sequence[int]]],
+    questions: Sequence[Question],
+    keep: Sequence[torch.Tensor],
+) -> list[int]:
+    """1 where the most probable choice is right, given the patches `[P]` of each video that are to be kept."""
+    kept = [keep_with_newlines(own, tokens) for own, tokens in zip(keep, video.video_tokens, strict=True)]
+    pruned = prune_prompts(model, batch, video.pooler_output, kept)
+    cache = DynamicCache(config=model.config.get_text_config())
+    logits = model(**pruned.inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    mask = pruned.inputs["attention_mask"]
+    scores = choice_log_likelihoods(model, cache, logits, mask, choices, pruned.next_positions)
+    return [int(q.choices[int(np.argmax(own))] == q.answer) for q, own in zip(questions, scores, strict=True)]

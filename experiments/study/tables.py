@@ -1,0 +1,288 @@
+"""Runs of the study -> tables with intervals, and plots.
+
+Every number is a mean over seeds with its 95% t interval. An arm is compared with the first one of its table seed by seed:
+the same seed has the same first weights and the same order of samples, so that the interval of the differences is narrower
+than those of the means. What the pairs of possible and impossible clips show is resampled over pairs instead (bootstrap):
+there, what is uncertain is which pairs there are, more than how training went.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..temporal.questions import QUESTION_TYPES, unordered_ceiling
+from .arms import TABLES, Arm, RunSettings, Table
+from .runs import read_run
+
+# 97.5% quantile of Student's t for 1, 2... degrees of freedom
+T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
+BOOTSTRAP_SAMPLES = 10_000
+# How clips are scored in what is reported first, chosen on the development split, and the same way without a model. Both are
+# told which frame the event is in; `UNTOLD_SCORE` is not.
+SURPRISE_SCORE, CHEAP_SCORE = "error_at_event", "difference_at_event"
+UNTOLD_SCORE = "error_frame"
+
+Runs = Mapping[str, Sequence[dict[str, Any]]]
+"""By name of the arm its runs, of the seeds that all arms have."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers of a run
+
+
+def accuracy(run: dict[str, Any], question_type: str | None = None, answers: str = "answers") -> float:
+    """Share of right answers, of all questions or those of a type."""
+    digits = run[answers]
+    return _share("".join(digits.values()) if question_type is None else digits[question_type])
+
+
+def _share(digits: str) -> float:
+    return digits.count("1") / len(digits)
+
+
+def pair_accuracy(run: dict[str, Any], score: str, event: str | None = None) -> float:
+    """Share of pairs, of all or those of an event, in which the impossible clip scores higher; a tie counts half."""
+    return float(pair_wins(run, score, event).mean())
+
+
+def pair_wins(run: dict[str, Any], score: str, event: str | None = None) -> np.ndarray:
+    """For each pair 1, 0.5 or 0."""
+    by_event = run["pairs"][score]
+    digits = "".join(by_event.values()) if event is None else by_event[event]
+    return np.array([int(digit) / 2 for digit in digits])
+
+
+MEASURES: Mapping[str, Callable[[dict[str, Any]], float]] = {
+    "accuracy": accuracy,
+    "accuracy, frames shuffled": lambda run: accuracy(run, answers="answers_shuffled"),
+    "mse": lambda run: run["frames"]["mse"],
+    "skill": lambda run: run["frames"]["skill"],
+    "skill of a straight line": lambda run: run["frames"]["linear_skill"],
+    "temporal consistency": lambda run: run["frames"]["temporal_consistency"],
+    "impossible clip worse predicted, at the event": lambda run: pair_accuracy(run, SURPRISE_SCORE),
+    "impossible clip worse predicted, moment unknown": lambda run: pair_accuracy(run, UNTOLD_SCORE),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Intervals
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of some seeds, and half the width of its 95% t interval (NaN for one seed)."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, math.nan
+    return mean, T_QUANTILES[len(values) - 2] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def bootstrap_of_mean(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """95% percentile interval of a mean over redrawn values."""
+    values = np.asarray(values, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(len(values), size=(BOOTSTRAP_SAMPLES, len(values)))
+    low, high = np.percentile(values[drawn].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _cell(values: Sequence[float], signed: bool = False) -> str:
+    mean, half = mean_interval(values)
+    text = f"{mean:+.3f}" if signed else f"{mean:.3f}"
+    return text if math.isnan(half) else f"{text} ± {half:.3f}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def read_table(table: Table, common: RunSettings, results: Path) -> Runs:
+    """The runs of a table, of the seeds that all of its arms have; an arm without any run at all is left out."""
+    found = {
+        arm.name: {
+            seed: run for seed in range(table.num_seeds) if (run := read_run(results, arm, common, seed)) is not None
+        }
+        for arm in table.arms
+    }
+    found = {name: runs for name, runs in found.items() if runs}
+    seeds = set.intersection(*map(set, found.values())) if found else set()
+    return {name: [runs[seed] for seed in sorted(seeds)] for name, runs in found.items() if seeds}
+
+
+def format_table(table: Table, runs: Runs) -> str:
+    """Markdown: all measures of all arms, what they differ from the first one, and accuracy by question type."""
+    arms = [arm for arm in table.arms if arm.name in runs]
+    num_seeds = len(runs[arms[0].name])
+    missing = [arm.name for arm in table.arms if arm.name not in runs]
+    lines = [f"### {table.title}", "", f"{num_seeds} of {table.num_seeds} seeds each."]
+    lines += [f"Not run: {', '.join(missing)}."] if missing else []
+    header = ["", *(arm.title for arm in arms), *(f"{arm.title}, less {arms[0].title}" for arm in arms[1:])]
+    rows = [[name, *_row(arms, runs, measure)] for name, measure in MEASURES.items()]
+    lines += ["", *_markdown([header, *rows]), "", "Accuracy by question type:", ""]
+    types = _question_types(runs, arms)
+    header[1:1] = ["best without order"]
+    rows = [
+        [
+            name if answers == "answers" else f"{name}, shuffled",
+            f"{_ceiling(name):.2f}",
+            *_row(arms, runs, lambda run, name=name, answers=answers: accuracy(run, name, answers)),
+        ]
+        for name in types
+        for answers in ("answers", "answers_shuffled")
+    ]
+    return "\n".join([*lines, *_markdown([header, *rows]), "", *_pair_lines(arms, runs)])
+
+
+def _question_types(runs: Runs, arms: Sequence[Arm]) -> list[str]:
+    return sorted(runs[arms[0].name][0]["answers"], key=list(QUESTION_TYPES).index)
+
+
+def _ceiling(question_type: str) -> float:
+    """The best accuracy that is to be had without the order of the frames that are shown."""
+    return unordered_ceiling(question_type, len(RunSettings().data.shown_frames))[0]
+
+
+def _row(arms: Sequence[Arm], runs: Runs, measure: Callable[[dict[str, Any]], float]) -> list[str]:
+    values = [[measure(run) for run in runs[arm.name]] for arm in arms]
+    differences = [np.subtract(some, values[0]).tolist() for some in values[1:]]
+    return [*map(_cell, values), *(_cell(some, signed=True) for some in differences)]
+
+
+def _pair_lines(arms: Sequence[Arm], runs: Runs) -> list[str]:
+    """How often the impossible clip of a pair scores higher, for each score, with intervals over pairs."""
+    scores = list(runs[arms[0].name][0]["pairs"])
+    header = ["score of a clip", *(arm.title for arm in arms)]
+    rows = []
+    for score in scores:
+        cells = []
+        for arm in arms:
+            wins = np.mean([pair_wins(run, score) for run in runs[arm.name]], axis=0)
+            low, high = bootstrap_of_mean(wins)
+            cells.append(f"{wins.mean():.3f} [{low:.2f}, {high:.2f}]")
+        rows.append([score, *cells])
+    for where in ("at_event", "frame"):
+        # By arm, since a layout may pool the features; without a model, and so the same for all seeds.
+        baselines = {
+            f"difference_{where}": {arm.name: pair_wins(runs[arm.name][0], f"difference_{where}") for arm in arms}
+        }
+        if arms[0].settings(RunSettings()).head.get("loss_weight") == 0:
+            # A head that nothing has trained copies, so that its surprise is the frame difference, normalized.
+            untrained = pair_wins(runs[arms[0].name][0], f"surprise_{where}")
+            baselines[f"normalized difference_{where}"] = {arm.name: untrained for arm in arms}
+        for name, baseline in baselines.items():
+            for score in (f"error_{where}", f"surprise_{where}"):
+                ahead = []
+                for arm in arms:
+                    without = baseline[arm.name]
+                    difference = np.mean([pair_wins(run, score) - without for run in runs[arm.name]], axis=0)
+                    low, high = bootstrap_of_mean(difference)
+                    ahead.append(f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
+                rows.append([f"{score}, less {name}", *ahead])
+    return [
+        "Pairs in which the impossible clip scores higher (intervals over pairs):",
+        "",
+        *_markdown([header, *rows]),
+        "",
+        f"The same by event, for {SURPRISE_SCORE} (and first for {CHEAP_SCORE}, which no model has a part in):",
+        "",
+        *_markdown([["event", CHEAP_SCORE, *(arm.title for arm in arms)], *_event_rows(arms, runs)]),
+    ]
+
+
+def _event_rows(arms: Sequence[Arm], runs: Runs) -> list[list[str]]:
+    columns = [(arms[0], CHEAP_SCORE), *((arm, SURPRISE_SCORE) for arm in arms)]
+    return [
+        [
+            event,
+            *(
+                f"{np.mean([pair_accuracy(run, score, event) for run in runs[arm.name]]):.3f}"
+                for arm, score in columns
+            ),
+        ]
+        for event in runs[arms[0].name][0]["pairs"][CHEAP_SCORE]
+    ]
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    head, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return [head, "|" + "---|" * len(rows[0]), *body]
+
+
+def write_tables(names: Sequence[str], common: RunSettings, results: Path) -> str:
+    """Writes `<table>.md` and plots into the folder of the runs, for every table that has any; returns the text."""
+    texts = []
+    for name in names:
+        table = TABLES[name]
+        runs = read_table(table, common, results)
+        if not runs:
+            texts.append(f"### {table.title}\n\nNot run.")
+            continue
+        texts.append(format_table(table, runs))
+        (results / f"{name}.md").write_text(texts[-1] + "\n", encoding="utf-8")
+        arms = [arm for arm in table.arms if arm.name in runs]
+        curves_figure(arms, runs).savefig(results / f"{name}_curves.png", dpi=80, metadata={"Software": None})
+        types_figure(arms, runs).savefig(results / f"{name}_types.png", dpi=80, metadata={"Software": None})
+        type_curves_figure(arms, runs).savefig(
+            results / f"{name}_type_curves.png", dpi=80, metadata={"Software": None}
+        )
+    return "\n\n".join(texts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plots
+
+
+def curves_figure(arms: Sequence[Arm], runs: Runs) -> Figure:
+    """Accuracy, skill and pairs on the development split over training; thin lines are single seeds."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    measures = {
+        "accuracy": lambda point: point["accuracy"],
+        "skill": lambda point: point["skill"],
+        "impossible clip worse predicted": lambda point: point["pairs"][SURPRISE_SCORE],
+    }
+    for axes, (name, measure) in zip(figure.subplots(1, len(measures)), measures.items(), strict=True):
+        _draw_curves(axes, arms, runs, measure)
+        axes.set(xlabel="step", title=name)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _draw_curves(axes: Axes, arms: Sequence[Arm], runs: Runs, measure: Callable[[dict[str, Any]], float]) -> None:
+    """The measure of each point of the curves; thin lines are single seeds."""
+    for number, arm in enumerate(arms):
+        steps = [point["step"] for point in runs[arm.name][0]["curve"]]
+        values = np.array([[measure(point) for point in run["curve"]] for run in runs[arm.name]])
+        axes.plot(steps, values.T, color=f"C{number}", linewidth=0.6, alpha=0.5)
+        axes.plot(steps, values.mean(0), color=f"C{number}", linewidth=2, label=arm.title)
+
+
+def type_curves_figure(arms: Sequence[Arm], runs: Runs) -> Figure:
+    """Accuracy of each question type on the development split over training: when an arm begins to see motion."""
+    types = _question_types(runs, arms)
+    figure = Figure(figsize=(3 * len(types), 2.8), layout="constrained")
+    for axes, question_type in zip(figure.subplots(1, len(types), squeeze=False)[0], types, strict=True):
+        _draw_curves(axes, arms, runs, lambda point, name=question_type: _share(point["answers"][name]))
+        axes.axhline(_ceiling(question_type), color="black", linewidth=1, linestyle="--")
+        axes.set(xlabel="step", title=question_type, ylim=(0, 1.02))
+    axes.legend(fontsize="small")
+    return figure
+
+
+def types_figure(arms: Sequence[Arm], runs: Runs) -> Figure:
+    """Accuracy by question type, with 95% intervals over seeds; the marks are what is to be had without order."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    axes = figure.subplots()
+    types = _question_types(runs, arms)
+    places, width = np.arange(len(types)), 0.8 / len(arms)
+    for number, arm in enumerate(arms):
+        stats = [mean_interval([accuracy(run, name) for run in runs[arm.name]]) for name in types]
+        means, halves = zip(*stats, strict=True)
+        left = places + (number - (len(arms) - 1) / 2) * width
+        axes.bar(left, means, width, yerr=np.nan_to_num(halves), color=f"C{number}", label=arm.title)
+    axes.scatter(places, [_ceiling(name) for name in types], marker="_", s=400, color="black", zorder=3)
+    axes.set(xticks=places, xticklabels=types, ylabel="accuracy", ylim=(0, 1))
+    axes.legend(fontsize="small")
+    return figure

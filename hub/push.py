@@ -1,0 +1,186 @@
+"""Push a checkpoint to the Hub: model or adapter, with its processor, code and card, and nothing else.
+
+    python scripts/push_to_hub.py outputs/run user/model --dry-run
+    python scripts/push_to_hub.py outputs/run user/model --private --license apache-2.0 --results results.json
+    python scripts/push_to_hub.py outputs/run/checkpoint-500 user/model --branch step-500 --message "500 steps"
+    python scripts/push_to_hub.py outputs/lora user/adapter --base-model user/model   # if it was trained on a folder
+
+The folder may be a saved model, the output of a training, one of its checkpoints, or an adapter. It is checked before
+anything is sent, and what is missing is named. Only what a model needs goes up: never the state of the optimizer, logs,
+data or tokens. All of it is one commit, which also deletes weights of an older push that would be loaded instead; if it
+fails, the repository is as it was. A second commit then writes the hash of the first into the card, as the revision to
+pin. A README.md that somebody wrote by hand is kept, here and on the Hub.
+
+The token is that of `hf auth login`, or HF_TOKEN.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelInfo, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .hub_folder import portable_adapter_config, read_hub_folder
+from .model_card import RELATIONS, CardOptions, build_card, find_base_model, is_generated
+from .pushed_model import commit_files, replaced_files
+
+Files = dict[str, Path | bytes]
+
+
+def collect_files(folder: Path, base_model: str | None = None) -> tuple[Files, dict[str, str]]:
+    """What goes up, without the card, and what does not: path -> why.
+
+    Raises:
+        ValueError: if the folder is not complete, or nobody else could find the adapter's base.
+    """
+    found = read_hub_folder(folder)
+    files: Files = dict(found.files)
+    if found.kind == "adapter":
+        config = json.loads(found.files["adapter_config.json"].read_text(encoding="utf-8"))
+        config = portable_adapter_config(config, base_model)
+        files["adapter_config.json"] = json.dumps(config, indent=2, sort_keys=True).encode()
+    return files, found.left_out
+
+
+def find_repository(api: HfApi, repo_id: str, revision: str | None) -> ModelInfo | None:
+    """The repository at a branch (at main, if the branch is to be made), or None if there is none to be seen."""
+    try:
+        return api.model_info(repo_id, revision=revision, files_metadata=True)
+    except RevisionNotFoundError:
+        return api.model_info(repo_id, files_metadata=True)
+    except RepositoryNotFoundError:
+        return None
+
+
+def keeps_card(api: HfApi, repo_id: str, repository: ModelInfo | None) -> bool:
+    """Whether the Hub holds a card that somebody wrote by hand."""
+    if repository is None:
+        return False
+    try:
+        path = api.hf_hub_download(repo_id, "README.md", revision=repository.sha)
+    except EntryNotFoundError:
+        return False
+    return not is_generated(Path(path).read_text(encoding="utf-8"))
+
+
+def describe(files: Mapping[str, Path | bytes], stale: Sequence[str], left_out: Mapping[str, str]) -> str:
+    """A table for people: what is uploaded, what is deleted on the Hub, what stays here and why."""
+    sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
+    lines = [f"upload    {size:>16,}  {name}" for name, size in sizes.items()]
+    lines += [f"delete    {'':>16}  {name} (of an older push)" for name in stale]
+    lines += [f"left out  {'':>16}  {name} ({why})" for name, why in left_out.items()]
+    return "\n".join([*lines, f"{len(files)} files, {sum(sizes.values()):,} bytes"])
+
+
+def push(folder: Path, repo_id: str, options: argparse.Namespace) -> CommitInfo | None:
+    """Pushes a folder and prints what it does.
+
+    Raises:
+        ValueError: if the folder is not complete, or `--private` asks for what the repository is not.
+    """
+    files, left_out = collect_files(folder, options.base_model)
+    api = HfApi()
+    repository = find_repository(api, repo_id, options.branch)
+    if repository is not None and options.private and not repository.private:
+        raise ValueError(f"{repo_id} is there already and is public: make it private on its page first")
+    license_of_base, base_revision = look_up_base(find_base_model(folder, options.base_model))
+    card = CardOptions(
+        base_model=options.base_model,
+        base_revision=base_revision,
+        relation=options.relation,
+        license=options.license or license_of_base,
+        language=options.language,
+        datasets=options.dataset,
+        results=options.results,
+    )
+    writes_card = "README.md" not in files or is_generated(files["README.md"].read_text(encoding="utf-8"))
+    if writes_card and not options.overwrite_card and keeps_card(api, repo_id, repository):
+        files.pop("README.md", None)
+        left_out["README.md"] = "the Hub's was written by hand; --overwrite-card replaces it"
+        writes_card = False
+    if writes_card:
+        files["README.md"] = str(build_card(folder, repo_id, card)).encode()
+    stale = replaced_files(api, repository, files) if repository else []
+    print(describe(dict(sorted(files.items())), stale, left_out))
+    if writes_card and card.license is None:
+        print("the card names no license: give one with --license")
+    if options.dry_run:
+        print("dry run: nothing was sent")
+        return None
+
+    if repository is None:
+        api.create_repo(repo_id, private=options.private, exist_ok=True)
+    where: dict[str, Any] = {"revision": options.branch, "create_pr": options.pull_request}
+    commit = commit_files(repo_id, files, commit_message=options.message, **where)
+    print(f"pushed: {commit.pr_url or commit.commit_url}")
+    if writes_card and not options.pull_request:
+        pinned = str(build_card(folder, repo_id, card, revision=commit.oid)).encode()
+        message = f"Model card: pin {commit.oid[:8]}"
+        commit_files(repo_id, {"README.md": pinned}, commit_message=message, revision=options.branch)
+    pin = f'revision="{commit.oid}"'
+    if "adapter_config.json" in files:  # `revision` is then that of the base
+        pin = f'revision="{base_revision or "main"}", adapter_kwargs={{"revision": "{commit.oid}"}}'
+    print(f'to pin it: from_pretrained("{repo_id}", {pin}, trust_remote_code=True)')
+    return commit
+
+
+def look_up_base(base: str | None) -> tuple[str | None, str | None]:
+    """License and newest commit of the base on the Hub; None for what cannot be found, or has a license of its own."""
+    commit = found = None
+    try:
+        if base is not None:
+            commit = HfApi().model_info(base).sha
+            found = ModelCard.load(base, ignore_metadata_errors=True).data.license
+    except (HTTPError, OSError, ValueError):  # no such repository, no card in it, or no network
+        pass
+    return (None if found == "other" else found), commit
+
+
+def main(argv: Sequence[str] | None = None) -> CommitInfo | None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("folder", type=Path, help="saved model, output of a training, checkpoint of it, or adapter")
+    parser.add_argument("repo_id", help="user/name on the Hub; made if it does not exist")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--branch", help="made from main if it does not exist; main by default")
+    target.add_argument("--pull-request", "--pull_request", action="store_true", help="open one instead of pushing")
+    parser.add_argument("--message", default="Upload with scripts/push_to_hub.py", help="of the commit")
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="list what would be done; send nothing")
+    card = parser.add_argument_group("model card (what the folder does not say)")
+    card.add_argument("--base-model", "--base_model", help="Hub id; needed for an adapter of a local folder")
+    card.add_argument("--relation", choices=RELATIONS, help="to the base; read from the folder by default")
+    card.add_argument("--license", help="such as apache-2.0; that of the base's card by default")
+    card.add_argument("--language", nargs="+", default=(), help="ISO 639 codes, such as en")
+    card.add_argument("--dataset", nargs="+", default=(), help="Hub ids of the training data")
+    card.add_argument(
+        "--results", type=Path, help="JSON of scripts/evaluate.py; results.json of the folder by default"
+    )
+    card.add_argument(
+        "--overwrite-card",
+        "--overwrite_card",
+        action="store_true",
+        help="replace one on the Hub that was written by hand",
+    )
+    options = parser.parse_args(argv)
+    if not options.dry_run and get_token() is None:
+        sys.exit("push_to_hub.py: no token: run `hf auth login`, or set HF_TOKEN to one that can write")
+    try:
+        return push(options.folder, options.repo_id, options)
+    except (ValueError, OSError, HTTPError, RuntimeError) as error:  # the last is the client's, for a failed upload
+        because = f" {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else ""
+        sys.exit(f"push_to_hub.py: {error}{because}")
+
+
+if __name__ == "__main__":
+    main()

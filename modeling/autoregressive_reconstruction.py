@@ -1,0 +1,556 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""The reconstruction head: from the frames read so far, predict the frozen vision features of the next frame.
+
+What makes the objective mean something:
+- the predictor reads the language model's hidden states at the video positions (never the target's features), attends
+  frame-causally, and sees time in seconds, since sampling is not uniform;
+- prediction = this frame's features + a learned change that starts at zero, so training starts exactly at the
+  copy-last-frame baseline and every gain is a gain over it;
+- the target comes from a frozen teacher, without gradient.
+
+Relatives: frame-causal prediction of frozen patch features in DINO-WM (arXiv 2411.04983), a latent next-frame head in
+Cambrian-S (arXiv 2511.04670), reconstruction of latents in ROSS (arXiv 2410.09575).
+
+Shape letters: V clips, F frames of all clips together, T frames of one clip, M predicted frames (all but the first of
+each clip), P patches of a frame, E predictor width, Dv width of the vision features, K frames visible to a frame.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from ..configuration.configuration_llava_next_ar import LlavaNextARAutoregressiveConfig
+from ..configuration.frame_token_layout import FrameTokenLayout, FrameType, VideoTokens
+from ..configuration.transformers_compat import hidden_states_to_keep
+from .frame_masks import FrameLevelMaskGenerator
+from .frame_predictor import (
+    FramePredictorBlock,
+    PredictorMemory,
+    ZeroInitializedLinear,
+    resample_states,
+    sinusoids,
+    stack_padded,
+)
+from .reconstruction_metrics import Reconstruction
+from .vision_teacher import Unregistered, adapter_layers, adapters_off, select_vision_features, tower_trains
+
+logger = logging.get_logger(__name__)
+
+
+def seconds_since(first: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    """Seconds, or integers of nanoseconds, as float32 seconds since the first frame of the clip."""
+    if not times.is_floating_point():
+        return (times - first).float() * 1e-9
+    if times.dtype in (torch.bfloat16, torch.float16):
+        logger.warning_once(
+            f"frame times came as {times.dtype}, which is too coarse for seconds: keep video_timestamps in float32, or "
+            "give them as int64 nanoseconds, which nothing casts"
+        )
+        times, first = times.float(), first.float()
+    return (times - first).float()  # float64 may hold seconds since 1970, float32 does not
+
+
+def _seconds_and_gaps(times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Times of a clip's frames `[T]` -> seconds since the first, and seconds to the frame after each."""
+    seconds = seconds_since(times[0], times)
+    gaps = seconds.diff()
+    # The frame after the last has no time; its gap is taken to be the last one.
+    return seconds, torch.cat([gaps, gaps[-1:]]) if len(gaps) else torch.ones_like(seconds)
+
+
+class AutoregressiveReconstructionModule(nn.Module):
+    """Predicts the next frame's frozen vision features from the language model's hidden states.
+
+    **Teacher.** As long as the vision tower is frozen, it is its own teacher: no memory, no time, nothing extra saved.
+    With adapters on the tower (PEFT), the teacher is the tower with the adapters off: one more tower pass, nothing extra
+    saved. When the tower itself trains, `prepare_teacher` makes a frozen copy before the first step; it is a submodule
+    (`teacher`), follows `.to()`, is saved with the checkpoint under `autoregressive_module.teacher.*`, and
+    `autoregressive_config.separate_teacher` is set so that it is found again on reload.
+
+    **Extending.** A subclass may replace the loss (`patch_loss`) and the predictor (`block_class`), and is put to use by
+    a subclass of the model that names it (`LlavaNextARForConditionalGeneration.head_class`). What makes the objective
+    mean something stays as it is: targets, copy baseline, zero start, and which frames a patch may see.
+
+    Args:
+        config: the head's configuration, `embedding_dim` resolved.
+        hidden_size: width of the language model's hidden states.
+        vision_dim: width of the vision features (Dv).
+        token_layout: how frames became tokens.
+        vision_feature_layer, vision_feature_select_strategy: the features that the projector reads.
+        vision_tower: the tower for `compute_autoregressive_loss`, which is given frames; not a submodule of this one.
+    """
+
+    # Built `config.num_layers` times as `block_class(embedding_dim, num_heads)`, with the `forward` of
+    # `FramePredictorBlock`. What it makes of a frame may depend on the frames in `visible`, and on no other.
+    block_class: type[nn.Module] = FramePredictorBlock
+
+    # Wavelengths in seconds, from faster than any frame rate to longer than most clips.
+    TIME_WAVELENGTHS = torch.logspace(math.log10(0.1), math.log10(1000.0), 16)
+    # Wavelengths in units of the frame's side.
+    POSITION_WAVELENGTHS = torch.logspace(math.log10(2.0), math.log10(0.0625), 8)
+
+    def __init__(
+        self,
+        config: LlavaNextARAutoregressiveConfig,
+        hidden_size: int,
+        vision_dim: int,
+        token_layout: FrameTokenLayout,
+        vision_feature_layer: int | list[int] = -1,
+        vision_feature_select_strategy: str = "full",
+        vision_tower: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.token_layout = token_layout
+        self.target_layout = config.target_layout(token_layout)
+        self.vision_feature_layer = vision_feature_layer
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        dim = config.embedding_dim
+        self.input_norm = nn.LayerNorm(hidden_size)
+        self.input_projection = nn.Linear(hidden_size, dim)
+        num_place_features = 4 * len(self.POSITION_WAVELENGTHS) + 4 * len(self.TIME_WAVELENGTHS)
+        self.place_projection = nn.Linear(num_place_features, dim)
+        self.blocks = nn.ModuleList(self.block_class(dim, config.num_heads) for _ in range(config.num_layers))
+        self.output_norm = nn.LayerNorm(dim)
+        self.change = ZeroInitializedLinear(dim, vision_dim)
+        self.teacher: nn.Module | None = None
+        self._vision_tower = Unregistered(vision_tower)
+
+    def train(self, mode: bool = True) -> "AutoregressiveReconstructionModule":
+        super().train(mode)
+        if self.teacher is not None:
+            # from_pretrained makes every parameter trainable, then calls eval(), which is train(False).
+            self.teacher.requires_grad_(False).eval()
+        return self
+
+    # ---- teacher ---------------------------------------------------------------------------------------------------
+
+    def is_own_teacher(self, vision_tower: nn.Module) -> bool:
+        """Whether what is predicted are the very features that the projector reads."""
+        return self.teacher is None and not adapter_layers(vision_tower)
+
+    def prepare_teacher(self, vision_tower: nn.Module) -> None:
+        """Makes the frozen copy if the tower is about to train. Call before wrapping the model (DDP, FSDP).
+
+        `LlavaNextARForConditionalGeneration.train()` calls it, and with it every Trainer.
+
+        Raises:
+            RuntimeError: if DeepSpeed's ZeRO-3 has split the tower, as it does while it loads.
+        """
+        if self.teacher is not None or adapter_layers(vision_tower) or not tower_trains(vision_tower, []):
+            return
+        if any(hasattr(parameter, "ds_id") for parameter in vision_tower.parameters()):
+            raise RuntimeError(
+                "ZeRO-3 has split the vision tower, of which the head needs a frozen copy to train: make the copy without "
+                "DeepSpeed (unfreeze the tower, model.train(), model.save_pretrained) and train from that folder"
+            )
+        self.teacher = copy.deepcopy(vision_tower).requires_grad_(False).eval()
+        self.config.separate_teacher = True
+        logger.info("the vision tower trains: a frozen copy of it is kept as the teacher of the reconstruction head")
+
+    def run_tower(self, tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Features of frames `[F, 3, H, W]` at the layer that the projector reads: `[F, P, Dv]`."""
+        dtype = next(tower.parameters()).dtype
+        # Naming the layer keeps the tower from storing the hidden states of all the others.
+        kept = hidden_states_to_keep(self.vision_feature_layer)
+        outputs = tower(pixel_values.to(dtype), output_hidden_states=kept, return_dict=True)
+        return select_vision_features(
+            outputs.hidden_states, self.vision_feature_layer, self.vision_feature_select_strategy
+        )
+
+    @torch.no_grad()
+    def teacher_features(
+        self,
+        vision_tower: nn.Module,
+        pixel_values: torch.Tensor | None,
+        tower_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Features of the frozen teacher, `[F, P, Dv]`, without gradient.
+
+        Args:
+            vision_tower: the model's own tower.
+            pixel_values: `[F, 3, H, W]`.
+            tower_features: what the tower just gave for these frames; saves the shared teacher its pass.
+
+        Raises:
+            RuntimeError: if the tower trains but no copy was made before, or trains beside its adapters.
+        """
+        if self.teacher is not None:
+            return self.run_tower(self.teacher, pixel_values)
+        adapters = adapter_layers(vision_tower)
+        if self.training and tower_trains(vision_tower, adapters):
+            raise RuntimeError(
+                "the vision tower has adapters, and weights of its own train as well (bias='all' is a usual cause): with "
+                "the adapters off it would be no fixed teacher"
+                if adapters
+                else "the vision tower trains, but its frozen copy, the teacher, was not made: call model.train() after "
+                "unfreezing the tower and before the first step"
+            )
+        if adapters:
+            with adapters_off(adapters):
+                return self.run_tower(vision_tower, pixel_values)
+        if tower_features is not None:
+            return tower_features.detach()
+        return self.run_tower(vision_tower, pixel_values)
+
+    # ---- prediction ------------------------------------------------------------------------------------------------
+
+    def _place_features(self, clip: VideoTokens, seconds: torch.Tensor, gaps: torch.Tensor) -> torch.Tensor:
+        """Where and when each patch of a clip is: `[num_patches, features]` float32, in the order of the hidden states.
+
+        `seconds` `[T]` since the first frame, and `gaps` `[T]` to the frame after, which is the one to be predicted.
+        """
+        device = seconds.device
+        offsets = clip.patch_offsets
+        frame = clip.frame[offsets].to(device)
+        grid = torch.tensor(clip.frame_grids, device=device)[frame]  # [patches, 2]
+        place = torch.stack([clip.row[offsets], clip.column[offsets]], dim=1).to(device)
+        place = (place + 0.5) / grid
+        time_wavelengths = self.TIME_WAVELENGTHS.to(device)
+        return torch.cat(
+            [
+                sinusoids(place, self.POSITION_WAVELENGTHS.to(device)).flatten(1),
+                sinusoids(seconds, time_wavelengths)[frame],
+                sinusoids(gaps, time_wavelengths)[frame],
+            ],
+            dim=1,
+        )
+
+    def _embed(self, hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """`[num_patches, hidden]` and their `_place_features` -> what the first block reads, `[num_patches, E]`."""
+        dtype = self.input_projection.weight.dtype
+        x = self.input_projection(self.input_norm(hidden_states.to(dtype)))
+        return x + self.place_projection(places.to(dtype))
+
+    def _visible_frames(
+        self, clips: Sequence[VideoTokens], frame_types: Sequence[Sequence[int] | None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Visible frames over the whole batch: `[F, K]` indices and validity; no frame sees another clip."""
+        per_clip = []
+        for clip, types in zip(clips, frame_types, strict=True):
+            visibility = FrameLevelMaskGenerator.frame_visibility(
+                len(clip.frame_types),
+                self.config.num_hist,
+                types if self.config.use_fast_slow_frames else None,
+                causal=self.config.use_frame_causal_mask,
+            )
+            per_clip.append(FrameLevelMaskGenerator.visible_frames(visibility))
+        width = max(visible.shape[1] for visible, _ in per_clip)
+        indices, validity, first = [], [], 0
+        for visible, valid in per_clip:
+            padding = width - visible.shape[1]
+            own = torch.arange(len(visible))[:, None].expand(-1, padding)
+            indices.append(torch.cat([visible, own], dim=1) + first)
+            validity.append(nn.functional.pad(valid, (0, padding)))
+            first += len(visible)
+        return torch.cat(indices), torch.cat(validity)
+
+    def _predictor_states(
+        self,
+        hidden_states: torch.Tensor,
+        clips: Sequence[VideoTokens],
+        timestamps: Sequence[torch.Tensor],
+        frame_types: Sequence[Sequence[int] | None],
+    ) -> list[torch.Tensor]:
+        """Runs the predictor: hidden states `[num_patches, hidden]` -> for each frame `[h * w, E]`."""
+        counts = [height * width for clip in clips for height, width in clip.frame_grids]
+        device = hidden_states.device
+        places = [
+            self._place_features(clip, *_seconds_and_gaps(times))
+            for clip, times in zip(clips, timestamps, strict=True)
+        ]
+        x = self._embed(hidden_states, torch.cat(places))
+        visible, valid = self._visible_frames(clips, frame_types)
+        visible, valid = visible.to(device), valid.to(device)
+        key_mask = valid[:, :, None].expand(-1, -1, max(counts))  # [F, K, P]
+        if len(set(counts)) == 1:
+            x = x.view(len(counts), counts[0], -1)
+        else:
+            x = stack_padded(x.split(counts))  # [F, P, E]
+            exists = torch.arange(max(counts), device=device) < torch.tensor(counts, device=device)[:, None]
+            key_mask = key_mask & exists[visible]
+        key_mask = None if visible.shape[1] == 1 and len(set(counts)) == 1 else key_mask.flatten(1)[:, None, None]
+        for block in self.blocks:
+            x = block(x, visible, key_mask)
+        x = self.output_norm(x)
+        return [frame[:count] for frame, count in zip(x, counts, strict=True)]
+
+    def open_memory(self) -> PredictorMemory:
+        """What `step` keeps of the frames of one clip.
+
+        Raises:
+            ValueError: if frames see later ones (`use_frame_causal_mask` off): then nothing can be said frame by frame.
+        """
+        if not self.config.use_frame_causal_mask:
+            raise ValueError("use_frame_causal_mask is off: this head reads the frames that it should predict")
+        return PredictorMemory(len(self.blocks), self.config.num_hist)
+
+    def step(
+        self,
+        hidden_states: torch.Tensor,
+        frame: VideoTokens,
+        seconds: torch.Tensor,
+        gap: torch.Tensor,
+        frame_type: int | None,
+        memory: PredictorMemory,
+    ) -> torch.Tensor:
+        """One frame further than the frames that went through `memory`: what `forward` would make of it.
+
+        Args:
+            hidden_states: `[h * w, hidden_size]` of the frame.
+            frame: its token map, as a clip of one frame.
+            seconds, gap: float32 scalars: seconds since the first frame, and until the frame that is to be predicted.
+            frame_type: what `frame_types` of `forward` says of it.
+
+        Returns:
+            `[h * w, E]`, for `predict`.
+        """
+        x = self._embed(hidden_states, self._place_features(frame, seconds[None], gap[None]))
+        return self.output_norm(memory.run(self.blocks, x, frame_type if self.config.use_fast_slow_frames else None))
+
+    def predict(self, states: torch.Tensor, copies: torch.Tensor) -> torch.Tensor:
+        """This frame's features `copies` `[..., P, Dv]` plus a learned change, float32; `states` `[..., P, E]`, same grid."""
+        return copies + self.change(states).float()
+
+    def targets(self, features: torch.Tensor, frame_type: FrameType) -> torch.Tensor:
+        """Teacher features `[T, P, Dv]` -> pooled and normalised targets `[T, h * w, Dv]`, float32."""
+        pooled = self.target_layout.pool(features.float(), frame_type)
+        return nn.functional.layer_norm(pooled, pooled.shape[-1:]) if self.config.target_norm else pooled
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        clips: Sequence[VideoTokens],
+        vision_features: torch.Tensor,
+        timestamps: Sequence[torch.Tensor] | None = None,
+        frame_types: Sequence[Sequence[int]] | None = None,
+    ) -> Reconstruction | None:
+        """Predicts every frame but the first of every clip.
+
+        Args:
+            hidden_states: `[num_patches, hidden_size]`, the language model's last hidden states at the patch tokens of
+                all clips, by clip, frame, row and column (`VideoTokens.patch_offsets`).
+            clips: the token map of each clip.
+            vision_features: `[F, P, Dv]` unpooled teacher features of all frames of all clips.
+            timestamps: for each clip `[T]` seconds, or integers of nanoseconds; frames are taken to be one second apart if
+                None.
+            frame_types: for each clip slow (0) or fast (1) for each frame, where the video processor chose them. A layout
+                with slow and fast tokens knows its own; without either, no frame is told apart from the others.
+
+        Returns:
+            The predictions with the loss of each clip, or None if no clip has two frames.
+        """
+        clip_lengths = [len(clip.frame_types) for clip in clips]
+        if max(clip_lengths, default=0) < 2:
+            return None
+        if timestamps is None:
+            timestamps = [torch.arange(length, device=hidden_states.device).float() for length in clip_lengths]
+        if self.token_layout.is_slow_fast:
+            frame_types = [clip.frame_types for clip in clips]
+        elif frame_types is None:
+            frame_types = [None] * len(clips)
+        states = self._predictor_states(hidden_states, clips, timestamps, frame_types)
+
+        predictions, targets, copies, candidates, grids, places = [], [], [], [], [], []
+        first = 0
+        for video, (clip, length) in enumerate(zip(clips, clip_lengths, strict=True)):
+            features = vision_features[first : first + length]
+            clip_states = states[first : first + length]
+            first += length
+            if length < 2:
+                continue
+            kinds = self.target_layout.frame_types(length, frame_types[video])
+            frames_on_grid = {kind: self.targets(features, kind) for kind in set(kinds[1:])}
+            for frame in range(1, length):
+                on_grid = frames_on_grid[kinds[frame]]
+                grid = self.target_layout.frame_grid(kinds[frame])
+                predictions.append(resample_states(clip_states[frame - 1], clip.frame_grids[frame - 1], grid))
+                targets.append(on_grid[frame])
+                copies.append(on_grid[frame - 1])
+                candidates.append(on_grid)
+                grids.append(grid)
+                places.append((video, frame))
+
+        copies, targets = stack_padded(copies), stack_padded(targets)
+        predictions = self.predict(stack_padded(predictions), copies)
+        counts = torch.tensor([height * width for height, width in grids], device=targets.device)
+        patch_mask = torch.arange(targets.shape[1], device=targets.device) < counts[:, None]
+        frame_loss = self._frame_loss(predictions, targets, patch_mask, grids)
+        frame_video, frame_index = torch.tensor(places, device=targets.device).unbind(1)
+        video_index, num_predicted = frame_video.unique_consecutive(return_counts=True)
+        loss_per_video = torch.stack([loss.mean() for loss in frame_loss.split(num_predicted.tolist())])
+        return Reconstruction(
+            loss_per_video=loss_per_video,
+            video_index=video_index,
+            predictions=predictions,
+            targets=targets,
+            copies=copies,
+            patch_mask=patch_mask,
+            frame_video=frame_video,
+            frame_index=frame_index,
+            candidates=tuple(candidates),
+            grids=tuple(grids),
+        )
+
+    def _frame_loss(
+        self,
+        predictions: torch.Tensor,
+        targets: torch.Tensor,
+        patch_mask: torch.Tensor,
+        grids: Sequence[tuple[int, int]],
+    ) -> torch.Tensor:
+        """`[M]`: mean over patches, and over the pyramid of coarser grids with `enable_multiscale_pooling`."""
+        loss = (self.patch_loss(predictions, targets) * patch_mask).sum(1) / patch_mask.sum(1)
+        if not self.config.enable_multiscale_pooling:
+            return loss
+        per_frame: list[torch.Tensor] = [loss[0]] * len(grids)
+        for grid in set(grids):
+            members = [m for m, other in enumerate(grids) if other == grid]
+            levels = [loss[members]]
+            pair = torch.cat([predictions[members], targets[members]])[:, : grid[0] * grid[1]]
+            pair = pair.transpose(1, 2).unflatten(2, grid)  # [2 * members, Dv, h, w]
+            while min(pair.shape[2:]) >= 2:
+                pair = nn.functional.avg_pool2d(pair, 2)
+                coarse = pair.flatten(2).transpose(1, 2)
+                levels.append(self.patch_loss(*coarse.chunk(2)).mean(1))
+            for m, value in zip(members, torch.stack(levels).mean(0), strict=True):
+                per_frame[m] = value
+        return torch.stack(per_frame)
+
+    def patch_loss(self, predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss of each patch, `[M, P, Dv]` float32 twice -> `[M, P]`; by default `config.loss_type`.
+
+        Means over patches, frames and videos are taken elsewhere, and so are the coarser grids of
+        `enable_multiscale_pooling`, which come through here as well.
+        """
+        if self.config.loss_type == "mse":
+            return (predictions - targets).square().mean(-1)
+        if self.config.loss_type == "smooth_l1":
+            return nn.functional.smooth_l1_loss(predictions, targets, reduction="none").mean(-1)
+        return 1 - nn.functional.cosine_similarity(predictions, targets, dim=-1)
+
+    def zero_touch(self, zero: torch.Tensor | None = None, vision_tower: nn.Module | None = None) -> torch.Tensor:
+        """A zero that came through the whole head, for batches without video.
+
+        Distributed training waits for the gradient of every parameter, and sharded training for every rank to run the
+        same modules, forward and backward; so the head runs, on a clip of two empty frames.
+
+        Args:
+            zero: a zero that came through the language model; a frozen head too then passes a gradient on to it.
+            vision_tower: given, the teacher runs before the head, as it does for a video, if that is a pass of its own.
+        """
+        clip = self.token_layout.video(2)
+        device = next(self.parameters()).device
+        num_patches = self.token_layout.patches_height * self.token_layout.patches_width
+        features = torch.zeros(2, num_patches, self.change.out_features, device=device)
+        if vision_tower is not None and (self.teacher is not None or adapter_layers(vision_tower)):
+            vision = vision_tower.config
+            pixels = torch.zeros(2, vision.num_channels, vision.image_size, vision.image_size, device=device)
+            features = self.teacher_features(vision_tower, pixels)
+        hidden_states = torch.zeros(len(clip.patch_offsets), self.input_projection.in_features, device=device)
+        if zero is not None:
+            hidden_states = hidden_states + zero
+        return self(hidden_states, [clip], features).loss_per_video.sum() * 0
+
+    def compute_autoregressive_loss(
+        self,
+        hidden_states: torch.Tensor,
+        video_frames: torch.Tensor,
+        position_map: torch.Tensor | None = None,
+        timestamps: torch.Tensor | None = None,
+        frame_types: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The weighted reconstruction loss of one video per sample.
+
+        Args:
+            hidden_states: `[B, L, hidden_size]` of the language model.
+            video_frames: `[B, T, 3, H, W]`, as the vision tower takes them.
+            position_map: `[B, num_tokens]` int64, where in the sequence each token of the video is. Needed unless the
+                sequence is exactly the video.
+            timestamps: `[B, T]` seconds, or integers of nanoseconds; one second apart if None.
+            frame_types: `[B, T]` slow (0) or fast (1), where the video processor chose them.
+
+        Returns:
+            A scalar, `loss_weight` times the mean over patches, frames and videos; zero for videos of one frame.
+
+        Raises:
+            ValueError: if the hidden states cannot be aligned with the frames' tokens.
+            RuntimeError: if the module was built without a vision tower.
+        """
+        vision_tower = self._vision_tower.module
+        if vision_tower is None:
+            raise RuntimeError("this module was built without a vision tower and cannot read frames")
+        batch_size, num_frames = video_frames.shape[:2]
+        if hidden_states.shape[0] != batch_size:
+            raise ValueError(f"hidden_states holds {hidden_states.shape[0]} samples, video_frames {batch_size} videos")
+        types = None if frame_types is None else frame_types.tolist()
+        clips = [
+            self.token_layout.video(num_frames, None if types is None else types[sample])
+            for sample in range(batch_size)
+        ]
+        selected = []
+        for sample, clip in enumerate(clips):
+            if position_map is not None:
+                if position_map.shape[1] != len(clip):
+                    raise ValueError(
+                        f"position_map has {position_map.shape[1]} positions, {num_frames} frames take {len(clip)} tokens"
+                    )
+                positions = position_map[sample]
+            elif hidden_states.shape[1] == len(clip):
+                positions = torch.arange(len(clip), device=hidden_states.device)
+            else:
+                raise ValueError(
+                    f"hidden_states has {hidden_states.shape[1]} positions, but {num_frames} frames take {len(clip)} tokens: "
+                    "pass position_map to say where in the sequence they are"
+                )
+            selected.append(hidden_states[sample, positions[clip.patch_offsets.to(positions.device)]])
+        features = self.teacher_features(vision_tower, video_frames.flatten(0, 1))
+        times = None if timestamps is None else list(timestamps.to(hidden_states.device))
+        reconstruction = self(torch.cat(selected), clips, features, times, types)
+        if reconstruction is None:
+            return self.zero_touch()
+        return self.config.loss_weight * reconstruction.loss_per_video.mean()
+
+
+def create_autoregressive_reconstruction_module(
+    vision_tower: nn.Module, hidden_size: int, config: "LlavaNextARAutoregressiveConfig | dict[str, Any] | Any"
+) -> AutoregressiveReconstructionModule:
+    """Builds the head for a vision tower and a language model.
+
+    Args:
+        vision_tower: a transformers vision model (`config.hidden_size`, `image_size`, `patch_size`).
+        hidden_size: width of the language model.
+        config: a `LlavaNextARConfig`, whose layout is used, or the head's configuration alone (object or dict), with the
+            default token layout.
+
+    Returns:
+        The module, with its teacher prepared.
+
+    Raises:
+        ValueError: on an invalid configuration.
+    """
+    layer, strategy = -1, "full"
+    vision_config = vision_tower.config
+    vision_dim = vision_config.hidden_size
+    if hasattr(config, "frame_token_layout"):
+        layout, vision_dim = config.frame_token_layout, config.vision_feature_dim
+        layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+        config = config.autoregressive_config
+    else:
+        layout = FrameTokenLayout.for_vision_config(vision_config)
+    if isinstance(config, dict):
+        config = LlavaNextARAutoregressiveConfig(**{"embedding_dim": vision_dim, **config})
+    if config.embedding_dim is None:
+        config = copy.copy(config)  # the caller's object may serve a head for another tower too
+        config.embedding_dim = vision_dim
+    config.check_ranges()
+    module = AutoregressiveReconstructionModule(
+        config, hidden_size, vision_dim, layout, layer, strategy, vision_tower=vision_tower
+    )
+    module.prepare_teacher(vision_tower)
+    return module

@@ -1,0 +1,470 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""LLaVA-OneVision with LLaVA-NeXT's video token layouts and a head that predicts the next frame.
+
+Images, any-resolution tiles, caching, generation and the attention back ends are those of transformers' LlavaOnevision;
+here is only what is new: videos of different length in one batch, every layout of `FrameTokenLayout`, the reconstruction
+head and its loss, and a loss over the supervised positions alone.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, LlavaOnevisionForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava_onevision.modeling_llava_onevision import (
+    LlavaOnevisionCausalLMOutputWithPast,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import logging
+from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
+
+from ..configuration.configuration_llava_next_ar import LlavaNextARConfig
+from ..configuration.frame_token_layout import split_video_positions
+from ..configuration.transformers_compat import check_prefill, slice_logits_to_keep
+from ..hub.hub_code import AUTO_MAP, class_reference
+from ..hub.pushed_model import MODEL_TAGS, PushableModel, travels_with_code
+from .autoregressive_reconstruction import AutoregressiveReconstructionModule
+from .frame_rollout import ImaginedFrames, imagine_videos
+from .frame_surprise import SURPRISE_FLOOR, SurpriseStream, VideoSurprise, surprise_of_videos
+from .loss_functions import reduce_video_losses, summed_cross_entropy
+from .reconstruction_metrics import NextFramePrediction, Reconstruction
+from .video_language_model import LlavaNextARModel, VideoFeatures, init_own_weights
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class LlavaNextAROutput(LlavaOnevisionCausalLMOutputWithPast):
+    """Output of `LlavaNextARForConditionalGeneration`.
+
+    Args:
+        loss (`torch.FloatTensor`, *optional*): `main_loss + loss_weight * autoregressive_loss`.
+        main_loss (`torch.FloatTensor`, *optional*): language modeling loss; zero where no label is set.
+        autoregressive_loss (`torch.FloatTensor`, *optional*): unweighted reconstruction loss; None where no video has two
+            frames or the head is off.
+        reconstruction (`Reconstruction`, *optional*): under `return_reconstruction=True`, the predictions, targets and copy
+            baseline.
+    """
+
+    main_loss: torch.FloatTensor | None = None
+    autoregressive_loss: torch.FloatTensor | None = None
+    reconstruction: Reconstruction | None = None
+
+
+@travels_with_code
+class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForConditionalGeneration, GenerationMixin):
+    """LLaVA-OneVision for chat over images and videos, with next-frame prediction as a second objective.
+
+    Loads LLaVA-OneVision checkpoints: only the head is new. With the default configuration, logits equal those of
+    `LlavaOnevisionForConditionalGeneration` on the same weights, head on or off.
+
+    A subclass may name another head as `head_class`. If its file lies beside this one, a save carries it along, and every
+    auto class loads the subclass.
+    """
+
+    config: LlavaNextARConfig
+    config_class = LlavaNextARConfig
+    head_class: type[AutoregressiveReconstructionModule] = AutoregressiveReconstructionModule
+    _auto_class = "AutoModelForImageTextToText"
+    _can_compile_fullgraph = False  # as in `LlavaNextARModel`
+    _supports_context_parallel = False
+    _no_split_modules = ["FramePredictorBlock"]  # transformers adds the layers of the tower and the language model
+
+    def __init__(self, config: LlavaNextARConfig) -> None:
+        super(LlavaOnevisionForConditionalGeneration, self).__init__(config)
+        saved_as, own = config.auto_map["AutoModelForImageTextToText"], class_reference(type(self))
+        if saved_as not in (AUTO_MAP["AutoModelForImageTextToText"], own):
+            logger.warning(f"the checkpoint is one of {saved_as}, but is loaded as {own}: its head may be another")
+        self.model_tags = list(MODEL_TAGS)
+        self.model = LlavaNextARModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.autoregressive_module = None
+        if config.enable_autoregressive:
+            self.autoregressive_module = self.head_class(
+                config.autoregressive_config,
+                hidden_size=config.text_config.hidden_size,
+                vision_dim=config.vision_feature_dim,
+                token_layout=config.frame_token_layout,
+                vision_feature_layer=config.vision_feature_layer,
+                vision_feature_select_strategy=config.vision_feature_select_strategy,
+                vision_tower=self.model.vision_tower,
+            )
+            if config.autoregressive_config.separate_teacher:
+                teacher = type(self.model.vision_tower)._from_config(config.vision_config)
+                self.autoregressive_module.teacher = teacher.requires_grad_(False).eval()
+        self.post_init()
+        # accelerate wraps these one by one under FSDP and fails on a name that the model has not (Siglip's text parts).
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        init_own_weights(module)
+
+    @classmethod
+    def from_pretrained(
+        cls, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> "LlavaNextARForConditionalGeneration":
+        """As in transformers.
+
+        Raises:
+            ValueError: if the configuration promises a separate teacher that the checkpoint does not hold: it would be a
+                random one.
+        """
+        model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = [key for key in loading_info["missing_keys"] if key.startswith("autoregressive_module.teacher.")]
+        if missing:
+            raise ValueError(
+                f"autoregressive_config.separate_teacher=True, but the checkpoint holds no teacher ({missing[0]} and "
+                f"{len(missing) - 1} more are missing): load with autoregressive_config={{'separate_teacher': False}}"
+            )
+        return (model, loading_info) if output_loading_info else model
+
+    def check(self) -> None:
+        """Validates both configurations, also values that were assigned after construction.
+
+        Raises:
+            ValueError: if either could not be loaded again.
+        """
+        self.config.check()
+        self.generation_config.validate(strict=True)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs: Any
+    ) -> None:
+        """As in transformers, but under the names that the model's own `state_dict` has; see `check` for what is refused.
+
+        transformers would write the legacy names of LLaVA-OneVision, which `Trainer` does not translate when it resumes:
+        it would go on with nearly all weights of the checkpoint left out, and one warning.
+
+        Raises:
+            ValueError: if a configuration has become invalid, or the class has no file that could travel along; nothing is
+                written then.
+        """
+        super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+
+    def train(self, mode: bool = True) -> "LlavaNextARForConditionalGeneration":
+        """As in torch; when the vision tower trains, the head's teacher is made from it first (see there)."""
+        super().train(mode)
+        if mode and self.autoregressive_module is not None:
+            self.autoregressive_module.prepare_teacher(self.model.vision_tower)
+        return self
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        check_prefill(generation_config)
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs: Any) -> VideoFeatures:
+        """See `LlavaNextARModel.get_video_features`."""
+        return self.model.get_video_features(pixel_values_videos, **kwargs)
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_sizes_videos: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        vision_aspect_ratio: str | None = None,
+        batch_num_images: torch.LongTensor | None = None,
+        video_frame_mask: torch.Tensor | None = None,
+        video_frame_types: torch.Tensor | None = None,
+        video_timestamps: torch.Tensor | None = None,
+        video_layout: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        skip_logits: bool = False,
+        skip_reconstruction: bool = False,
+        return_reconstruction: bool = False,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        num_videos_in_batch: int | torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LlavaNextAROutput:
+        r"""Runs the model; with `labels`, computes both losses.
+
+        Args:
+            pixel_values_videos, video_frame_mask, video_frame_types, video_timestamps, video_layout: the videos, as
+                `LlavaNextARVideoProcessor` and `LlavaNextARProcessor` give them (see `get_video_features`);
+                `video_timestamps` `[N, T]` in seconds or integers of nanoseconds, one second apart if None.
+            labels: `[B, S]`, -100 where there is no target.
+            position_ids: `[B, S]`; in a packed batch (`LlavaVideoCollator(packing=True)`) they restart at every sample, and
+                there is no `attention_mask`.
+            skip_logits: with labels, project to the vocabulary only where there is a label, a chunk of positions at a time;
+                `logits` is then None.
+            skip_reconstruction: do not run the head; `loss` is then `main_loss` alone.
+            return_reconstruction: run the head without labels too and return what it predicts.
+            num_items_in_batch: labels in the whole optimizer step (all micro-batches, all ranks), as `Trainer` passes it;
+                `main_loss` is then a sum divided by it.
+            num_videos_in_batch: videos with two frames or more in the whole optimizer step, as `AutoregressiveTrainer`
+                passes it; `autoregressive_loss` is then a sum over videos divided by it. With `num_items_in_batch` alone (a
+                plain `Trainer`), each sample's reconstruction counts by its share of the labels, the one weighting that
+                is invariant to how the step is split.
+            kwargs: `shift_labels` `[B, S]`, labels that are aligned with the logits already, takes the place of `labels` in
+                the loss. The cache goes to OneVision's forward under its name there: `past_key_values`, since
+                transformers 5.24 `cache`.
+
+        Raises:
+            ValueError: if placeholders and video tokens differ in number, processor and model in layout, or both pixels and
+                encoded features of the videos are given.
+        """
+        # No argument of its own: Trainer evaluates no loss unless it is given every argument whose name holds "label".
+        shift_labels = kwargs.pop("shift_labels", None)
+        encoded = dict(mm_encoder_outputs or {})
+        if pixel_values_videos is not None and encoded.get("video") is not None:
+            raise ValueError("both pixels and encoded features of the videos were given")
+        if pixel_values_videos is not None:
+            encoded["video"] = self.model.get_video_features(
+                pixel_values_videos,
+                video_frame_mask=video_frame_mask,
+                video_frame_types=video_frame_types,
+                video_timestamps=video_timestamps,
+                video_layout=video_layout,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                return_dict=True,
+            )
+            if input_ids is not None:  # an early, speaking error for the likeliest mistake
+                num_tokens = [len(tokens) for tokens in encoded["video"].video_tokens]
+                split_video_positions(input_ids == self.config.video_token_id, num_tokens)
+        has_cache = any(kwargs.get(name) is not None for name in ("past_key_values", "cache"))
+        is_packed = position_ids is not None and attention_mask is None and not has_cache
+        is_packed = is_packed and bool((position_ids.diff() != 1).any())
+        if is_packed:
+            # With a cache, transformers takes the samples of a row for one sequence and lets them see each other.
+            use_cache = False
+        zero = None
+        if labels is not None and (self.training or _has_several_ranks()):
+            has_images = pixel_values is not None or encoded.get("image") is not None
+            zero = self._touch_vision(has_videos=encoded.get("video") is not None, has_images=has_images)
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            vision_aspect_ratio=vision_aspect_ratio,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            batch_num_images=batch_num_images,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            mm_encoder_outputs=encoded,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+
+        logits = main_loss = None
+        if labels is None or not skip_logits:
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        if labels is not None:
+            main_loss = self._main_loss(hidden_states, logits, labels, num_items_in_batch, shift_labels)
+
+        reconstruction = autoregressive_loss = None
+        wants_reconstruction = (labels is not None or return_reconstruction) and not skip_reconstruction
+        if wants_reconstruction and self.autoregressive_module is not None and pixel_values_videos is not None:
+            # Without ids, the placeholders are the positions that were given as their embedding.
+            _, video_token_mask = self.model.get_placeholder_mask(
+                input_ids, hidden_states if input_ids is not None else inputs_embeds
+            )
+            reconstruction, first_token = self._reconstruct(hidden_states, video_token_mask[..., 0], encoded["video"])
+        if reconstruction is not None:
+            autoregressive_loss = reduce_video_losses(
+                reconstruction,
+                first_token,
+                labels,
+                position_ids if is_packed else None,
+                num_items_in_batch,
+                num_videos_in_batch,
+            )
+
+        loss = main_loss
+        if main_loss is not None and autoregressive_loss is not None:
+            loss = main_loss + self.config.autoregressive_config.loss_weight * autoregressive_loss
+        if zero is not None:
+            head = self.autoregressive_module
+            touches_head = wants_reconstruction or (
+                head is not None and any(p.requires_grad for p in head.parameters())
+            )
+            if autoregressive_loss is None and head is not None and touches_head:
+                tower = self.model.vision_tower if _has_several_ranks() else None
+                zero = zero + head.zero_touch(hidden_states.sum() * 0, tower)
+            loss = loss + zero
+
+        return LlavaNextAROutput(
+            loss=loss,
+            main_loss=main_loss,
+            autoregressive_loss=autoregressive_loss,
+            logits=logits,
+            reconstruction=reconstruction if return_reconstruction else None,
+            **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
+        )
+
+    def _touch_vision(self, has_videos: bool, has_images: bool) -> torch.Tensor:
+        """A zero that came through the vision parts that a batch leaves out.
+
+        The ranks of distributed training need not hold the same kinds of samples, but wait for each other's gradients
+        and, where modules are sharded, use them together: equally often and in the same order. So with several ranks the
+        tower runs once for videos and once for images, on one blank frame where there is none, before the language model.
+        """
+        several_ranks = _has_several_ranks()
+        zero = 0
+        if not has_videos and (several_ranks or not has_images):
+            zero = zero + self._run_vision_on_blank()
+        tokens = (self.model.image_newline, self.model.faster_token)  # no layout uses both of them always
+        zero = zero + sum((token * 0).sum() for token in tokens if token is not None)
+        if not has_images and several_ranks:
+            zero = zero + self._run_vision_on_blank()
+        return zero
+
+    def _run_vision_on_blank(self) -> torch.Tensor:
+        vision = self.config.vision_config
+        shape = (1, 1, vision.num_channels, vision.image_size, vision.image_size)
+        pixels = torch.zeros(shape, device=self.device, dtype=self.dtype)
+        (features,) = self.model.get_video_features(pixels, return_dict=True).pooler_output
+        return features.sum() * 0
+
+    def _main_loss(
+        self,
+        hidden_states: torch.Tensor,
+        logits: torch.Tensor | None,
+        labels: torch.Tensor,
+        num_items_in_batch: int | torch.Tensor | None,
+        shift_labels: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Next-token cross-entropy, over the supervised positions only if no logits were made."""
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
+        supervised = targets != -100
+        if logits is not None:
+            if not supervised.any():
+                return logits.sum() * 0.0
+            return self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
+            )
+        targets = targets[supervised]
+        loss = summed_cross_entropy(self.lm_head, hidden_states[supervised], targets)
+        if not len(targets):
+            return loss  # zero, also where the whole step has no target
+        count = num_items_in_batch if num_items_in_batch is not None else len(targets)
+        return loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
+
+    def _reconstruct(
+        self, hidden_states: torch.Tensor, video_token_mask: torch.Tensor, video: VideoFeatures
+    ) -> tuple[Reconstruction | None, torch.Tensor]:
+        """The head on the videos of the batch, and `[N]` where in the flattened batch each video begins."""
+        device = hidden_states.device
+        positions = split_video_positions(video_token_mask, [len(tokens) for tokens in video.video_tokens])
+        first_token = torch.stack([where[0] for where in positions])
+        if max(len(tokens.frame_types) for tokens in video.video_tokens) < 2:
+            return None, first_token  # nothing to predict, and no need for the teacher
+        patches = torch.cat(
+            [
+                where[tokens.patch_offsets.to(where.device)]
+                for where, tokens in zip(positions, video.video_tokens, strict=True)
+            ]
+        )
+        head = self.autoregressive_module
+        teacher_features = head.teacher_features(self.model.vision_tower, video.pixel_values, video.vision_features)
+        reconstruction = head(
+            hidden_states.flatten(0, 1)[patches],
+            video.video_tokens,
+            teacher_features.to(device),
+            None if video.timestamps is None else [times.to(device) for times in video.timestamps],
+            video.frame_types,
+        )
+        return reconstruction, first_token
+
+    @torch.no_grad()
+    def predict_next_frames(self, **inputs: Any) -> list[NextFramePrediction]:
+        """Predicts every frame of every video from the frames before it, and measures the predictions.
+
+        Args:
+            inputs: what the processor returned for prompts with videos.
+
+        Returns:
+            One `NextFramePrediction` for each video with two frames or more, in the order of the batch; its `video_index`
+            says which video that is.
+
+        Raises:
+            ValueError: if the head is off or there is no video with two frames.
+        """
+        return self._predict_videos(inputs).per_video()
+
+    @torch.no_grad()
+    def surprise(self, *, floor: float = SURPRISE_FLOOR, **inputs: Any) -> list[VideoSurprise]:
+        """How surprising each frame of every video is, and each of its patches: see `frame_surprise`.
+
+        Args:
+            floor: a share of the features' variance that is added to the copy baseline's error.
+            inputs: what the processor returned for prompts with videos.
+
+        Returns:
+            One `VideoSurprise` for each video with two frames or more, in the order of the batch; its `video_index` says
+            which video that is.
+
+        Raises:
+            ValueError: if the head is off, there is no video with two frames, or the floor is not a positive number.
+        """
+        return surprise_of_videos(self._predict_videos(inputs), inputs.get("video_timestamps"), floor)
+
+    def surprise_stream(
+        self, prompt_ids: torch.Tensor | None = None, *, floor: float = SURPRISE_FLOOR
+    ) -> SurpriseStream:
+        """The same for a video that is still going on, frame by frame: see `SurpriseStream`."""
+        return SurpriseStream(self, prompt_ids, floor=floor)
+
+    @torch.no_grad()
+    def imagine(self, num_frames: int, *, hold_back: bool = False, **inputs: Any) -> list[ImaginedFrames]:
+        """Predicts several frames ahead, each from what was predicted before it: see `frame_rollout`.
+
+        Args:
+            num_frames: how many.
+            hold_back: the last `num_frames` frames of each video are kept from the model and predicted instead, at their own
+                times, so that predictions can be compared with them; without it, frames go on after the last one, as far
+                apart as the last two are.
+            inputs: what the processor returned for prompts of text and one video each.
+
+        Returns:
+            One `ImaginedFrames` for each video.
+
+        Raises:
+            ValueError: if the head is off, looks ahead or has a teacher other than the tower, a prompt holds anything else
+                than text and one video, an input is none that this takes, a video is too short, or it is to go on without
+                times that increase from its last frame but one to its last.
+        """
+        return imagine_videos(self, num_frames, hold_back, inputs)
+
+    def _predict_videos(self, inputs: dict[str, Any]) -> Reconstruction:
+        if self.autoregressive_module is None:
+            raise ValueError("this model was built with enable_autoregressive=False and has no head to predict with")
+        if not self.config.autoregressive_config.use_frame_causal_mask:
+            logger.warning_once(
+                "use_frame_causal_mask is off: the head sees the frames that it predicts, so that its predictions and their "
+                "surprise say nothing about what could be foreseen"
+            )
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        # The logits of one position are the least that can be asked for.
+        outputs = self(**inputs, return_reconstruction=True, logits_to_keep=1, use_cache=False)
+        if outputs.reconstruction is None:
+            raise ValueError("there is nothing to predict: this needs at least one video with two frames or more")
+        return outputs.reconstruction
+
+
+def _has_several_ranks() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -1,0 +1,152 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""What options of the processors may be: a wrong one is named when it is set, not when something fails on it.
+
+transformers takes most values of a configuration file as they are. These checks stand between the file and its use.
+"""
+
+import difflib
+import math
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Literal, TypedDict
+
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError
+from transformers.image_utils import PILImageResampling
+
+from ..configuration.image_token_layout import UnpadRounding
+from .video_decoding import MAX_FRAME_PIXELS
+
+_SIZES = ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"})
+
+
+class _Settings(TypedDict, total=False):
+    """Types of `LlavaNextARProcessor`'s own settings."""
+
+    num_image_tokens: int | None
+    vision_feature_select_strategy: Literal["default", "full"] | None
+    chat_template: str | dict[str, str] | None
+    image_token: str
+    video_token: str
+    vision_aspect_ratio: str
+    add_time_instruction: bool
+    mm_patch_merge_type: str
+    unpad_rounding: UnpadRounding
+
+
+SETTINGS = tuple(_Settings.__annotations__)
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raises ValueError for a name that is not known, with the nearest one that is."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise ValueError(f"unknown option {name!r} for {where}; did you mean {nearest[0]!r}?")
+
+
+def check_pixel_options(options: Mapping[str, Any], resamples: Collection[int], num_channels: Collection[int]) -> None:
+    """Refuses values of transformers' pixel options that make no sense. Those of steps that are off are not looked at.
+
+    Args:
+        options: `do_resize`, `size`, `resample`, `do_center_crop`, `crop_size`, `do_rescale`, `rescale_factor`,
+            `do_normalize`, `image_mean`, `image_std`; a missing step is off.
+        resamples: Pillow's numbers of the filters that are there.
+        num_channels: how many values of `image_mean` and `image_std` there may be, if there are several.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
+    """
+    for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+        if not isinstance(options.get(name), (bool, type(None))):
+            raise ValueError(f"{name} must be True or False, got {options[name]!r}")
+    if options.get("do_resize"):
+        resample = options["resample"]
+        if isinstance(resample, bool) or not isinstance(resample, int) or resample not in resamples:
+            names = {2: "2 (bilinear)", 3: "3 (bicubic)"}
+            allowed = " or ".join(names.get(number, str(int(number))) for number in sorted(resamples, reverse=True))
+            raise ValueError(f"resample must be {allowed}, got {resample!r}")
+        _check_size("size", options["size"], _SIZES)
+    if options.get("do_center_crop"):
+        _check_size("crop_size", options["crop_size"], _SIZES[:1])
+    if options.get("do_rescale") and not (_is_number(options["rescale_factor"]) and options["rescale_factor"]):
+        raise ValueError(f"rescale_factor must be a finite number other than 0, got {options['rescale_factor']!r}")
+    for name in ("image_mean", "image_std") if options.get("do_normalize") else ():
+        value = options[name]
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        if isinstance(value, (list, tuple)) and len(values) not in num_channels:
+            expected = " or ".join(map(str, sorted(num_channels)))
+            raise ValueError(f"{name} has {len(values)} values, expected {expected}")
+        if not all(_is_number(number) for number in values):
+            raise ValueError(f"{name} must hold finite numbers, got {value!r}")
+        if name == "image_std" and 0 in values:
+            raise ValueError(f"image_std must not hold 0, got {value!r}")
+
+
+def _check_size(name: str, value: Any, allowed: Collection[set[str]]) -> None:
+    try:
+        size = dict(value or {})
+    except (TypeError, ValueError):  # no mapping
+        size = {}
+    sides = list(size.values())
+    if set(size) not in allowed or not all(isinstance(s, int) and not isinstance(s, bool) and s >= 1 for s in sides):
+        forms = ", ".join("{" + ", ".join(sorted(form)) + "}" for form in allowed)
+        raise ValueError(f"{name} must be {forms}, of whole numbers of at least 1, got {value!r}")
+    if sides[0] * sides[-1] > MAX_FRAME_PIXELS:
+        raise ValueError(f"{name} must give at most {MAX_FRAME_PIXELS} pixels, got {size}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_image_processor(image_processor: Any) -> None:
+    """Refuses settings of a LLaVA-OneVision image processor that it would fail on; raises as `check_pixel_options`."""
+    options = {**image_processor.to_dict(), "do_resize": True}  # tiles have the `size`, whatever is resized
+    check_pixel_options(options, resamples={int(number) for number in PILImageResampling}, num_channels=(3,))
+    _check_size("size", options["size"], _SIZES[:1])  # all views of an image have the same
+    if not image_processor.image_grid_pinpoints:
+        raise ValueError("image_grid_pinpoints must hold a size or more, got none")
+
+
+def check_processor_settings(**values: Any) -> None:
+    """Refuses settings of `LlavaNextARProcessor` of a wrong type or value.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+    try:
+        validate_typed_dict(_Settings, values)
+    except StrictDataclassError as error:
+        raise ValueError(f"LlavaNextARProcessor: {error}") from error
+    num_image_tokens = values["num_image_tokens"]
+    if num_image_tokens is not None and not 1 <= num_image_tokens <= MAX_FRAME_PIXELS:
+        raise ValueError(f"num_image_tokens must be from 1 to {MAX_FRAME_PIXELS}, got {num_image_tokens}")
+    for name in ("image_token", "video_token"):
+        if not values[name]:
+            raise ValueError(f"{name} must not be empty")
+
+
+def check_processor_file(values: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuses a `processor_config.json` that transformers stumbles over, or whose misspelt keys it leaves out.
+
+    Args:
+        values: content of the file.
+        known: what the processor is built from.
+
+    Raises:
+        ValueError: naming the key and what is wrong with it.
+    """
+    if "auto_map" in values:  # of this package; other tools may have written into those of LLaVA-OneVision
+        refuse_unknown(values, {*known, "auto_map", "processor_class"}, "processor_config.json")
+    for name in ("image_processor", "video_processor"):
+        part = values.get(name, {})
+        if not isinstance(part, Mapping):
+            raise ValueError(f"{name} in processor_config.json must be an object, got {part!r}")
+        if not isinstance(part.get("auto_map", {}), Mapping):
+            raise ValueError(f"auto_map of the {name} must be an object, got {part['auto_map']!r}")
+        if not isinstance(part.get(f"{name}_type", ""), str):
+            raise ValueError(f"{name}_type must be a string, got {part[f'{name}_type']!r}")
+        for option in ("size", "crop_size"):
+            if isinstance(part.get(option), list) and len(part[option]) != 2:
+                raise ValueError(f"{option} of the {name} must be a pair (height, width), got {part[option]!r}")

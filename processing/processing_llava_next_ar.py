@@ -1,0 +1,594 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""Chat messages with text, images and videos -> model inputs.
+
+LLaVA-OneVision's processor, with every video layout of `FrameTokenLayout` (the only place that knows how many
+placeholders a video takes), LLaVA-NeXT's conversation format with the assistant's turns marked for training, and
+errors where a mistake would otherwise reach the model: a placeholder without its video, a visual token cut off by
+`max_length`, an unknown option.
+"""
+
+import bisect
+import math
+import os
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from tokenizers import AddedToken
+from transformers import AutoImageProcessor, LlavaOnevisionProcessor, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
+from transformers.utils import logging
+from transformers.video_processing_utils import VideoProcessorMixin
+
+from ..configuration.frame_token_layout import FrameTokenLayout
+from ..configuration.image_token_layout import ImageTokenLayout
+from ..configuration.transformers_compat import MARKED_CONTROL_TOKEN
+from ..hub.hub_code import AUTO_MAP
+from ..hub.pushed_model import travels_with_code
+from .frame_sampling import llava_video_times, time_instruction
+from .llava_conversation import DEFAULT_CHAT_TEMPLATE, IMAGE_TOKEN, VIDEO_TOKEN, check_messages, check_placeholders
+from .option_checks import (
+    SETTINGS,
+    check_image_processor,
+    check_processor_file,
+    check_processor_settings,
+    refuse_unknown,
+)
+from .video_inputs import flatten_videos, load_images
+from .video_processing_llava_next_ar import (
+    LlavaNextARVideoProcessor,
+    LlavaNextARVideoProcessorKwargs,
+)
+
+logger = logging.get_logger(__name__)
+
+
+class LlavaNextARProcessorKwargs(ProcessingKwargs, total=False):
+    """Options of `LlavaNextARProcessor.__call__`."""
+
+    _defaults = {}  # a TypedDict inherits none, and transformers reads them
+
+    videos_kwargs: LlavaNextARVideoProcessorKwargs
+
+
+@travels_with_code
+class LlavaNextARProcessor(LlavaOnevisionProcessor):
+    r"""Turns prompts with images and videos into model inputs.
+
+    Args:
+        image_processor, tokenizer: as in `LlavaOnevisionProcessor`.
+        video_processor (`LlavaNextARVideoProcessor`): reads, samples and resizes videos.
+        num_image_tokens (`int`, *optional*): patches of one image as the tower sees it; the layout's if unset.
+        vision_feature_select_strategy (`str`, *optional*): as in the model's configuration.
+        chat_template (`str`, *optional*): LLaVA-NeXT's `qwen_1_5` conversation if unset.
+        image_token, video_token (`str`): placeholders, unless the tokenizer names its own.
+        vision_aspect_ratio (`str`): as in the model's configuration.
+        frame_token_layout (`FrameTokenLayout` or `dict`, *optional*): how the frames of a video become tokens, the
+            same as in the model. Unset (a LLaVA-OneVision processor), OneVision's layout over a square of
+            `num_image_tokens`.
+        add_time_instruction (`bool`, defaults to `False`): write LLaVA-Video's sentence about duration and frame times
+            behind each video.
+        mm_patch_merge_type, unpad_rounding (`str`): how an image becomes tokens, as in the model's configuration.
+
+    Raises:
+        ValueError: if a setting, or one of the image processor, has a wrong type or value (naming it), both
+            `num_image_tokens` is no square number and there is no layout, they contradict each other, or the tokenizer
+            lacks a placeholder token.
+        TypeError: if a part is no processor or tokenizer.
+    """
+
+    _auto_class = "AutoProcessor"
+    valid_processor_kwargs = LlavaNextARProcessorKwargs
+    skip_tensor_conversion = [*LlavaOnevisionProcessor.skip_tensor_conversion, "pixel_values_videos_scales"]
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        video_processor: VideoProcessorMixin | None = None,
+        num_image_tokens: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
+        image_token: str = IMAGE_TOKEN,
+        video_token: str = VIDEO_TOKEN,
+        vision_aspect_ratio: str = "anyres_max_9",
+        frame_token_layout: FrameTokenLayout | dict[str, Any] | None = None,
+        add_time_instruction: bool = False,
+        mm_patch_merge_type: str = "spatial_unpad",
+        unpad_rounding: str = "round",
+    ) -> None:
+        check_processor_settings(
+            num_image_tokens=num_image_tokens,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            video_token=video_token,
+            vision_aspect_ratio=vision_aspect_ratio,
+            add_time_instruction=add_time_instruction,
+            mm_patch_merge_type=mm_patch_merge_type,
+            unpad_rounding=unpad_rounding,
+        )
+        self.frame_token_layout = _resolve_layout(frame_token_layout, num_image_tokens, vision_feature_select_strategy)
+        self.add_time_instruction = add_time_instruction
+        self.mm_patch_merge_type = mm_patch_merge_type
+        self.unpad_rounding = unpad_rounding
+        self.auto_map = dict(AUTO_MAP)
+        if num_image_tokens is None and self.frame_token_layout is not None:
+            num_image_tokens = self.frame_token_layout.patches_height * self.frame_token_layout.patches_width
+        super().__init__(
+            image_processor,
+            tokenizer,
+            video_processor,
+            num_image_tokens=num_image_tokens,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            video_token=video_token,
+            vision_aspect_ratio=vision_aspect_ratio,
+        )
+        if chat_template is None:
+            template = DEFAULT_CHAT_TEMPLATE.replace(IMAGE_TOKEN, self.image_token)
+            self.chat_template = template.replace(VIDEO_TOKEN, self.video_token)
+        check_image_processor(self.image_processor)
+        if self.frame_token_layout is not None:
+            self._image_layout(tile_size=1)  # validates itself, whatever the size
+        for name, token_id in (("image_token", self.image_token_id), ("video_token", self.video_token_id)):
+            token = getattr(self, name)
+            if token_id is None or (token_id == tokenizer.unk_token_id and token != tokenizer.unk_token):
+                raise ValueError(
+                    f"the tokenizer has no token {token!r}, the {name}: add it as a special token, or build the processor with "
+                    f"{type(self).__name__}.for_config"
+                )
+
+    @classmethod
+    def for_config(
+        cls,
+        config: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat_template: str | None = None,
+        add_time_instruction: bool = False,
+        **video_kwargs: Any,
+    ) -> "LlavaNextARProcessor":
+        """A complete processor for a model configuration.
+
+        Placeholder tokens that the tokenizer lacks are added to it, and their ids written into `config` (resize the
+        model's embeddings if they lie beyond its vocabulary). Slow and fast sampling follows
+        `config.autoregressive_config`.
+
+        Args:
+            config: a `LlavaNextARConfig`.
+            tokenizer: of the language model.
+            chat_template: other than LLaVA-NeXT's `qwen_1_5`.
+            add_time_instruction: see the class.
+            video_kwargs: options of `LlavaNextARVideoProcessor`; size, mean and std hold for images too.
+
+        Raises:
+            ValueError: if the tokenizer's placeholder ids are not the configuration's, or a video option is unknown.
+        """
+        side = config.vision_config.image_size
+        head = config.autoregressive_config
+        if config.enable_autoregressive and head.use_fast_slow_frames:
+            names = ("use_fast_slow_frames", "fast_stride", "slow_stride", "num_fast", "num_slow")
+            from_head = {name: getattr(head, name) for name in names}
+            video_kwargs = {**from_head, **video_kwargs}
+        video_processor = LlavaNextARVideoProcessor(**{"size": {"height": side, "width": side}, **video_kwargs})
+        image_processor = LlavaOnevisionImageProcessorPil(
+            size=dict(video_processor.size),
+            image_grid_pinpoints=config.image_grid_pinpoints,
+            image_mean=list(video_processor.image_mean),
+            image_std=list(video_processor.image_std),
+        )
+        for name, default in (("image", IMAGE_TOKEN), ("video", VIDEO_TOKEN)):
+            token = getattr(tokenizer, f"{name}_token", None) or default
+            if token not in tokenizer.get_vocab():
+                tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
+                setattr(config, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+        if chat_template is None and "<|im_start|>" not in tokenizer.get_vocab():
+            logger.warning(
+                "the default chat template is Qwen's, but the tokenizer has no <|im_start|> token; give the "
+                "chat_template of your language model"
+            )
+        processor = cls(
+            image_processor,
+            tokenizer,
+            video_processor,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            chat_template=chat_template,
+            vision_aspect_ratio=config.vision_aspect_ratio,
+            frame_token_layout=config.frame_token_layout,
+            add_time_instruction=add_time_instruction,
+            mm_patch_merge_type=config.mm_patch_merge_type,
+            unpad_rounding=config.unpad_rounding,
+        )
+        processor.check_layout(config)
+        return processor
+
+    def check_layout(self, config: Any) -> None:
+        """Refuses a model configuration that this processor does not fit.
+
+        Raises:
+            ValueError: naming every key of the token layout that differs, or the placeholder whose id does.
+        """
+        config.frame_token_layout.check_same(self._layout)
+        for name in ("vision_aspect_ratio", "mm_patch_merge_type", "unpad_rounding"):
+            if getattr(config, name) != getattr(self, name):
+                raise ValueError(
+                    f"{name} is {getattr(config, name)!r} in the model, but {getattr(self, name)!r} in the processor"
+                )
+        for name in ("image_token_id", "video_token_id"):
+            if getattr(config, name) != getattr(self, name):
+                raise ValueError(
+                    f"{name} is {getattr(config, name)} in the model, but {getattr(self, name)} in the tokenizer"
+                )
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # transformers would ask for the video processor's class in a registry that is empty without torchvision, and
+        # ask the user to trust the code that is already running.
+        own = cls.__init__.__code__.co_varnames[: cls.__init__.__code__.co_argcount]
+        check_processor_file(processor_dict or {}, own)
+        kwargs = {name: value for name, value in kwargs.items() if name not in own}
+        video_options = LlavaNextARVideoProcessorKwargs.__annotations__.keys()
+        image_options = LlavaOnevisionImageProcessorPil.valid_kwargs.__annotations__.keys()
+        text_kwargs = {k: v for k, v in kwargs.items() if k not in {*video_options, *image_options}}
+        image_kwargs = {k: v for k, v in kwargs.items() if k in text_kwargs or k in image_options}
+        saved_type = ((processor_dict or {}).get("image_processor") or {}).get("image_processor_type", "")
+        if saved_type.endswith("Pil"):
+            image_kwargs.setdefault("backend", "pil")  # same pixels and same file whether or not torchvision is there
+        tokenizer_kwargs = text_kwargs
+        if "auto_map" in (processor_dict or {}) and not text_kwargs.get("trust_remote_code"):
+            # AutoTokenizer would read the model's configuration, which has code of its own, and ask to trust it.
+            tokenizer_kwargs = {"config": PreTrainedConfig(), **text_kwargs}
+        return [
+            AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **image_kwargs),
+            cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **tokenizer_kwargs),
+            LlavaNextARVideoProcessor.from_pretrained(
+                pretrained_model_name_or_path,
+                **{k: v for k, v in kwargs.items() if k in text_kwargs or k in video_options},
+            ),
+        ]
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type | tuple[type, ...]:
+        """As in transformers, which crashes on any video processor when torchvision is absent."""
+        if argument_name != "video_processor":
+            return super().check_argument_for_proper_class(argument_name, argument)
+        if not isinstance(argument, VideoProcessorMixin):
+            raise TypeError(f"video_processor must be a video processor, got {type(argument).__name__}")
+        return VideoProcessorMixin
+
+    def check(self) -> None:
+        """Validates the settings, also those that were assigned after construction.
+
+        Raises:
+            ValueError: on an invalid setting.
+            TypeError: if a setting cannot be written as JSON.
+        """
+        check_processor_settings(**{name: getattr(self, name) for name in SETTINGS})
+        check_image_processor(self.image_processor)
+        self.video_processor.check()
+        self.to_json_string()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Saves everything that a checkpoint needs beside the model: all parts, the chat template and the code; see `check`."""
+        # Neither how the last call padded and cut, nor where the tokenizer came from, is a setting of the tokenizer;
+        # both would be saved as such, and the former come back as options of every call.
+        if getattr(self.tokenizer, "backend_tokenizer", None) is not None:
+            self.tokenizer.backend_tokenizer.no_padding()
+            self.tokenizer.backend_tokenizer.no_truncation()
+        for name in ("is_local", "local_files_only"):
+            self.tokenizer.init_kwargs.pop(name, None)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for `processor_config.json`."""
+        layout = None if self.frame_token_layout is None else self.frame_token_layout.to_dict()
+        return {**super().to_dict(), "frame_token_layout": layout}
+
+    @property
+    def _layout(self) -> FrameTokenLayout:
+        if self.frame_token_layout is None:
+            raise ValueError(
+                "the processor does not know how the model lays out visual tokens: give it the frame_token_layout of "
+                "the model's configuration, or num_image_tokens"
+            )
+        return self.frame_token_layout
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Keys that a call may return."""
+        return [*super().model_input_names, "video_layout"]
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        chat_template: str | None = None,
+        *,
+        processor_kwargs: dict[str, Any] | None = None,
+        return_assistant_tokens_mask: bool = False,
+        **kwargs: Any,
+    ) -> str | list[str] | BatchFeature:
+        """Messages to a prompt, or with `tokenize=True, return_dict=True` to model inputs, as in transformers.
+
+        A message's content is a string or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image", ...}`
+        and `{"type": "video", "path" | "url" | "video": ...}`.
+
+        Raises:
+            ValueError: if the conversation is malformed (naming the place), the template refuses it, assistant masks are
+                asked of a template that marks no `{% generation %}`, or an option is unknown; and what a call raises.
+        """
+        check_messages(conversation, with_media=bool(kwargs.get("tokenize")))
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        template = templates.get(chat_template or "default", chat_template)
+        if return_assistant_tokens_mask and template and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+            raise ValueError(
+                "return_assistant_tokens_mask=True needs a chat template with {% generation %} around the assistant's "
+                "turns, which this one lacks; DEFAULT_CHAT_TEMPLATE has it"
+            )
+        try:
+            return super().apply_chat_template(
+                conversation,
+                template,
+                processor_kwargs=dict(processor_kwargs or {}),  # transformers writes into it
+                return_assistant_tokens_mask=return_assistant_tokens_mask,
+                **kwargs,
+            )
+        except (TemplateError, OverflowError) as error:  # the latter from the sandbox, of huge ranges
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: "str | list[str] | None" = None,
+        videos: Any = None,
+        **kwargs: Unpack[LlavaNextARProcessorKwargs],
+    ) -> BatchFeature:
+        """Prompts with a placeholder for each image and video, and these, to model inputs.
+
+        Args:
+            images: as in `LlavaOnevisionProcessor`, or nested by prompt.
+            text: one prompt or several.
+            videos: see `flatten_videos`.
+            kwargs: options of tokenizer, image processor and video processor.
+
+        Raises:
+            ValueError: if placeholders and media do not match, `max_length` would cut off visual tokens (saying by how
+                many the prompt is over), or an option is unknown.
+        """
+        if kwargs.pop("audio", None) is not None:
+            raise ValueError(f"{type(self).__name__} takes no audio")
+        return super().__call__(images=images, text=text, videos=videos, **kwargs)
+
+    def prepare_inputs_layout(
+        self,
+        images: ImageInput | None = None,
+        text: "str | list[str] | None" = None,
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """As in transformers, with image paths as `Path` too, and files opened as the usual formats only.
+
+        Raises:
+            ValueError: if an image cannot be loaded, naming it and the cause.
+        """
+        images = load_images(images)
+        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def validate_inputs(
+        self,
+        images: ImageInput | None = None,
+        text: "str | list[str] | None" = None,
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Counts placeholders against media, prompt by prompt where the media are given so.
+
+        Raises:
+            ValueError: if there is nothing to process, or placeholders and media do not match.
+        """
+        if images is None and text is None and videos is None:
+            raise ValueError(f"{type(self).__name__} needs at least one of text, images and videos")
+        image_counts = None if images is None else _count_images(images)
+        video_counts = None if videos is None else flatten_videos(videos)[1]
+        if text is None:
+            return
+        if not (isinstance(text, list) and all(isinstance(prompt, str) for prompt in text)):
+            raise ValueError(f"text must be a string or a list of strings, got {type(text).__name__}")
+        for kind, token, counts in (
+            ("image", self.image_token, image_counts),
+            ("video", self.video_token, video_counts),
+        ):
+            check_placeholders(kind, token, [prompt.count(token) for prompt in text], counts)
+
+    def _merge_kwargs(self, ModelProcessorKwargs=None, tokenizer_init_kwargs=None, **kwargs):
+        modalities = {
+            "text_kwargs": self.tokenizer,
+            "images_kwargs": self.image_processor,
+            "videos_kwargs": self.video_processor,
+            "audio_kwargs": None,
+        }
+        known = {
+            modality: {
+                *self.valid_processor_kwargs.__annotations__[modality].__annotations__,
+                *getattr(getattr(component, "valid_kwargs", None), "__annotations__", ()),
+            }
+            for modality, component in modalities.items()
+        }
+        everywhere = set().union(*known.values(), self.valid_processor_kwargs.__annotations__, {"common_kwargs"})
+        refuse_unknown(kwargs, everywhere, type(self).__name__)
+        for modality, options in known.items():
+            refuse_unknown(kwargs.get(modality) or {}, options, modality)
+        return super()._merge_kwargs(ModelProcessorKwargs, tokenizer_init_kwargs, **kwargs)
+
+    def _process_videos(self, videos, **kwargs):
+        processed = self.video_processor(videos, **{**kwargs, "return_metadata": True})
+        layouts = [self._layout.as_tensor() for _ in processed["video_metadata"]]
+        processed["video_layout"] = torch.stack(layouts) if kwargs.get("return_tensors") is not None else layouts
+        replacements = []
+        for index, metadata in enumerate(processed["video_metadata"]):
+            replacement = self.replace_video_token(processed, index)
+            if self.add_time_instruction:
+                replacement += time_instruction(metadata.duration, self._told_times(processed, index, kwargs))
+            replacements.append(replacement)
+        return processed, replacements
+
+    def _told_times(self, processed: dict[str, Any], video_idx: int, kwargs: dict[str, Any]) -> list[float]:
+        """Seconds to write for each frame: its time, or with the `llava_video` policy what LLaVA-NeXT writes."""
+        mask = processed["video_frame_mask"][video_idx]
+        times = processed["video_timestamps"][video_idx][mask].tolist()
+        metadata, sampling = processed["video_metadata"][video_idx], self.video_processor.sampling_for(**kwargs)
+        if sampling is not None and sampling.policy == "llava_video":
+            settings = {name: getattr(sampling, name) for name in ("fps", "max_frames", "force_sample")}
+            told = llava_video_times(metadata.total_num_frames, metadata.fps, **settings).tolist()
+            return told if len(told) == len(times) else times
+        return times
+
+    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs: Any) -> str:
+        """The placeholders of one video: as many as the layout has tokens for its frames."""
+        if "video_frame_mask" in video_inputs:
+            num_frames = int(video_inputs["video_frame_mask"][video_idx].sum())
+        else:
+            num_frames = len(video_inputs["pixel_values_videos"][video_idx])
+        frame_types = None
+        if "video_frame_types" in video_inputs:
+            frame_types = video_inputs["video_frame_types"][video_idx][:num_frames].tolist()
+        return self.video_token * self._layout.num_tokens(num_frames, frame_types)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """The placeholders of one image: as many as its layout has tokens."""
+        layout = self._image_layout(image_inputs["pixel_values"][0][0].shape[-1])
+        counts = [int(count) for count in image_inputs["batch_num_images"]]
+        shares_prompt = [count != 1 for count in counts for _ in range(count)][image_idx]
+        if shares_prompt:  # such images are not tiled
+            return self.image_token * layout.num_base_tokens
+        size = [int(side) for side in image_inputs["image_sizes"][image_idx]]
+        return self.image_token * layout.num_tokens(size)
+
+    def _get_number_of_features(self, orig_height: int, orig_width: int, height: int, width: int) -> int:
+        num_tokens = self._image_layout(width).num_tokens((orig_height, orig_width))
+        # The caller in transformers takes one off for a class token, which a layout never counts.
+        return num_tokens + (self.vision_feature_select_strategy == "default")
+
+    def _image_layout(self, tile_size: int) -> ImageTokenLayout:
+        return ImageTokenLayout(
+            patches_height=self._layout.patches_height,
+            patches_width=self._layout.patches_width,
+            tile_size=tile_size,
+            grid_pinpoints=self.image_processor.image_grid_pinpoints,
+            aspect_ratio=self.vision_aspect_ratio,
+            merge_type=self.mm_patch_merge_type,
+            unpad_rounding=self.unpad_rounding,
+        )
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, **kwargs):
+        counted = super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)
+        if video_sizes is None:
+            return counted
+        num_video_tokens = [self._layout.num_tokens(num_frames) for num_frames, _, _ in video_sizes]
+        return MultiModalData(
+            num_image_tokens=counted.num_image_tokens,
+            num_image_patches=counted.num_image_patches,
+            num_video_tokens=num_video_tokens,
+        )
+
+    def _check_special_mm_tokens(self, text, text_inputs, modalities):
+        input_ids = text_inputs["input_ids"]
+        input_ids = input_ids.tolist() if hasattr(input_ids, "tolist") else input_ids
+        if len(input_ids) != len(text):
+            raise ValueError(
+                f"{len(text)} prompts became {len(input_ids)} sequences; return_overflowing_tokens would spread the "
+                "visual tokens of a video over several of them"
+            )
+        placeholders = ((self.image_token, self.image_token_id), (self.video_token, self.video_token_id))
+        for index, (prompt, ids) in enumerate(zip(text, input_ids, strict=True)):
+            wanted = sum(MARKED_CONTROL_TOKEN.sub("", prompt).count(token) for token, _ in placeholders)
+            kept = sum(ids.count(token_id) for _, token_id in placeholders)
+            if kept >= wanted:
+                continue
+            options = {"sanitize_control_tokens": True} if MARKED_CONTROL_TOKEN.search(prompt) else {}
+            length = len(self.tokenizer(prompt, truncation=False, **options)["input_ids"])
+            raise ValueError(
+                f"prompt {index} has {length} tokens, {wanted} of them visual: {length - len(ids)} more than the "
+                f"{len(ids)} that max_length allows, and visual tokens are never cut off ({wanted - kept} would be). "
+                "Lower num_frames, fps or max_frames, or raise max_length"
+            )
+
+    def _adjust_assistant_masks_indices(self, processed_dict, generation_indices):
+        # transformers compares token by token in Python, which takes as long as the whole call for a long video
+        offsets = processed_dict.pop("offset_mapping")
+        replaced = processed_dict.pop("text_replacement_offsets", None) or [[] for _ in generation_indices]
+        masks = []
+        for sample_offsets, replacements, spans in zip(offsets, replaced, generation_indices, strict=True):
+            begins, ends = np.asarray(sample_offsets).T  # [L] characters of the expanded prompt
+            placeholder_ends = [replacement["span"][1] for replacement in replacements]
+            gained = [0] + [replacement["new_span"][1] - replacement["span"][1] for replacement in replacements]
+            mask = np.zeros(len(begins), dtype=np.int64)
+            for span in spans:
+                begin, end = (at + gained[bisect.bisect_right(placeholder_ends, at)] for at in span)
+                mask |= (begins < end) & (ends > begin)
+            masks.append(mask)
+        as_tensors = isinstance(processed_dict["input_ids"], torch.Tensor)
+        processed_dict["assistant_masks"] = (
+            torch.from_numpy(np.stack(masks)) if as_tensors else [mask.tolist() for mask in masks]
+        )
+        return processed_dict
+
+
+# -- Helpers
+
+
+def _resolve_layout(
+    layout: "FrameTokenLayout | dict[str, Any] | None", num_image_tokens: int | None, select_strategy: str | None
+) -> FrameTokenLayout | None:
+    if layout is not None:
+        # A layout of a model that was loaded from the Hub is of another class of the same name: it travels as values.
+        if not (isinstance(layout, dict) or hasattr(layout, "to_dict")):
+            raise ValueError(f"frame_token_layout must be a FrameTokenLayout or a dict, got {layout!r}")
+        try:
+            layout = FrameTokenLayout.from_dict(layout if isinstance(layout, dict) else layout.to_dict())
+        except (ValueError, TypeError) as error:  # the latter if a key is missing
+            raise ValueError(f"frame_token_layout: {error}") from error
+    num_patches = _num_patches(num_image_tokens, select_strategy)
+    if layout is None:
+        if num_patches is None:
+            return None
+        side = math.isqrt(num_patches)
+        if side**2 != num_patches:
+            raise ValueError(
+                f"num_image_tokens={num_image_tokens} is not a square number, so the patch grid is unknown: give the "
+                "frame_token_layout of the model's configuration"
+            )
+        return FrameTokenLayout(patches_height=side, patches_width=side)
+    if num_patches is not None and num_patches != layout.patches_height * layout.patches_width:
+        raise ValueError(
+            f"num_image_tokens={num_image_tokens} contradicts the layout's {layout.patches_height}x"
+            f"{layout.patches_width} patches (patches_height x patches_width)"
+        )
+    return layout
+
+
+def _num_patches(num_image_tokens: int | None, select_strategy: str | None) -> int | None:
+    """LLaVA-OneVision counts a class token where the strategy later drops it; patches are what is left."""
+    if num_image_tokens is None:
+        return None
+    without_class_token = num_image_tokens - 1
+    if select_strategy == "default" and math.isqrt(without_class_token) ** 2 == without_class_token:
+        return without_class_token
+    return num_image_tokens
+
+
+def _count_images(images: Any) -> list[int] | int:
+    """Images of each prompt where they are nested so, else their total."""
+    if isinstance(images, (list, tuple)) and images and all(isinstance(item, (list, tuple)) for item in images):
+        return [len(item) for item in images]
+    return len(make_flat_list_of_images(images))
+
+
+__all__ = ["LlavaNextARProcessor"]

@@ -1,0 +1,587 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""Video -> frames and when they were shown, at one or several scales.
+
+    video = load_video("clip.mp4", FrameSampling(policy="uniform", num_frames=8), size=(384, 384))
+    video.frames       # [8, 3, 384, 384] uint8
+    video.timestamps   # [8] seconds, as the file says, also if the frame rate varies
+
+A video is a file, bytes, a URL, an array, a list of images or a folder of images. Frames are resized as they are
+decoded, so memory holds the small frames only. How files are decoded is in video_decoding.py, which frames are taken
+in frame_sampling.py; both are re-exported here.
+
+Shape letters: T frames, H x W and h x w pixels before and after resizing, P patches, D features.
+"""
+
+import contextlib
+import io
+import logging
+import math
+import os
+import re
+import shutil
+import tempfile
+import threading
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..configuration.frame_token_layout import pool_patches
+from .frame_sampling import (  # noqa: F401
+    FAST,
+    SAMPLING_POLICIES,
+    SLOW,
+    FrameSampling,
+    SampledFrames,
+    time_instruction,
+)
+from .video_decoding import (  # noqa: F401
+    FILE_READERS,
+    MAX_FRAME_PIXELS,
+    MAX_THREADS,
+    Emit,
+    FrameReader,
+    PyAVReader,
+    TimesChanged,
+    VideoBackend,
+    VideoReadError,
+    choose_backend,
+)
+
+logger = logging.getLogger(__name__)
+
+ResizeBackend = Literal["torch", "pil"]
+Resample = Literal["bicubic", "bilinear"]
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_IMAGE_FORMATS = (
+    "BMP",
+    "GIF",
+    "JPEG",
+    "PNG",
+    "PPM",
+    "TIFF",
+    "WEBP",
+)  # Pillow runs other programs for some of the rest
+IMAGE_FPS = 2.0  # of frames that carry no time, as LLaVA-NeXT takes it for folders of frames
+DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
+
+
+@dataclass(frozen=True, eq=False)
+class VideoFrames:
+    """The frames of one video. Built by `load_video`.
+
+    Attributes:
+        frames: `[T, 3, h, w]` uint8 RGB. Without resizing a view of `[T, H, W, 3]` (memory format channels last).
+        timestamps: `[T]` float64, seconds from the first frame of the video, as the container says.
+        indices: `[T]` int64, which frames of the video these are, in order of time.
+        frame_types: 0 (slow) or 1 (fast) for each frame, if the policy has types.
+        fps: average frame rate of the video.
+        duration: seconds, the last frame of the video shown for `1 / fps` included.
+        total_frames: of the video, those that can be read.
+        source: name of the video, for messages.
+        missing: how many frames could not be read; above 0 only with `allow_partial`.
+        other_scales: `[T, 3, h, w]` uint8 for each of `other_sizes`.
+    """
+
+    frames: torch.Tensor
+    timestamps: torch.Tensor
+    indices: torch.Tensor
+    frame_types: tuple[int, ...] | None
+    fps: float
+    duration: float
+    total_frames: int
+    source: str
+    missing: int = 0
+    other_scales: tuple[torch.Tensor, ...] = ()
+
+    def __len__(self) -> int:
+        return self.frames.shape[0]
+
+    def __repr__(self) -> str:
+        scales = "".join(f" + {list(scale.shape)}" for scale in self.other_scales)
+        return (
+            f"VideoFrames({self.source!r}: frames {list(self.frames.shape)}{scales}, {self.duration:.2f} s at "
+            f"{self.fps:.2f} fps, {self.total_frames} frames, {self.missing} missing)"
+        )
+
+
+def load_video(
+    source: Any,
+    sampling: FrameSampling | None = None,
+    *,
+    backend: VideoBackend = "auto",
+    size: tuple[int, int] | int | None = None,
+    other_sizes: Sequence[tuple[int, int] | int] = (),
+    resample: Resample = "bicubic",
+    resize_backend: ResizeBackend = "torch",
+    allow_partial: bool = False,
+    fps: float | None = None,
+    num_threads: int | None = None,
+) -> VideoFrames:
+    """Reads the sampled frames of a video.
+
+    Args:
+        source: a path, a http(s) or file URL, bytes, a file object, an array or tensor of frames (`[T, H, W, C]` or
+            `[T, C, H, W]`, uint8 or float in [0, 1], C = 1, 3 or 4), a list of images (PIL, arrays, paths), or a
+            folder of images. Grey is repeated, transparency laid on white.
+        sampling: which frames; None for all of them.
+        backend: `"pyav"`, `"decord"`, or `"auto"`: PyAV if it is installed, else decord. Measured, PyAV is the faster
+            and the more exact one (see video_decoding.py).
+        size: `(h, w)`, or one number for a square; None leaves frames as they are.
+        other_sizes: further sizes, resized from the same decoded frames, returned as `other_scales`.
+        resample, resize_backend: see `resize_frames`.
+        allow_partial: whether a damaged video gives the frames that can be read (with a warning), instead of an error.
+            Frames are then sampled from the readable ones. decord refuses most damaged files as a whole.
+        fps: frame rate of arrays and images, which have no time of their own; by default 2.
+        num_threads: for decoding; by default torch's number of threads (1 in a DataLoader worker), at most 8.
+
+    Raises:
+        VideoReadError: if the video is missing, no video, damaged or empty. Names the source and the cause.
+        ValueError: if the sampling policy refuses the video or an argument is out of range.
+        TypeError: if `source` is none of the above.
+        ImportError: if the back end is not installed.
+    """
+    sizes = [None if size is None else _size(size), *map(_size, other_sizes)]
+    _check_resize_options(resample, resize_backend)
+    with _open_reader(source, backend, fps=fps, num_threads=num_threads) as reader:
+        if reader.missing and not allow_partial:
+            raise _damaged(reader, reader.missing)
+        sampled, scales, lost = _read_sampled(reader, sampling, sizes, resample, resize_backend)
+        kept = [place for place, index in enumerate(sampled.indices.tolist()) if index not in lost]
+        missing = reader.missing + len(lost)
+        if missing and not (allow_partial and kept):
+            raise _damaged(reader, missing)
+        if missing:
+            logger.warning("%s is damaged: %d of its frames are missing", reader.name, missing)
+        frames, *other_scales = [scale if not lost else scale[kept] for scale in scales]
+        indices = sampled.indices[kept]
+        return VideoFrames(
+            frames=frames,
+            timestamps=torch.from_numpy(reader.timestamps[indices].astype(np.float64)),
+            indices=torch.from_numpy(indices),
+            frame_types=None if sampled.frame_types is None else tuple(sampled.frame_types[k] for k in kept),
+            fps=reader.fps,
+            duration=float(reader.timestamps[-1]) + 1 / reader.fps,
+            total_frames=len(reader.timestamps),
+            source=reader.name,
+            missing=missing,
+            other_scales=tuple(other_scales),
+        )
+
+
+def video_length(source: Any) -> tuple[int, float]:
+    """(number of frames, frames a second) of any source that `load_video` takes.
+
+    For a file that PyAV reads, what its header says, which costs next to nothing and may be wrong; for all others, and
+    where the header says nothing, the truth.
+
+    Raises:
+        VideoReadError: if the video is missing, no video or empty, as far as that can be seen.
+    """
+    is_local = isinstance(source, (str, os.PathLike)) and "://" not in os.fspath(source)
+    if (is_local and os.path.isfile(source)) or isinstance(source, bytes):
+        if choose_backend("auto") == "pyav":
+            name = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
+            num_frames, fps = PyAVReader.read_header(source if isinstance(source, bytes) else name, name)
+            if num_frames and fps:
+                return num_frames, fps
+    with _open_reader(source) as reader:
+        return len(reader.timestamps), reader.fps
+
+
+def _read_sampled(
+    reader: FrameReader,
+    sampling: FrameSampling | None,
+    sizes: list[tuple[int, int] | None],
+    resample: Resample,
+    resize_backend: ResizeBackend,
+) -> tuple[SampledFrames, list[torch.Tensor], set[int]]:
+    """(which frames, their pixels `[T, 3, h, w]` for each size, which indices could not be decoded)."""
+    while True:
+        total = len(reader.timestamps)
+        sampled = SampledFrames(np.arange(total)) if sampling is None else sampling.select(total, reader.fps)
+        distinct, place_of = np.unique(sampled.indices, return_inverse=True)  # some policies repeat frames
+        stacks = [_FrameStack(len(distinct), size, resample, resize_backend, reader.name) for size in sizes]
+
+        def emit(index: int, frame: np.ndarray, stacks=stacks, distinct=distinct) -> None:
+            for stack in stacks:
+                stack.put(int(np.searchsorted(distinct, index)), frame)
+
+        try:
+            lost = reader.read(distinct, emit)
+        except TimesChanged:  # at most once
+            continue
+        scales = [stack.frames for stack in stacks]
+        if len(distinct) < len(sampled.indices) and len(lost) < len(distinct):
+            scales = [scale[place_of] for scale in scales]
+        return sampled, scales, lost
+
+
+class _FrameStack:
+    """Frames of one size, resized as they come, from several threads and in any order."""
+
+    def __init__(
+        self, num_frames: int, size: tuple[int, int] | None, resample: Resample, backend: ResizeBackend, source: str
+    ):
+        self._num_frames, self._size, self._resample, self._backend = num_frames, size, resample, backend
+        self._source, self._lock = source, threading.Lock()
+        self.frames = None if size is None else torch.empty(num_frames, 3, *size, dtype=torch.uint8)  # [T, 3, h, w]
+
+    def put(self, place: int, frame: np.ndarray) -> None:
+        pixels = torch.from_numpy(np.require(frame, requirements=["C", "W"])).permute(2, 0, 1)  # [3, H, W]
+        if self._size is not None:
+            pixels = _resize(pixels, self._size, self._resample, self._backend)
+        with self._lock:
+            if self.frames is None:  # rows of RGB triples, as decoders write them: a copy without reordering
+                self.frames = torch.empty(self._num_frames, *frame.shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+        if pixels.shape != self.frames.shape[1:]:
+            raise VideoReadError(
+                self._source,
+                f"its frames differ in size ({_by(self.frames.shape[2:])} and {_by(pixels.shape[1:])}); give a size",
+            )
+        _copy(pixels, self.frames[place])
+
+
+def _damaged(reader: FrameReader, missing: int) -> VideoReadError:
+    return VideoReadError(
+        reader.name,
+        f"it is damaged or truncated, {missing} of its frames are missing (allow_partial=True reads the rest)",
+    )
+
+
+# -- Resizing
+
+
+def resize_frames(
+    frames: torch.Tensor,
+    size: tuple[int, int] | int,
+    *,
+    resample: Resample = "bicubic",
+    backend: ResizeBackend = "torch",
+) -> torch.Tensor:
+    """Resizes uint8 frames with antialiasing, one at a time (which is the fastest, and bounds memory).
+
+    Args:
+        frames: `[T, 3, H, W]` uint8.
+        size: `(h, w)`, or one number for a square. Frames of that size are returned as they are.
+        resample: `"bicubic"` or `"bilinear"`.
+        backend: `"pil"` is Pillow, bit for bit. `"torch"` is several times as fast, most of all for frames in memory
+            format channels last, and differs from Pillow by at most 2 of 255 (measured on films, noise and sharp edges,
+            shrinking and growing), in how many values depends on the sizes.
+
+    Returns:
+        `[T, 3, h, w]` uint8.
+    """
+    height, width = _size(size)
+    _check_resize_options(resample, backend)
+    if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != torch.uint8:
+        raise ValueError(f"frames must be [T, 3, H, W] uint8, got {list(frames.shape)} {frames.dtype}")
+    if frames.shape[2:] == (height, width):
+        return frames
+    resized = torch.empty(len(frames), 3, height, width, dtype=torch.uint8)
+    for frame, target in zip(frames, resized, strict=True):
+        _copy(_resize(frame, (height, width), resample, backend), target)
+    return resized
+
+
+def _resize(frame: torch.Tensor, size: tuple[int, int], resample: Resample, backend: ResizeBackend) -> torch.Tensor:
+    """`[3, H, W]` -> `[3, h, w]`; the arguments are valid."""
+    if frame.shape[1:] == size:
+        return frame
+    if backend == "torch":
+        return torch.nn.functional.interpolate(frame[None], size, mode=resample, antialias=True)[0]
+    image = Image.fromarray(np.ascontiguousarray(frame.permute(1, 2, 0).numpy()))
+    image = image.resize((size[1], size[0]), Image.Resampling[resample.upper()])
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    """With numpy: torch would wake its thread pool, which costs more than the copy on a busy machine."""
+    np.copyto(target.numpy(), source.numpy())
+
+
+def _check_resize_options(resample: Resample, backend: ResizeBackend) -> None:
+    if resample not in get_args(Resample):
+        raise ValueError(f"resample={resample!r} is not one of {', '.join(get_args(Resample))}")
+    if backend not in get_args(ResizeBackend):
+        raise ValueError(f"resize backend {backend!r} is not one of {', '.join(get_args(ResizeBackend))}")
+
+
+def _size(size: tuple[int, int] | int) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise ValueError(f"size must be (height, width) of at least 1 pixel each, got {size!r}")
+    return int(height), int(width)
+
+
+def _by(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
+
+
+class MultiScaleVideoFrameLoader:
+    """Videos as float frames, at one scale or at several that are decoded once.
+
+        loader = MultiScaleVideoFrameLoader()
+        loader.load_video_frames("clip.mp4", max_frames=8)     # [8, 3, 384, 384]
+        loader.load_video_frames("clip.mp4", max_frames=8, enable_multiscale=True, scale_factors=(1.0, 0.5))
+        # list of [8, 3, 384, 384] and [8, 3, 192, 192]
+
+    Args:
+        backend, resize_backend, allow_partial, num_threads: as for `load_video`.
+    """
+
+    def __init__(
+        self,
+        backend: VideoBackend = "auto",
+        *,
+        resize_backend: ResizeBackend = "torch",
+        allow_partial: bool = False,
+        num_threads: int | None = None,
+    ) -> None:
+        self._options = {
+            "backend": backend,
+            "resize_backend": resize_backend,
+            "allow_partial": allow_partial,
+            "num_threads": num_threads,
+        }
+
+    def load_video_frames(
+        self,
+        video_path: Any,
+        max_frames: int = 32,
+        sample_rate: int = 1,
+        target_size: tuple[int, int] | int = (384, 384),
+        enable_multiscale: bool = False,
+        scale_factors: Sequence[float] = (1.0, 0.75, 0.5),
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Every `sample_rate`-th frame, evenly thinned to `max_frames`; a short clip gives fewer.
+
+        Args:
+            video_path: any source that `load_video` takes.
+            target_size: `(h, w)`, or one number for a square.
+            enable_multiscale: whether to return one tensor for each of `scale_factors`.
+            scale_factors: the sizes as fractions of `target_size`, rounded to whole pixels.
+
+        Returns:
+            `[T, 3, h, w]` float32 in [0, 1], or a list of such. Raises what `load_video` raises.
+        """
+        height, width = _size(target_size)
+        factors = tuple(scale_factors) if enable_multiscale else (1.0,)
+        if not factors or min(factors) <= 0:
+            raise ValueError(f"scale_factors must be one or more numbers above 0, got {scale_factors!r}")
+        sizes = [(max(1, round(height * factor)), max(1, round(width * factor))) for factor in factors]
+        sampling = FrameSampling(policy="every_nth", sample_rate=sample_rate, max_frames=max_frames)
+        video = load_video(video_path, sampling, size=sizes[0], other_sizes=sizes[1:], **self._options)
+        scales = [scale.to(torch.float32).div_(255) for scale in (video.frames, *video.other_scales)]
+        return scales if enable_multiscale else scales[0]
+
+    def apply_spatial_pooling(
+        self,
+        video_features: torch.Tensor,
+        stride: int = 2,
+        mode: Literal["average", "max", "bilinear"] = "average",
+        grid: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """Pools the patches of each frame over space: `[T, P, D]` -> `[T, P', D]`.
+
+        Args:
+            stride, mode: as for `pool_patches`: average and max drop what does not fill a window, bilinear rounds up.
+            grid: `(height, width)` of the patches; by default a square.
+
+        Raises:
+            ValueError: if `P` is neither a square nor the size of the grid.
+        """
+        num_patches = video_features.shape[1]
+        if grid is None:
+            side = math.isqrt(num_patches)
+            if side * side != num_patches:
+                raise ValueError(f"{num_patches} patches a frame are no square; name their grid (height, width)")
+            grid = (side, side)
+        return pool_patches(video_features, grid, stride, mode)
+
+
+# -- Sources
+
+
+@contextlib.contextmanager
+def _open_reader(
+    source: Any, backend: VideoBackend = "auto", *, fps: float | None = None, num_threads: int | None = None
+) -> Iterator[FrameReader]:
+    """Opens any source that `load_video` takes; arguments and errors are described there."""
+    if backend not in get_args(VideoBackend):
+        raise ValueError(f"video backend {backend!r} is not one of {', '.join(get_args(VideoBackend))}")
+    if fps is not None and not fps > 0:
+        raise ValueError(f"fps must be above 0, got {fps}")
+    if num_threads is not None and num_threads < 1:
+        raise ValueError(f"num_threads must be at least 1, got {num_threads}")
+    num_threads = min(num_threads or torch.get_num_threads(), MAX_THREADS)
+
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, (np.ndarray, torch.Tensor)):
+            reader = ImageReader(_frames_of_array(source), "<array>", fps)
+        elif isinstance(source, (list, tuple)):
+            reader = ImageReader(source, "<list of frames>", fps)
+        elif isinstance(source, (bytes, bytearray, memoryview)):
+            reader = _file_reader(bytes(source), "<bytes>", backend, num_threads)
+        elif hasattr(source, "read"):
+            name = getattr(source, "name", None)
+            with contextlib.suppress(io.UnsupportedOperation):
+                source.seek(0)
+            reader = _file_reader(
+                source.read(), name if isinstance(name, str) else "<file object>", backend, num_threads
+            )
+        elif isinstance(source, (str, os.PathLike)):
+            name = os.fspath(source)
+            url = split_url(name)
+            if url.scheme in ("http", "https"):
+                reader = _file_reader(stack.enter_context(downloaded(name)), name, backend, num_threads)
+            else:
+                path = urllib.request.url2pathname(url.path) if url.scheme == "file" else name
+                reader = _path_reader(path, name, backend, fps, num_threads)
+        else:
+            raise TypeError(
+                "a video is a path, URL, bytes, file object, array, tensor or list of images, "
+                f"not {type(source).__name__}"
+            )
+        stack.callback(reader.close)
+        yield reader
+
+
+def _path_reader(path: str, name: str, backend: VideoBackend, fps: float | None, num_threads: int) -> FrameReader:
+    if os.path.isdir(path):
+        return ImageReader(_images_in(path), name, fps)
+    if not os.path.exists(path):
+        raise VideoReadError(name, "no such file")
+    return _file_reader(path, name, backend, num_threads)
+
+
+def _file_reader(file: str | bytes, name: str, backend: VideoBackend, num_threads: int) -> FrameReader:
+    if (len(file) if isinstance(file, bytes) else os.path.getsize(file)) == 0:
+        raise VideoReadError(name, "the file is empty")
+    return FILE_READERS[choose_backend(backend)](file, name, num_threads)
+
+
+def split_url(source: str) -> urllib.parse.SplitResult:
+    """The parts of a URL. What cannot be one ("http://[::1") is a path as a whole, which then is no file."""
+    try:
+        return urllib.parse.urlsplit(source)
+    except ValueError:
+        return urllib.parse.SplitResult("", "", source, "", "")
+
+
+@contextlib.contextmanager
+def downloaded(url: str) -> Iterator[str]:
+    """Path of a temporary copy, since reading out of order over the network would fetch most bytes several times."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, os.path.basename(split_url(url).path) or "video")
+        try:
+            with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, open(path, "wb") as file:
+                shutil.copyfileobj(response, file)
+                announced = int(response.headers.get("Content-Length") or -1)
+        except (HTTPException, OSError, ValueError) as error:
+            raise VideoReadError(url, f"download failed: {error}") from error
+        if announced not in (-1, os.path.getsize(path)):
+            raise VideoReadError(url, f"download stopped after {os.path.getsize(path)} of {announced} bytes")
+        yield path
+
+
+class ImageReader:
+    """Frames that are images already: arrays, PIL images, image paths. Evenly spaced in time."""
+
+    def __init__(self, images: Sequence[Any], name: str, fps: float | None) -> None:
+        if not len(images):
+            raise VideoReadError(name, "it holds no frames")
+        self.name, self.images, self.missing = name, images, 0
+        self.fps = float(fps or IMAGE_FPS)
+        self.timestamps = np.arange(len(images)) / self.fps
+
+    def read(self, indices: np.ndarray, emit: Emit) -> set[int]:
+        for index in indices.tolist():
+            emit(index, self._rgb(self.images[index], index))
+        return set()
+
+    def close(self) -> None:
+        pass
+
+    def _rgb(self, image: Any, index: int) -> np.ndarray:
+        if isinstance(image, (str, os.PathLike)):
+            try:
+                with open_image(image) as opened:
+                    return _rgb_of_image(opened)
+            except (OSError, ValueError, SyntaxError) as error:  # the last two are Pillow's for some damaged files
+                raise VideoReadError(self.name, f"frame {index} ({os.fspath(image)}): {error}") from error
+        if isinstance(image, Image.Image):
+            return _rgb_of_image(image)
+        if isinstance(image, (np.ndarray, torch.Tensor)):
+            image = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else image
+            return _rgb_of_array(image[..., None] if image.ndim == 2 else image)
+        raise TypeError(f"frame {index} is a {type(image).__name__}, expected an image, an array or a path")
+
+
+def open_image(path: "str | os.PathLike | BinaryIO") -> Image.Image:
+    """As `Image.open` (of a path or an open file), but by its content one of the usual formats, and no larger than
+    `MAX_FRAME_PIXELS`.
+
+    Raises:
+        OSError: if the file is missing or holds no such image.
+        ValueError: if the image is too large.
+    """
+    try:
+        image = Image.open(path, formats=_IMAGE_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"the image is too large: {error}") from error
+    if image.width * image.height > MAX_FRAME_PIXELS:
+        image.close()
+        raise ValueError(f"the image is {image.width}x{image.height}, more than {MAX_FRAME_PIXELS} pixels")
+    return image
+
+
+def _images_in(folder: str) -> list[Path]:
+    """Image files of a folder, sorted as people count: frame_2 before frame_10."""
+    paths = [path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not paths:
+        raise VideoReadError(folder, f"the folder holds no images ({' '.join(IMAGE_SUFFIXES)})")
+    return sorted(
+        paths, key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    )
+
+
+def _frames_of_array(frames: np.ndarray | torch.Tensor) -> np.ndarray:
+    frames = frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else frames
+    if frames.ndim != 4:
+        raise ValueError(f"an array of frames is [T, H, W, C] or [T, C, H, W], got shape {tuple(frames.shape)}")
+    return frames
+
+
+def _rgb_of_array(frame: np.ndarray) -> np.ndarray:
+    """`[H, W, C]` or `[C, H, W]` (the former, if it could be both), 1, 3 or 4 channels, to `[H, W, 3]` uint8 RGB."""
+    if frame.ndim != 3 or not {frame.shape[0], frame.shape[-1]} & {1, 3, 4}:
+        raise ValueError(f"a frame is [H, W, C] or [C, H, W] with 1, 3 or 4 channels, got shape {tuple(frame.shape)}")
+    if frame.shape[-1] not in (1, 3, 4):
+        frame = frame.transpose(1, 2, 0)
+    if frame.dtype != np.uint8:
+        is_float = np.issubdtype(frame.dtype, np.floating)
+        top = 1 if is_float else 255
+        low, high = frame.min(), frame.max()
+        if not (low >= 0 and high <= top):  # also refuses NaN
+            raise ValueError(f"{frame.dtype} frames must lie in [0, {top}], got [{low}, {high}]")
+        frame = (np.round(frame * 255.0) if is_float else frame).astype(np.uint8)
+    if frame.shape[-1] == 1:
+        return np.repeat(frame, 3, axis=-1)
+    return frame if frame.shape[-1] == 3 else _rgb_of_image(Image.fromarray(np.ascontiguousarray(frame)))
+
+
+def _rgb_of_image(image: Image.Image) -> np.ndarray:
+    """Transparent pictures are laid on white, as transformers does."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return np.asarray(image.convert("RGB"))

@@ -1,0 +1,561 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""Videos -> padded pixel values with a frame mask, times and frame types.
+
+A standard transformers video processor that needs no torchvision. `choose_sampling` says which frames are wanted,
+video_inputs.py reads them, and what is here resizes them as uint8 and writes them, normalised, into one preallocated
+batch.
+
+The vision towers were trained on frames resized by Pillow. `resize_backend="pil"` gives those pixel values bit for
+bit; the default `"torch"` is several times as fast and differs by at most 2 of the 255 steps of a colour.
+
+Shape letters: N videos, T frames of the longest, C channels (3 once converted to RGB), H x W pixels.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import ChannelDimension, PILImageResampling
+from transformers.processing_utils import Unpack, VideosKwargs
+from transformers.video_processing_utils import VideoProcessorMixin
+from transformers.video_utils import VideoMetadata
+
+from ..hub.hub_code import AUTO_MAP
+from ..hub.pushed_model import travels_with_code
+from .option_checks import check_pixel_options, refuse_unknown
+from .video_decoding import VideoBackend
+from .video_frames import SAMPLING_POLICIES, FrameSampling, ResizeBackend, resize_frames
+from .video_inputs import Clip, flatten_metadata, flatten_videos, read_clip
+
+_RESAMPLE = {PILImageResampling.BICUBIC: "bicubic", PILImageResampling.BILINEAR: "bilinear"}
+# What a configuration file of another video processor says about pixels holds here too; how it samples does not.
+_PIXEL_KEYS = {
+    "crop_size",
+    "default_to_square",
+    "do_center_crop",
+    "do_convert_rgb",
+    "do_normalize",
+    "do_rescale",
+    "do_resize",
+    "image_mean",
+    "image_std",
+    "resample",
+    "rescale_factor",
+    "size",
+}
+# Keys of a saved file that are no options.
+_FILE_KEYS = {"auto_map", "processor_class", "video_processor_type"}
+
+_FAST_SLOW_SETTINGS = ("fast_stride", "slow_stride", "num_fast", "num_slow")
+_OPTIONAL_SETTINGS = ("fps", "max_frames", "sample_rate", "force_sample")
+_SETTINGS = ("num_frames", *_OPTIONAL_SETTINGS, *_FAST_SLOW_SETTINGS)
+_READ_FPS = ("fps", "llava_video", "llava_video_pyav")
+
+
+def choose_policy(stored: str, given: Mapping[str, Any]) -> str:
+    """The sampling policy: the one that is named, else the one that the given settings imply, else the stored one.
+
+    `use_fast_slow_frames=True` implies `fast_slow`, `fps` implies `fps`, `sample_rate` implies `every_nth`, and
+    `num_frames` implies `uniform`, unless the stored policy reads the setting already.
+
+    Args:
+        stored: the processor's own policy.
+        given: options named by the caller, without those that are None.
+
+    Raises:
+        ValueError: if the given options contradict each other.
+    """
+    fast_slow = given.get("use_fast_slow_frames")
+    policy = given.get("sampling")
+    if policy is not None:
+        if fast_slow is not None and fast_slow != (policy == "fast_slow"):
+            raise ValueError(f"sampling={policy!r} contradicts use_fast_slow_frames={fast_slow!r}")
+    elif "fps" in given and "num_frames" in given:
+        raise ValueError(
+            f"fps={given['fps']!r} and num_frames={given['num_frames']!r} exclude each other; to limit the number of "
+            "frames at a given fps, use max_frames"
+        )
+    elif fast_slow:
+        policy = "fast_slow"
+    elif "fps" in given:
+        policy = stored if stored in _READ_FPS else "fps"
+    elif "sample_rate" in given:
+        policy = "every_nth"
+    elif "num_frames" in given:
+        policy = stored if stored == "num_frames" else "uniform"
+    else:
+        policy = "uniform" if fast_slow is False and stored == "fast_slow" else stored
+    if not isinstance(policy, str) or policy not in SAMPLING_POLICIES:
+        raise ValueError(f"sampling={policy!r} is not one of {', '.join(SAMPLING_POLICIES)}")
+    return policy
+
+
+def choose_sampling(stored: Mapping[str, Any], given: Mapping[str, Any]) -> FrameSampling:
+    """Which frames a call takes. What the call says wins over what the processor stores; see `choose_policy`.
+
+    Args:
+        stored: the processor's own options, the name of its policy under `sampling`.
+        given: options named in the call, without those that are None.
+
+    Raises:
+        ValueError: on a contradiction, a value out of range, or a setting that the policy would ignore.
+    """
+    policy = choose_policy(stored["sampling"], given)
+    settings = {name: stored[name] for name in _SETTINGS if stored.get(name) is not None}
+    if policy != stored["sampling"]:  # what served the stored policy is no mistake in the call
+        settings = {name: settings[name] for name in settings if name not in _OPTIONAL_SETTINGS}
+    for name in _FAST_SLOW_SETTINGS if policy != "fast_slow" else ():
+        if name in given:
+            raise ValueError(f"{name}={given[name]!r} has no effect with sampling={policy!r}")
+    return FrameSampling(policy=policy, **{**settings, **{name: given[name] for name in _SETTINGS if name in given}})
+
+
+class LlavaNextARVideoProcessorKwargs(VideosKwargs, total=False):
+    r"""
+    sampling (`str`, *optional*, defaults to `"uniform"`):
+        Which frames: `uniform | num_frames | fps | every_nth | fast_slow`, or one of the `llava_*` policies that
+        reproduce LLaVA-NeXT. `uniform` gives all frames of a clip that has no more than `num_frames`.
+    max_frames (`int`, *optional*):
+        Upper limit for the policies that go by frame rate.
+    sample_rate (`int`, *optional*):
+        Every how many frames `every_nth` takes one.
+    use_fast_slow_frames (`bool`, *optional*, defaults to `False`):
+        The same as `sampling="fast_slow"`.
+    fast_stride, slow_stride, num_fast, num_slow (`int`, *optional*, default to 1, 4, 8, 8):
+        The last `num_fast` frames `fast_stride` apart, and `num_slow` over the whole clip, `slow_stride` apart or
+        wider.
+    force_sample (`bool`, *optional*, defaults to `False`):
+        Whether `llava_*` policies repeat frames of short clips.
+    video_backend (`str`, *optional*, defaults to `"auto"`):
+        `auto | decord | pyav`.
+    resize_backend (`str`, *optional*, defaults to `"torch"`):
+        `torch | pil`.
+    enable_multiscale (`bool`, *optional*, defaults to `False`):
+        Whether to return the video at the other `scale_factors` too.
+    scale_factors (`list[float]`, *optional*, defaults to `[1.0, 0.75, 0.5]`):
+        Sizes as fractions of the main one; 1.0, the main one itself, is among them.
+    allow_partial (`bool`, *optional*, defaults to `False`):
+        Whether a damaged video gives the frames that can be read, instead of an error.
+    """
+
+    sampling: str | None
+    max_frames: int | None
+    sample_rate: int | None
+    use_fast_slow_frames: bool | None
+    fast_stride: int | None
+    slow_stride: int | None
+    num_fast: int | None
+    num_slow: int | None
+    force_sample: bool | None
+    video_backend: VideoBackend | None
+    resize_backend: ResizeBackend | None
+    enable_multiscale: bool | None
+    scale_factors: list[float | int] | tuple[float | int, ...] | None
+    allow_partial: bool | None
+    rescale_factor: float | int | None
+    video_metadata: Any
+
+
+# None stands for the default in these; in the others it has the meaning that it has in transformers.
+_NONE_IS_DEFAULT = {"num_frames", *LlavaNextARVideoProcessorKwargs.__annotations__} - {*VideosKwargs.__annotations__}
+
+
+@travels_with_code
+class LlavaNextARVideoProcessor(VideoProcessorMixin):
+    r"""Reads, samples, resizes and normalises videos.
+
+    Takes every input that transformers' video processors take, of several kinds in one call too (see
+    `flatten_videos`), and every option of `LlavaNextARVideoProcessorKwargs`, at construction or in a call. An int as
+    `size` is a square.
+
+    A call returns a `BatchFeature` with
+
+    - `pixel_values_videos` `[N, T, 3, H, W]` float32, shorter videos padded with zeros at the end;
+    - `video_frame_mask` `[N, T]` bool, True at real frames;
+    - `video_timestamps` `[N, T]` float32, seconds from the start of the video;
+    - `video_frame_types` `[N, T]` int64, 0 slow and 1 fast, with slow and fast sampling only;
+    - `pixel_values_videos_scales`, a list of `[N, T, 3, h, w]`, with `enable_multiscale` only;
+    - `video_metadata`, a list, with `return_metadata` only.
+
+    Without `return_tensors` each is a list with one tensor, not padded, for each video.
+
+    Times come from the file. Arrays and images have none: their `fps` is that of `video_metadata`, or 2.
+
+    Raises:
+        ValueError: on an unknown or contradictory option, if a video cannot be read (naming it and the cause), if
+            `num_frames` is given in the call (without `sampling`) for a clip that has fewer, or if videos of different
+            size are to become one tensor.
+
+    Example:
+
+    ```python
+    >>> video_processor = LlavaNextARVideoProcessor(num_frames=8)
+    >>> video_processor("clip.mp4", return_tensors="pt")["pixel_values_videos"].shape
+    torch.Size([1, 8, 3, 384, 384])
+    ```
+    """
+
+    _auto_class = "AutoVideoProcessor"
+    valid_kwargs = LlavaNextARVideoProcessorKwargs
+
+    do_resize = True
+    size = {"height": 384, "width": 384}
+    default_to_square = True
+    resample = PILImageResampling.BICUBIC
+    do_center_crop = None
+    crop_size = None
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
+    do_convert_rgb = True
+    do_pad = True
+    do_sample_frames = True
+    sampling = "uniform"
+    num_frames = 16
+    fps = None
+    max_frames = None
+    sample_rate = None
+    fast_stride = 1
+    slow_stride = 4
+    num_fast = 8
+    num_slow = 8
+    force_sample = False
+    video_backend = "auto"
+    resize_backend = "torch"
+    enable_multiscale = False
+    scale_factors = [1.0, 0.75, 0.5]
+    allow_partial = False
+
+    def __init__(self, **kwargs: Unpack[LlavaNextARVideoProcessorKwargs]) -> None:
+        refuse_unknown(kwargs.keys() - _FILE_KEYS, self.valid_kwargs.__annotations__, type(self).__name__)
+        options = {
+            name: value
+            for name, value in kwargs.items()
+            if name not in _FILE_KEYS and not (value is None and name in _NONE_IS_DEFAULT)
+        }
+        self._check_types(options)
+        given = {name: value for name, value in options.items() if value is not None}
+        # A saved file names its policy and all settings; only where no policy is named do settings imply one.
+        options["sampling"] = choose_policy(type(self).sampling, given)
+        options.pop("use_fast_slow_frames", None)
+        super().__init__(**options)
+        self._set_attributes(**options)
+        self.auto_map = dict(AUTO_MAP)
+        self.check()
+
+    def check(self) -> None:
+        """Validates the options, also those that were assigned after construction.
+
+        Raises:
+            ValueError: on a value out of range, or options that contradict each other.
+        """
+        choose_sampling(self._stored(), {})
+        self._check_options(self._stored())
+
+    @property
+    def use_fast_slow_frames(self) -> bool:
+        """Whether frames are sampled as slow and fast ones: another name for `sampling="fast_slow"`."""
+        return self.sampling == "fast_slow"
+
+    @use_fast_slow_frames.setter
+    def use_fast_slow_frames(self, value: bool) -> None:
+        self.sampling = choose_policy(self.sampling, {"use_fast_slow_frames": bool(value)})
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Keys that a call without further options returns."""
+        names = ["pixel_values_videos", "video_frame_mask", "video_timestamps"]
+        names += ["video_frame_types"] * self.use_fast_slow_frames
+        return names + ["pixel_values_videos_scales"] * bool(self.enable_multiscale)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as plain values, for a JSON file."""
+        return {**super().to_dict(), "use_fast_slow_frames": self.use_fast_slow_frames}
+
+    @classmethod
+    def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs: Any) -> "LlavaNextARVideoProcessor":
+        """As in transformers. Of another video processor's file the pixel options are taken, not how it samples."""
+        values = dict(video_processor_dict)
+        if values.get("video_processor_type", cls.__name__) != cls.__name__ or "image_processor_type" in values:
+            values = {name: value for name, value in values.items() if name in _PIXEL_KEYS}
+        stored = values.get("sampling", cls.sampling)
+        given = {name: kwargs[name] for name in cls.valid_kwargs.__annotations__ if kwargs.get(name) is not None}
+        values["sampling"] = choose_policy(stored, given)
+        values.pop("use_fast_slow_frames", None)
+        if values["sampling"] != stored:
+            values = {name: value for name, value in values.items() if name not in _OPTIONAL_SETTINGS}
+        return super().from_dict(values, **kwargs)
+
+    def sampling_for(self, **kwargs: Any) -> FrameSampling | None:
+        """How a call with these options samples; None if it takes all frames.
+
+        Raises:
+            ValueError: see `choose_sampling`.
+        """
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        if not kwargs.get("do_sample_frames", self.do_sample_frames):
+            return None
+        return choose_sampling(self._stored(), given)
+
+    def sample_frames(
+        self, metadata: VideoMetadata, num_frames: int | None = None, fps: int | float | None = None, **kwargs: Any
+    ) -> np.ndarray:
+        """Indices of the frames that a call with these options takes from a video of that length and frame rate.
+
+        Raises:
+            ValueError: as the call does.
+        """
+        given = {"num_frames": num_frames, "fps": fps, **kwargs}
+        _refuse_shorter(metadata.total_num_frames, given)
+        sampling = self.sampling_for(**{**given, "do_sample_frames": True})
+        return sampling.select(metadata.total_num_frames, metadata.fps).indices
+
+    def preprocess(self, videos: Any, **kwargs: Unpack[LlavaNextARVideoProcessorKwargs]) -> BatchFeature:
+        """See the class."""
+        refuse_unknown(kwargs, self.valid_kwargs.__annotations__, type(self).__name__)
+        kwargs = {name: value for name, value in kwargs.items() if not (value is None and name in _NONE_IS_DEFAULT)}
+        self._check_types(kwargs)
+        sampling = self.sampling_for(**kwargs)
+        options = {**self._stored(), **kwargs}
+        options = {**options, **self._standardize_kwargs(**options)}
+        self._validate_preprocess_kwargs(**options)
+        self._check_options(options)
+
+        sources, _ = flatten_videos(videos)
+        clips = []
+        for source, metadata in zip(sources, flatten_metadata(options["video_metadata"], len(sources)), strict=True):
+            clip = read_clip(
+                source,
+                metadata,
+                sampling,
+                do_convert_rgb=options["do_convert_rgb"],
+                do_rescale=options["do_rescale"],
+                input_data_format=options["input_data_format"],
+                sizes=_exact_sizes(options),
+                backend=options["video_backend"],
+                resample=_RESAMPLE.get(options["resample"], "bicubic"),
+                resize_backend=options["resize_backend"],
+                allow_partial=options["allow_partial"],
+            )
+            if sampling is not None:
+                _refuse_shorter(clip.metadata.total_num_frames, kwargs)
+            clips.append(_resized_and_cropped(clip, options))
+        return _collate(clips, options)
+
+    def _stored(self) -> dict[str, Any]:
+        return {name: getattr(self, name, None) for name in self.valid_kwargs.__annotations__}
+
+    def _check_types(self, kwargs: dict[str, Any]) -> None:
+        try:
+            validate_typed_dict(self.valid_kwargs, kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(f"{type(self).__name__}: {error}") from error
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        factors = list(options["scale_factors"])
+        if 1 not in factors or not all(0 < factor <= 1 for factor in factors) or len(set(factors)) < len(factors):
+            raise ValueError(
+                f"scale_factors must be different numbers above 0 and up to 1, 1 itself among them, got {factors}"
+            )
+        # Other scales are resized ones, also where the main one is not.
+        scaled = options["enable_multiscale"] and not options["do_resize"]
+        if scaled and options["resample"] not in _RESAMPLE:
+            raise ValueError(f"resample must be 3 (bicubic) or 2 (bilinear), got {options['resample']!r}")
+        check_pixel_options(options, resamples=_RESAMPLE, num_channels=(1, 3, 4))
+        if options["data_format"] not in (None, *(form.value for form in ChannelDimension), *ChannelDimension):
+            raise ValueError(f"data_format must be channels_first or channels_last, got {options['data_format']!r}")
+
+    def _standardize_kwargs(self, default_to_square: bool | None = None, **kwargs: Any) -> dict[str, Any]:
+        # transformers drops default_to_square here, and with it what a saved file says
+        square = self.default_to_square if default_to_square is None else default_to_square
+        return {**super()._standardize_kwargs(default_to_square=square, **kwargs), "default_to_square": square}
+
+
+def _refuse_shorter(total_frames: int, given: Mapping[str, Any]) -> None:
+    """`num_frames` in a call is a request, as in transformers; `sampling="uniform"` beside it takes what there is."""
+    if given.get("sampling") is None and (given.get("num_frames") or 0) > total_frames:
+        raise ValueError(
+            f"num_frames={given['num_frames']} is more than the {total_frames} frames of the video; "
+            "sampling='uniform' beside it takes all frames of a shorter video"
+        )
+
+
+# -- Resizing
+
+
+def _factors(options: dict[str, Any]) -> list[float]:
+    """Of the main scale, and then the others."""
+    return [1, *(f for f in options["scale_factors"] if f != 1)] if options["enable_multiscale"] else [1]
+
+
+def _scaled(edge: int, factor: float) -> int:
+    return max(1, round(edge * factor))
+
+
+def _exact_sizes(options: dict[str, Any]) -> "list[tuple[int, int]] | None":
+    """(h, w) of each scale where it is the same for all videos, so that frames can be resized as they are decoded."""
+    if not options["do_resize"] or "height" not in options["size"]:
+        return None
+    return _scale_sizes((0, 0), options)
+
+
+def _scale_sizes(native: tuple[int, int], options: dict[str, Any]) -> list[tuple[int, int]]:
+    """(h, w) of each scale of a video whose frames have the (height, width) `native`."""
+    height, width = native
+    if options["do_resize"]:
+        size = options["size"]
+        if "height" in size:
+            height, width = size.height, size.width
+        else:
+            # as in transformers: the short edge is exact, the long one is cut to whole pixels
+            short, long = sorted(native)
+            new_short, new_long = size.shortest_edge, size.shortest_edge * long // short
+            if "longest_edge" in size and new_long > size.longest_edge:
+                new_short, new_long = max(1, size.longest_edge * short // long), size.longest_edge
+            height, width = (new_short, new_long) if height <= width else (new_long, new_short)
+    return [(_scaled(height, factor), _scaled(width, factor)) for factor in _factors(options)]
+
+
+def _resized_and_cropped(clip: Clip, options: dict[str, Any]) -> Clip:
+    if not clip.is_resized:
+        native = clip.scales[0]
+        clip.scales = [_resize(native, size, options) for size in _scale_sizes(native.shape[-2:], options)]
+    if options["do_center_crop"]:
+        height, width = options["crop_size"].height, options["crop_size"].width
+        clip.scales = [
+            _center_crop(scale, (_scaled(height, factor), _scaled(width, factor)))
+            for scale, factor in zip(clip.scales, _factors(options), strict=True)
+        ]
+    return clip
+
+
+def _resize(frames: torch.Tensor, size: tuple[int, int], options: dict[str, Any]) -> torch.Tensor:
+    """`[T, C, H, W]` -> `[T, C, h, w]`. Floats are not rounded to 8 bits on the way, and always resized with torch."""
+    if tuple(frames.shape[-2:]) == tuple(size):
+        return frames
+    resample = _RESAMPLE[options["resample"]]
+    is_8_bit = frames.dtype == torch.uint8
+    if is_8_bit and frames.shape[1] == 3 and frames.device.type == "cpu":
+        return resize_frames(frames, size, resample=resample, backend=options["resize_backend"])
+    low, high = (0, 255) if is_8_bit else (frames.min().item(), frames.max().item())
+    resized = nn.functional.interpolate(frames.float(), size, mode=resample, antialias=True)
+    resized = resized.clamp_(low, high)  # bicubic overshoots at edges
+    return resized.round_().to(torch.uint8) if is_8_bit else resized
+
+
+def _center_crop(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The middle `size` of `[T, C, H, W]`; outside of the frame it is 0, as in transformers."""
+    for axis, wanted in zip((-2, -1), size, strict=True):
+        missing = max(0, wanted - frames.shape[axis])
+        if missing:
+            after = missing // 2
+            padding = (missing - after, after)
+            frames = nn.functional.pad(frames, padding if axis == -1 else (0, 0, *padding))
+        frames = frames.narrow(axis, (frames.shape[axis] - wanted) // 2, wanted)
+    return frames
+
+
+# -- The batch
+
+
+def _collate(clips: list[Clip], options: dict[str, Any]) -> BatchFeature:
+    """See `LlavaNextARVideoProcessor` for what is returned."""
+    is_batch = options["return_tensors"] is not None
+    device = torch.device("cpu" if options["device"] is None else options["device"])
+    lengths = [len(clip) for clip in clips]
+    typed = [clip.frame_types is not None for clip in clips]
+    if any(typed) != all(typed):
+        raise ValueError("some videos of the batch have slow and fast frames and some do not")
+    if is_batch and not options["do_pad"] and len(set(lengths)) > 1:
+        raise ValueError(
+            f"videos of {sorted(set(lengths))} frames cannot become one tensor with do_pad=False: use do_pad=True, or "
+            "return_tensors=None for a list"
+        )
+    pixels = [
+        _normalised([clip.scales[scale] for clip in clips], device, options) for scale in range(len(clips[0].scales))
+    ]
+    padded = [max(lengths) if is_batch else length for length in lengths]
+    data: dict[str, Any] = {
+        "video_frame_mask": [torch.arange(n) < length for n, length in zip(padded, lengths, strict=True)],
+        "video_timestamps": [_pad(clip.timestamps.float(), n) for clip, n in zip(clips, padded, strict=True)],
+    }
+    if all(typed):
+        data["video_frame_types"] = [
+            _pad(torch.tensor(clip.frame_types), n) for clip, n in zip(clips, padded, strict=True)
+        ]
+    data = {name: [value.to(device) for value in values] for name, values in data.items()}
+    if is_batch:
+        data = {name: torch.stack(values) for name, values in data.items()}
+    data = {"pixel_values_videos": pixels[0], **data}
+    if options["enable_multiscale"]:
+        to_numpy = options["return_tensors"] == "np"
+        data["pixel_values_videos_scales"] = [scale.numpy() if to_numpy else scale for scale in pixels[1:]]
+    if options["return_metadata"]:
+        data["video_metadata"] = [clip.metadata for clip in clips]
+    # The other scales differ in size, so they stay a list.
+    skip = ["pixel_values_videos_scales", "video_metadata"]
+    return BatchFeature(data, tensor_type=options["return_tensors"], skip_tensor_conversion=skip)
+
+
+def _pad(values: torch.Tensor, length: int) -> torch.Tensor:
+    return nn.functional.pad(values, (0, length - len(values)))
+
+
+def _normalised(
+    videos: list[torch.Tensor], device: torch.device, options: dict[str, Any]
+) -> "torch.Tensor | list[torch.Tensor]":
+    """Videos `[T, C, H, W]` as one `[N, T, C, H, W]` float32, or without `return_tensors` as a list."""
+    if options["return_tensors"] is None:
+        out = [torch.empty(video.shape, device=device) for video in videos]
+    else:
+        shapes = {tuple(video.shape[1:]) for video in videos}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"videos of different [C, H, W] {sorted(shapes)} cannot become one tensor: use do_resize=True with a "
+                "fixed height and width, or return_tensors=None for a list"
+            )
+        out = torch.empty(len(videos), max(len(video) for video in videos), *videos[0].shape[1:], device=device)
+    for video, target in zip(videos, out, strict=True):
+        _normalise_into(target[: len(video)], video.to(device), options)
+        target[len(video) :] = 0
+    if options["data_format"] not in (ChannelDimension.LAST, ChannelDimension.LAST.value):
+        return out
+    if isinstance(out, list):
+        return [video.movedim(-3, -1).contiguous() for video in out]
+    return out.movedim(-3, -1).contiguous()
+
+
+def _normalise_into(target: torch.Tensor, frames: torch.Tensor, options: dict[str, Any]) -> None:
+    """Writes `(frames * rescale_factor - mean) / std` of `[T, C, H, W]` into `target`.
+
+    As `frames / (std / rescale_factor) - mean / std`: two passes over one frame, which stays in the cache. With mean
+    and std of 0.5 this is bit for bit what the towers were trained on, where the product was computed in float64; the
+    textbook order in float32 is not.
+    """
+    mean, std = (options["image_mean"], options["image_std"]) if options["do_normalize"] else (0, 1)
+    mean, std = np.atleast_1d(np.asarray(mean, dtype=np.float64)), np.atleast_1d(np.asarray(std, dtype=np.float64))
+    for name, values in (("image_mean", mean), ("image_std", std)):
+        if len(values) not in (1, frames.shape[1]):
+            raise ValueError(f"{name} has {len(values)} values for a video of {frames.shape[1]} channels")
+    divisor = _per_channel(std / (options["rescale_factor"] if options["do_rescale"] else 1), target.device)
+    offset = _per_channel(mean / std, target.device)
+    for frame, out in zip(frames, target, strict=True):  # [C, H, W]
+        torch.div(frame, divisor, out=out)
+        if mean.any():
+            out.sub_(offset)
+
+
+def _per_channel(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """`[C, 1, 1]` float32, or no dimensions where all channels are alike, which is faster."""
+    shaped = values[0] if (values == values[0]).all() else values[:, None, None]
+    return torch.tensor(shaped, dtype=torch.float32, device=device)
+
+
+__all__ = ["LlavaNextARVideoProcessor", "choose_sampling", "flatten_videos"]

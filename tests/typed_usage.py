@@ -1,0 +1,14 @@
+"""What a type checker must see of this package in a checkout; `make lint` checks it, and nothing runs it."""
+
+from pathlib import Path
+
+from typing_extensions import assert_type
+
+from llava_next_ar.configuration.configuration_llava_next_ar import LlavaNextARConfig
+from llava_next_ar.configuration.frame_token_layout import FrameTokenLayout
+from llava_next_ar.hub.hub_code import code_files
+from llava_next_ar.processing.video_frames import FrameSampling, VideoFrames, load_video
+
+assert_type(code_files(), dict[str, bytes])
+assert_type(LlavaNextARConfig().frame_token_layout, FrameTokenLayout)
+assert_type(load_video(Path("clip.mp4"), FrameSampling(num_frames=4)), VideoFrames)

@@ -1,0 +1,438 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""Checkpoints that survive a kill at any moment, and training that goes on from them as if nothing had happened.
+
+`ResumableTrainer` is a Trainer whose checkpoints appear all at once: everything is written into the folder `_unfinished`,
+flushed to the disk, and renamed to `checkpoint-N`, which is atomic. So whoever looks for the last checkpoint finds a
+whole one, also `transformers.trainer_utils.get_last_checkpoint`. A rename cannot protect from what happens later, a copy
+that broke off, or from a checkpoint that a plain Trainer left half-written. So a checkpoint also lists its files and
+their sizes, and `last_complete_checkpoint` passes over one that is not all there.
+"""
+
+import copy
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_pt_utils import nested_gather
+from transformers.utils import logging
+
+from ..hub.pushed_model import stale_files
+from .collator import first_batches_unread
+
+logger = logging.get_logger(__name__)
+
+UNFINISHED = "_unfinished"  # Trainer's own uploads leave out what starts with an underscore
+FILE_LIST = "checkpoint_files.json"  # {name of the file: bytes}
+TRAINER_STATE = "trainer_state.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_WEIGHTS = re.compile(r"(pytorch_model|model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+
+
+# ------------------------------------------------------------------------------------------------- what is on the disk
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest checkpoint in a folder that is all there, or None; warns about newer ones that are not."""
+    for folder in reversed(_checkpoints(Path(output_dir))):
+        problem = checkpoint_problem(folder)
+        if problem is None:
+            return str(folder)
+        logger.warning(f"{folder} is incomplete ({problem}); looking for an older checkpoint")
+    return None
+
+
+def checkpoint_problem(folder: str | os.PathLike) -> str | None:
+    """What keeps a checkpoint from being resumed from; None if nothing does.
+
+    A checkpoint of a plain Trainer has no list of its files. There the state of the trainer, which is written last, tells
+    whether the others were.
+    """
+    folder = Path(folder)
+    try:
+        state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+        files = json.loads((folder / FILE_LIST).read_text(encoding="utf-8")) if (folder / FILE_LIST).exists() else {}
+    except OSError:
+        return f"it has no {TRAINER_STATE}"
+    except ValueError:
+        return f"its {TRAINER_STATE} or {FILE_LIST} is cut off"
+    if "global_step" not in state:
+        return f"its {TRAINER_STATE} has no global_step"
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size < size:
+            return f"{name} has {path.stat().st_size} of {size} bytes"
+    return None
+
+
+def replace_model(new: str | os.PathLike, folder: str | os.PathLike) -> None:
+    """Moves a saved model, with all that was saved beside it, over the one in `folder`.
+
+    The old weights go first and the file that makes the new ones loadable comes last. So a kill leaves the old model, the
+    new one, or none; never the weights of one with the configuration or the shards of the other. Of an adapter that is
+    replaced by a model, or the other way round, nothing stays that would be loaded instead.
+
+    Raises:
+        ValueError: if an adapter is to replace its own base; it then stays in `new`.
+    """
+    new, folder = Path(new), Path(folder)
+    names = [path.relative_to(new) for path in _files(new)]
+    _refuse_own_base(new, folder)
+    _flush(new)
+    if any(_is_entry(name.name) for name in names):  # FSDP may save shards in checkpoints only
+        existing = [path.name for path in folder.iterdir() if path.is_file()]
+        stale = stale_files(existing, [name.as_posix() for name in names])
+        for name in sorted({*stale, *filter(_WEIGHTS.fullmatch, existing)}):
+            (folder / name).unlink()
+    for name in sorted(names, key=lambda name: (_is_entry(name.name), str(name))):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(new / name, folder / name)
+    _flush_one(folder)
+    shutil.rmtree(new)
+
+
+def _refuse_own_base(adapter: Path, folder: Path) -> None:
+    """Raises ValueError if `folder` is the base of a saved adapter, whose weights would be replaced by it."""
+    config = adapter / "adapter_config.json"
+    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") if config.is_file() else None
+    if base and os.path.isdir(base) and Path(base).resolve() == folder.resolve():
+        raise ValueError(f"{folder} is the base of the adapter, which would replace its weights: save it elsewhere")
+
+
+def _is_entry(name: str) -> bool:
+    """Whether a file is where loading starts: the only file of the weights, or the index of their shards."""
+    match = _WEIGHTS.fullmatch(name)
+    return match is not None and match[2] is None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """`checkpoint-N` in the order of N: times of files change when they are copied."""
+    found = [path for path in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(_CHECKPOINT.fullmatch(checkpoint.name)[1])
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _flush(folder: Path) -> None:
+    """Waits until all in a folder is on the disk: a kill would lose nothing, but a machine that stops does."""
+    for path in (*folder.rglob("*"), folder):
+        _flush_one(path)
+
+
+def _flush_one(path: Path) -> None:
+    if os.name != "posix":
+        return  # Windows opens no folder, and a file only for writing
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _publish(staged: Path, final: Path) -> None:
+    """A staged checkpoint under its own name."""
+    sizes = {path.relative_to(staged).as_posix(): path.stat().st_size for path in _files(staged)}
+    (staged / FILE_LIST).write_text(json.dumps(sizes, indent=0), encoding="utf-8")
+    _flush(staged)
+    if final.exists():  # from an earlier run, or half-written by another program
+        os.replace(final, staged.with_name(f"{final.name}-replaced"))
+    os.replace(staged, final)
+    _flush_one(final.parent)
+
+
+def _rotate(final: Path, limit: int | None, best: str | None) -> None:
+    """Deletes complete checkpoints that are older than `final`, the oldest first, until `limit` are left.
+
+    What is newer or incomplete does not count: it was not made by this run, and must not push out what was.
+    """
+    if limit is None or limit <= 0:
+        return
+    older = [path for path in _checkpoints(final.parent) if _step(path) < _step(final)]
+    older = [path for path in older if checkpoint_problem(path) is None]
+    surplus = len(older) + 1 - limit
+    for path in [path for path in older if best is None or path != Path(best)][: max(surplus, 0)]:
+        # Renamed first: half a checkpoint must not be seen under the name of one.
+        removed = final.parent / UNFINISHED / f"{path.name}-removed"
+        removed.parent.mkdir(exist_ok=True)
+        os.replace(path, removed)
+        shutil.rmtree(removed)
+
+
+# ------------------------------------------------------------------------------------------------------------- trainer
+
+
+class ResumableTrainer(Trainer):
+    """A Trainer that may be killed at any moment and goes on exactly.
+
+    As in Trainer, with these differences.
+
+    - A checkpoint is complete or not there. `resume_from_checkpoint=True` takes the last complete one; a path to an
+      incomplete one is an error.
+    - `save_total_limit` counts complete checkpoints only, and goes by their step, not by the time of their files.
+    - A checkpoint also keeps what was added up since the last log entry, so that the entries after a resume are those of a
+      run without interruption; and the position in a stream that was read more than once.
+    - Batches of a stream that were trained on before are not read again: see `first_batches_unread`.
+    - `save_model` replaces the model in a folder without mixing the two, see `replace_model`.
+    - A run that was complete but for its last save takes no further step when resumed.
+
+    With `ignore_data_skip`, as in Trainer, the data starts again at the beginning of an epoch: nothing is exact then.
+
+    All processes of a run must see the same `output_dir`, or each node its own with `save_on_each_node`.
+    """
+
+    _is_staging = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; however it ends, SIGTERM means then what it meant before.
+
+        Raises:
+            ValueError: if there is no complete checkpoint to resume from.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"there is no complete checkpoint in {self.args.output_dir} to resume from")
+        elif resume_from_checkpoint:
+            problem = checkpoint_problem(resume_from_checkpoint)
+            if problem is not None:
+                raise ValueError(f"cannot resume from {resume_from_checkpoint}: {problem}")
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, StopOnSigterm):
+                    callback.restore()
+
+    # ---- saving -----------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self._is_staging else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(self._get_output_dir(trial))
+        final = run / f"checkpoint-{self.state.global_step}"
+        staged = run / UNFINISHED / final.name
+        if self.args.should_save:
+            shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._is_staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_staging = False
+        if not self.args.save_only_model:
+            progress = {"world_size": self.args.world_size, **self._progress()}
+            (staged / f"progress_{self.args.process_index}.json").write_text(json.dumps(progress), encoding="utf-8")
+        if self.state.best_global_step:
+            best = run / f"checkpoint-{self.state.best_global_step}"
+            if best == final or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+        self.accelerator.wait_for_everyone()  # all have written
+        if self.args.should_save:
+            self.state.save_to_json(str(staged / TRAINER_STATE))  # names the best checkpoint where it will be
+            _publish(staged, final)
+            _rotate(final, self.args.save_total_limit, self.state.best_model_checkpoint)
+            shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+        self.accelerator.wait_for_everyone()  # all may rely on it
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._is_staging:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer; a kill leaves the folder with the old model, the new one, or none that loads."""
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        if self._is_staging:
+            return super().save_model(str(folder), _internal_call=True)
+        staged = folder / UNFINISHED
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # else other ranks need not even call this
+        if self.args.should_save:
+            shutil.rmtree(staged, ignore_errors=True)
+            if (folder / "README.md").is_file():  # a card is written with an eye on the one that is there
+                staged.mkdir()
+                shutil.copy(folder / "README.md", staged)
+        if is_sharded:
+            self.accelerator.wait_for_everyone()
+        super().save_model(str(staged), _internal_call=True)
+        if is_sharded:
+            self.accelerator.wait_for_everyone()
+        if self.args.should_save and staged.is_dir():
+            replace_model(staged, folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    # ---- resuming ---------------------------------------------------------------------------------------------------
+
+    def _progress(self) -> dict[str, Any]:
+        """What this process must remember, beside what Trainer saves, to go on exactly; JSON."""
+        return {
+            "tr_loss": self._tr_loss.item(),
+            "last_logged_step": self._globalstep_last_logged,
+            "epoch": self._epoch,
+            "batches": self._batches,
+        }
+
+    def _restore_progress(self, progress: dict[str, Any]) -> None:
+        self._tr_loss.fill_(progress["tr_loss"])
+        self._globalstep_last_logged = progress["last_logged_step"]
+        # The `train_loss` reported at the end is of this call's steps alone.
+        self._total_loss_scalar = -nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()
+
+    def _read_progress(self, checkpoint: str | None) -> dict[str, Any] | None:
+        path = Path(checkpoint or "", f"progress_{self.args.process_index}.json")
+        if checkpoint is None or not path.is_file():
+            return None  # of a plain Trainer
+        progress = json.loads(path.read_text(encoding="utf-8"))
+        if progress["world_size"] != self.args.world_size:
+            logger.warning(
+                f"{checkpoint} was saved by {progress['world_size']} processes and is resumed by {self.args.world_size}: "
+                "the first log entry is of the steps from here on, and random states are not restored"
+            )
+            return None
+        return progress
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        epochs, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        # Trainer takes a stream without a length for endless, and would skip more of it than it has.
+        progress = self._read_progress(resume_from_checkpoint)
+        if progress is not None and num_train_epochs == sys.maxsize:
+            epochs, batches = progress["epoch"], 0 if self.args.ignore_data_skip else progress["batches"]
+        return epochs, batches
+
+    def _run_epoch(
+        self, *, epoch: int, epochs_trained: int, resume_from_checkpoint: str | None, **kwargs: Any
+    ) -> None:
+        self._epoch, self._batches = epoch, 0
+        if epoch == epochs_trained:
+            if not self.args.ignore_data_skip:
+                self._batches = kwargs["steps_trained_in_current_epoch"]
+            progress = self._read_progress(resume_from_checkpoint)
+            if progress is not None:
+                self._restore_progress(progress)
+            if self.state.global_step >= self.state.max_steps:
+                self.control.should_training_stop = True  # killed after the last checkpoint
+                return
+        # Trainer goes over what it has trained on of a stream once more. (Dispatched batches are put together from several.)
+        unread = self._batches if self.accelerator.dispatch_batches is False else 0
+        with first_batches_unread(kwargs["train_dataloader"], unread):
+            super()._run_epoch(
+                epoch=epoch, epochs_trained=epochs_trained, resume_from_checkpoint=resume_from_checkpoint, **kwargs
+            )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._batches += len(batches)
+        return batches, num_items
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As in Trainer, for models whose weights have other names in files than in memory.
+
+        Trainer matches the names in the file with those in memory, and warns about the rest. A LLaVA-OneVision model is
+        saved under older names, so that it would go on from its first weights with the last optimizer state.
+        """
+        model = self.model if model is None else model
+        if not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # In float32, which holds every 16-bit weight exactly: not all have the same precision.
+        loaded, report = type(model).from_pretrained(
+            resume_from_checkpoint,
+            config=copy.deepcopy(model.config),
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise ValueError(
+                f"cannot resume from {resume_from_checkpoint}: it lacks {len(missing)} weights, the first is {missing[0]}"
+            )
+        model.load_state_dict(loaded.state_dict())
+
+    def _load_best_model(self) -> None:
+        if not isinstance(self.model, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class StopOnSigterm(TrainerCallback):
+    """On SIGTERM, training saves a checkpoint at the end of the step and stops, on all ranks after the same step.
+
+    Works with any Trainer. `stopped` tells whether it happened: the model is then not at the end of its training. An
+    evaluation is finished first. torchrun passes the signal on to the ranks and kills them 30 seconds later. The handler
+    that was there before is back when training ends; after an exception too in a `ResumableTrainer`, and by `restore` in
+    any other.
+
+    Transformers' own `enable_jit_checkpoint` saves in the middle of a step, where random states and losses have moved on
+    already, and each rank by itself.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._requested = False
+        self._is_installed = False
+        self._previous: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stopped = self._requested = False
+        if not self._is_installed:  # it still is where a plain Trainer broke off, or starts again with smaller batches
+            self._previous = signal.signal(signal.SIGTERM, self._request)
+            self._is_installed = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Puts back the handler from before training, if it is not back already."""
+        if self._is_installed:
+            # None: it was not set from Python, and cannot be set again from here.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if self._previous is None else self._previous)
+            self._is_installed = False
+
+    def _request(self, signum: int, frame: Any) -> None:
+        # Launchers may send it again while a checkpoint is being written.
+        self._requested = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        requested = self._requested
+        if args.world_size > 1:
+            anywhere = torch.tensor(float(requested), device=args.device)
+            torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
+            requested = bool(anywhere.item())
+        if requested and not control.should_training_stop:
+            if state.is_world_process_zero:
+                logger.warning(f"SIGTERM: saving a checkpoint after step {state.global_step} and stopping")
+            self.stopped = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # there may be no time
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopped:
+            control.should_save = control.should_evaluate = False  # it is saved already

@@ -1,0 +1,219 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""Training data: entries -> samples, by index.
+
+    training_sources.py   where entries come from
+    training_entries.py   entry -> chat messages
+    training_samples.py   chat messages -> sample
+    bad_samples.py        what cannot be used
+    training_mixture.py   several data sets by weight, and the order of samples
+    training_stream.py    the same without an index
+    training_collator.py  samples -> batches
+
+The processor decodes videos in a DataLoader worker, when the sample is wanted. Nothing is decoded ahead of time, and
+nothing is left out silently: a bad sample is an error that names it, or a line in a ledger.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers.utils import logging
+
+from .bad_samples import BadSample, BadSampleError, BadSampleLedger
+from .mixture import LlavaVideoMixture
+from .samples import SampleReader, read_sample
+from .sources import ArrowEntries, DataSource, open_entries, parse_sources
+from .stream import LlavaVideoStream
+
+_LENGTHS_AT_A_TIME = 16  # samples that a worker measures before it reports
+
+
+class LlavaVideoDataset(Dataset):
+    """Samples for training.
+
+        {"conversations": [{"from": "human", "value": "<video>\\nWhat happens?"}, {"from": "gpt", "value": "Rain."}],
+         "video": "x.mp4"}
+
+    `video` and `image` hold a path or a list of paths, in the order of the placeholders. Chat messages under
+    `messages` are accepted as well, their media among the content parts or under `video` and `image`. A video without a
+    conversation is a sample for reconstruction alone. A `.npy` file is a video of frames saved by numpy, as is a folder
+    of images. Other keys are ignored; `id` is used in errors.
+
+    A sample is a dict of tensors: `input_ids` `[S]`, `labels` `[S]` (-100 except where the assistant speaks, the token
+    that ends its turn included), and what the processor returned for its media; beside them, `sample_name`, a text.
+
+    Args:
+        data: path of a `.json`, `.jsonl` or `.parquet` file, of a folder written by `datasets`' `save_to_disk`, or id of
+            a data set on the Hub; a `DataSource` for more options; a `datasets.Dataset`; or the entries themselves.
+        processor: a `LlavaNextARProcessor`, or one with the same `apply_chat_template`.
+        video_root: folder that paths are relative to; by default that of the file, or the working folder for a list.
+        image_root: the same for images; by default `video_root`.
+        allow_outside_root: accept URLs, and paths that leave the folder (`..`, absolute paths, symbolic links).
+            Otherwise they are errors: a data set from elsewhere shall not read whatever it likes.
+        max_length: tokens that a sample may have.
+        truncate: cut a sample that is longer at its end instead of refusing it. Visual tokens and the last target are
+            never cut off: those are errors still.
+        processor_kwargs: options for every call of the processor, such as `{"num_frames": 8}`.
+        bad_samples: a ledger, for training to go on without them; `dataset[i]` is then a `BadSample`, which
+            `LlavaVideoCollator` drops. Without one a bad sample is an error.
+
+    Raises:
+        ValueError: if the file holds no list of entries, or the processor's chat template marks no assistant turns.
+        BadSampleError: by `dataset[i]`, for a sample that cannot be used.
+        TooManyBadSamplesError: by `dataset[i]`, above the bounds of the ledger.
+    """
+
+    def __init__(
+        self,
+        data: "str | os.PathLike | DataSource | Sequence[dict[str, Any]]",
+        processor: Any,
+        *,
+        video_root: str | os.PathLike | None = None,
+        image_root: str | os.PathLike | None = None,
+        allow_outside_root: bool = False,
+        max_length: int | None = None,
+        truncate: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        bad_samples: BadSampleLedger | None = None,
+    ) -> None:
+        self.name, default_root = "the list of samples", os.getcwd()
+        if isinstance(data, (str, os.PathLike)) or hasattr(data, "default_root"):
+            source = data if hasattr(data, "default_root") else DataSource.parse(os.fspath(data))
+            self.name, default_root = source.label, source.default_root
+            video_root, image_root = source.video_root or video_root, source.image_root or image_root
+            data = open_entries(source)
+        elif hasattr(data, "with_format"):
+            self.name, data = "the data set", ArrowEntries(data)
+        if not len(data):
+            raise ValueError(f"{self.name} is empty")
+        self.entries = data
+        self.processor = processor
+        self.reader = SampleReader(
+            processor,
+            video_root=default_root if video_root is None else video_root,
+            image_root=image_root,
+            allow_outside_root=allow_outside_root,
+            max_length=max_length,
+            truncate=truncate,
+            processor_kwargs=processor_kwargs,
+        )
+        self.bad_samples = bad_samples
+        if bad_samples is not None:
+            bad_samples.expect(len(data))
+        self._lengths: list[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor] | BadSample:
+        try:
+            return self._read("sample", index)
+        except BadSampleError as error:
+            if self.bad_samples is None:
+                raise
+            return self.bad_samples.add(error)
+
+    def messages(self, index: int) -> list[dict[str, Any]]:
+        """The entry as chat messages with the full paths of its media; decodes nothing.
+
+        Raises:
+            BadSampleError: if it is malformed, or a file is missing or outside of its folder.
+        """
+        return self._read("messages", index)
+
+    def check(self) -> None:
+        """Looks through all entries without decoding any media, so that a typo does not surface after hours.
+
+        Raises:
+            BadSampleError: for the first entry that is malformed or whose file is missing. With a ledger it is written
+                down instead.
+        """
+        for index in range(len(self)):
+            try:
+                self.messages(index)
+            except BadSampleError as error:
+                if self.bad_samples is None:
+                    raise
+                self.bad_samples.add(error)
+
+    def lengths(self, num_workers: int = 0) -> list[int]:
+        """How many tokens each sample has, found out once, with a progress bar, from text and the headers of videos.
+
+        Exact where a header says the truth about the number of frames and their rate; with a ledger, 1 for a sample
+        that can be seen to be bad. For batches of samples of about the same length, and for packing.
+
+        Args:
+            num_workers: processes that read headers.
+
+        Raises:
+            BadSampleError: for the first sample that can be seen to be bad, unless there is a ledger.
+        """
+        if self._lengths is None:
+            loader = DataLoader(
+                _Lengths(self), batch_size=_LENGTHS_AT_A_TIME, num_workers=num_workers, collate_fn=list
+            )
+            lengths = []
+            with logging.tqdm(total=len(self), desc=f"lengths of {self.name}") as progress:
+                for some in loader:
+                    lengths += some
+                    progress.update(len(some))
+            self._lengths = lengths
+        return self._lengths
+
+    def _read(self, method: str, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {self.name}, which has {len(self)}")
+        return read_sample(self.reader, method, lambda: self.entries[index], source=self.name, index=index)
+
+
+class _Lengths(Dataset):
+    """The number of tokens in the place of each sample."""
+
+    def __init__(self, dataset: LlavaVideoDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> int:
+        try:
+            return self.dataset._read("length", index)
+        except BadSampleError:
+            if self.dataset.bad_samples is None:
+                raise
+            return 1  # training finds it, and writes it down
+
+
+def load_training_data(
+    data: Any,
+    processor: Any,
+    *,
+    streaming: bool = False,
+    shuffle_buffer: int = 1000,
+    seed: int = 0,
+    bad_samples: BadSampleLedger | None = None,
+    **options: Any,
+) -> LlavaVideoDataset | LlavaVideoMixture | LlavaVideoStream:
+    """One source or several with weights -> what a Trainer takes.
+
+    Args:
+        data: what `DataSource.parse` takes, or a list of it.
+        streaming: read the sources one entry after the other; see `LlavaVideoStream`.
+        shuffle_buffer: of a stream.
+        seed: of a mixture or a stream.
+        bad_samples: see `LlavaVideoDataset`.
+        options: further arguments of `LlavaVideoDataset`.
+
+    Raises:
+        ValueError: for contradictory or unknown options; see `DataSource`.
+    """
+    sources = parse_sources(data)
+    options = {**options, "bad_samples": bad_samples}
+    if streaming:
+        return LlavaVideoStream(sources, processor, shuffle_buffer=shuffle_buffer, seed=seed, **options)
+    parts = [LlavaVideoDataset(source, processor, **options) for source in sources]
+    if len(sources) == 1 and sources[0].weight == 1:
+        return parts[0]
+    return LlavaVideoMixture(parts, [source.weight for source in sources], seed=seed)

@@ -1,0 +1,245 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""What a trainer watches while it trains: steps that would spoil the weights, and an objective out of proportion."""
+
+import json
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .collator import read_samples
+from .samples import SAMPLE_NAME
+
+SAMPLE_NAMES = "sample_names"  # of a batch
+BAD_STEPS = "bad_steps.jsonl"
+# The research prototype recommends 5% to 15%. In the study (scripts/study.py, table `weights`) no model with a share of 10% or
+# less told the direction of a shape better than frames without their order tell it, some did with 22% to 30%, and all with 56%
+# to 84%, without harm to what needs no time. Where between 10% and 22% it begins is not known; beyond, little of a step is
+# about the text.
+RECOMMENDED_SHARE = (0.15, 0.85)
+_MAX_NAMES = 20  # in a message; the ledger has them all
+_MIN_NORMS = 20  # before a gradient can be called unusual
+
+
+class BadStepError(RuntimeError):
+    """An optimizer step that must not be made; the weights are those before it (under DeepSpeed, after it).
+
+    Attributes:
+        step: the number that the step would have had.
+        batches: of all ranks, as in the ledger: `[{"rank", "batch", "loss", "samples"}]`.
+    """
+
+    def __init__(self, message: str, *, step: int, batches: Sequence[dict[str, Any]]) -> None:
+        super().__init__(message)
+        self.step = step
+        self.batches = list(batches)
+
+
+@dataclass(frozen=True)
+class BadStepPolicy:
+    """What to do about an optimizer step whose gradient is not finite or, on demand, unusually large.
+
+    With float16 an infinite gradient is part of the search for the loss scale; there the loss is looked at.
+
+    A step that is skipped leaves weights and optimizer bit for bit as they were, and the logged losses as if it had not
+    been; it counts as a step otherwise, in the learning rate's schedule too.
+
+    Attributes:
+        action: `stop` (raise `BadStepError`) or `skip`. Either way the step goes into `bad_steps.jsonl` in the
+            `output_dir`, with the losses and the names of the samples of each batch.
+        max_skipped_steps: in the whole run; one more stops it.
+        max_consecutive_skips: in a row; one more stops it: weights that are spoiled do not recover.
+        explosion_factor: a step is bad, too, whose gradient norm is over this many times the median of the last
+            `explosion_window` good ones, once there are 20 of them. None looks for what is not finite only.
+        explosion_window: see there.
+
+    Raises:
+        ValueError: on an unknown action or a number out of range.
+    """
+
+    action: str = "stop"
+    max_skipped_steps: int = 10
+    max_consecutive_skips: int = 3
+    explosion_factor: float | None = None
+    explosion_window: int = 100
+
+    def __post_init__(self) -> None:
+        if self.action not in ("stop", "skip"):
+            raise ValueError(f"action must be 'stop' or 'skip', got {self.action!r}")
+        for name in ("max_skipped_steps", "max_consecutive_skips"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}; 'stop' skips none")
+        if self.explosion_factor is not None and self.explosion_factor <= 1:
+            raise ValueError(f"explosion_factor must be over 1, got {self.explosion_factor}")
+        if self.explosion_window < _MIN_NORMS:
+            raise ValueError(f"explosion_window must be at least {_MIN_NORMS}, got {self.explosion_window}")
+
+
+class StepGuard:
+    """Judges each optimizer step before it is made. All ranks see the same numbers, so they judge alike."""
+
+    def __init__(self, policy: BadStepPolicy, output_dir: str) -> None:
+        self.policy = policy
+        self.skipped = 0
+        self._in_a_row = 0
+        self._norms: deque[float] = deque(maxlen=policy.explosion_window)
+        self._ledger = Path(output_dir) / BAD_STEPS
+        self._names: list[list[str | None] | None] = []
+        self._losses: list[torch.Tensor] = []
+
+    def begin(self, batches: Sequence[dict[str, Any]]) -> None:
+        """Of a step: takes the names of the samples out of its batches, which the model would not know."""
+        self._names = [batch.pop(SAMPLE_NAMES, None) for batch in batches]
+        self._losses = []
+
+    def add(self, loss: torch.Tensor) -> None:
+        """The loss of one batch; stays on the device unless the step turns out to be bad."""
+        self._losses.append(loss.detach())
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """Of the batches of this rank so far, scalar."""
+        return torch.stack(self._losses).sum()
+
+    def judge(self, norm: float, loss: float | None = None) -> str | None:
+        """What is wrong with a step, or None. `loss` takes the place of the norm where that may be infinite."""
+        problem = None
+        if not math.isfinite(norm if loss is None else loss):
+            problem = f"the gradient norm is {norm}" if loss is None else f"the loss is {loss}"
+        elif self.policy.explosion_factor is not None and len(self._norms) >= _MIN_NORMS and math.isfinite(norm):
+            usual = statistics.median(self._norms)
+            if norm > self.policy.explosion_factor * usual:
+                problem = (
+                    f"the gradient norm is {norm:.4g}, {norm / max(usual, 1e-30):.4g} times the usual {usual:.4g} "
+                    f"(explosion_factor={self.policy.explosion_factor:g})"
+                )
+        if problem is None:
+            self._in_a_row = 0
+            if math.isfinite(norm):
+                self._norms.append(norm)
+        return problem
+
+    def act(self, problem: str, *, step: int, norm: float, rank: int, world_size: int) -> str:
+        """Enters a bad step into the ledger and returns what to say about it; every rank must call it.
+
+        Raises:
+            BadStepError: if the policy is to stop, or has skipped all that it may.
+        """
+        batches = [
+            {"rank": rank, "batch": index, "loss": _number(loss), "samples": names}
+            for index, (loss, names) in enumerate(zip(torch.stack(self._losses).tolist(), self._names, strict=True))
+        ]
+        if world_size > 1:
+            of_ranks: list[Any] = [None] * world_size
+            torch.distributed.all_gather_object(of_ranks, batches)
+            batches = [batch for rows in of_ranks for batch in rows]
+        policy = self.policy
+        if policy.action == "skip":
+            self.skipped += 1
+            self._in_a_row += 1
+        too_many = None
+        if self.skipped > policy.max_skipped_steps:
+            too_many = f"{policy.max_skipped_steps} steps were skipped before (max_skipped_steps)"
+        elif self._in_a_row > policy.max_consecutive_skips:
+            too_many = f"the {policy.max_consecutive_skips} steps before were skipped, too (max_consecutive_skips)"
+        stops = policy.action == "stop" or too_many is not None
+        if rank == 0:
+            line = {
+                "step": step,
+                "problem": problem,
+                "grad_norm": _number(norm),
+                "action": "stop" if stops else "skip",
+            }
+            self._ledger.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._ledger, "a", encoding="utf-8") as file:
+                file.write(json.dumps({**line, "batches": batches}) + "\n")
+        text = f"step {step}: {problem}. {_describe(batches)} All are in {self._ledger}."
+        if stops:
+            hint = f"{too_many}." if too_many else "Bad steps can also be skipped (BadStepPolicy)."
+            raise BadStepError(f"{text} {hint}", step=step, batches=batches)
+        return f"{text} The step is skipped ({self.skipped} so far)."
+
+    def state(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "in_a_row": self._in_a_row, "norms": list(self._norms)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
+        self._norms = deque(state["norms"], maxlen=self.policy.explosion_window)
+
+
+class NamingCollator:
+    """Puts the names of the samples into the batch that another collator makes.
+
+    A sample's name is its entry `sample_name`, or None.
+    """
+
+    def __init__(self, collator: Callable[[Sequence[Any]], dict[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
+        samples = read_samples(samples)
+        return {**self.collator(samples), SAMPLE_NAMES: list(map(_name, samples))}
+
+
+class ShareWatch:
+    """Says once when the reconstruction's share of the loss has long been outside of what is recommended.
+
+    Args:
+        window: log entries; the share is that of their losses together.
+    """
+
+    def __init__(self, window: int = 20) -> None:
+        self._entries: deque[tuple[float, float]] = deque(maxlen=window)
+        self._has_spoken = False
+
+    def add(self, main_loss: float, total_loss: float) -> str | None:
+        """One log entry's losses -> what to say, or None."""
+        self._entries.append((main_loss, total_loss))
+        if self._has_spoken or len(self._entries) < self._entries.maxlen:
+            return None
+        main, total = (sum(values) for values in zip(*self._entries, strict=True))
+        if not main > 0 or not math.isfinite(total):
+            return None  # videos without text only: there is no proportion to keep
+        low, high = RECOMMENDED_SHARE
+        share = 1 - main / total
+        if low <= share <= high:
+            return None
+        self._has_spoken = True
+        said = (
+            f"the reconstruction loss was {share:.1%} of the total loss over the last {len(self._entries)} log entries; "
+            f"{low:.0%} to {high:.0%} are recommended"
+        )
+        if share <= 0:
+            return f"{said}. Is loss_weight 0, or has no video two frames?"
+        goal = (low + high) / 2
+        factor = goal / (1 - goal) * (1 - share) / share
+        way = "raise" if factor > 1 else "lower"
+        return f"{said}: {way} loss_weight, to {factor:.2g} times what it is, for a share of {goal:.0%}"
+
+
+def _name(sample: Any) -> str | None:
+    return sample.get(SAMPLE_NAME) if isinstance(sample, Mapping) else None  # a bad sample has none
+
+
+def _number(value: float) -> float | str:
+    """JSON has no nan."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _describe(batches: Sequence[dict[str, Any]]) -> str:
+    """The batches that are to blame; all, if none is by its loss alone."""
+    blamed = [batch for batch in batches if isinstance(batch["loss"], str)] or batches
+    texts = []
+    for batch in blamed:
+        names = [str(name) for name in batch["samples"] or () if name is not None]
+        more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+        listed = ", ".join(names[:_MAX_NAMES]) + more if names else "samples without a sample_name"
+        loss = batch["loss"] if isinstance(batch["loss"], str) else f"{batch['loss']:.4g}"
+        texts.append(f"batch {batch['batch']} of rank {batch['rank']} (loss {loss}): {listed}.")
+    more = f" {len(texts) - _MAX_NAMES} batches more." if len(texts) > _MAX_NAMES else ""
+    return " ".join(texts[:_MAX_NAMES]) + more

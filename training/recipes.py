@@ -1,0 +1,320 @@
+"""Recipes of scripts/train.py: YAML files and command lines -> typed, checked arguments.
+
+Values come from the dataclasses' defaults, then from the recipe, then from the command line. A recipe is a mapping, or
+the prototype's list (`- type: trainer`). Unknown keys are refused with the nearest known one.
+"""
+
+import argparse
+import difflib
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, LlavaOnevisionConfig, TrainingArguments
+
+from ..configuration.configuration_llava_next_ar import LlavaNextARAutoregressiveConfig, LlavaNextARConfig
+from ..configuration.transformers_compat import ACTIVATION_CHECKPOINTING
+from .guards import BadStepPolicy
+
+TRAINABLE = ("full", "projector_and_head", "head", "lora")
+TRAINER_TYPE = "autoregressive_trainer"
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    model: str | None = field(default=None, metadata={"help": "Checkpoint to start from: a folder or a Hub id."})
+    processor: str | None = field(default=None, metadata={"help": "Where the processor is, if not with the model."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that the checkpoint carries instead of the installed package."}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "Precision of frozen weights; bfloat16 with bf16, else float32. What trains is in float32."},
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."})
+    trainable: str = field(default="full", metadata={"help": "full | projector_and_head | head | lora."})
+    freeze_vision_tower: bool = field(
+        default=True,
+        metadata={"help": "False trains the tower too; the head then keeps a frozen copy as its teacher."},
+    )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the reconstruction head, if it is to differ."}
+    )
+    lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=128, metadata={"help": "Scale of the adapters: lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Linear layers with adapters; by default all of the language model."}
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "QLoRA: keep the language model's frozen layers in 4 bits (NF4). Needs CUDA and bitsandbytes."
+        },
+    )
+    merge_lora: bool = field(
+        default=False, metadata={"help": "Save the merged model at the end instead of the adapter."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on. An option of the video processor that is not set stays as the checkpoint has it."""
+
+    train_data: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "One source or several: a .json, .jsonl or .parquet file, a save_to_disk folder or a Hub id; or a "
+            "mapping with path and any of weight, name, split, revision, video_root, image_root."
+        },
+    )
+    eval_data: list[str] | None = field(default=None, metadata={"help": "The same, for evaluation."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read train_data one entry after the other, without end; needs max_steps."}
+    )
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Entries of a streamed source that one is drawn of."})
+    video_root: str | None = field(default=None, metadata={"help": "Folder of the videos; that of the data if unset."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder of the images; video_root if unset."})
+    allow_outside_root: bool = field(default=False, metadata={"help": "Accept paths outside of the folder, and URLs."})
+    check_data: bool = field(default=True, metadata={"help": "Look through all entries before training starts."})
+    check: bool = field(
+        default=False, metadata={"help": "Only say what the recipe and a sample of the data would do; train nothing."}
+    )
+    check_samples: int = field(default=200, metadata={"help": "How many samples check decodes."})
+    on_bad_sample: str = field(
+        default="raise", metadata={"help": "raise | skip: stop, or leave it out and list it in bad_samples.jsonl."}
+    )
+    max_bad_samples: int | None = field(
+        default=1000, metadata={"help": "With skip: how many bad samples training goes on with."}
+    )
+    max_bad_share: float | None = field(
+        default=0.05, metadata={"help": "With skip: the same as a share of all samples, 0 to 1. Not for streams."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Tokens that a sample may have."})
+    truncate: bool = field(default=False, metadata={"help": "Cut longer samples (never visual tokens)."})
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Put the samples of a batch into one row, without padding; they do not see each other."},
+    )
+    sampling: str | None = field(
+        default=None, metadata={"help": "uniform | num_frames | fps | every_nth | fast_slow."}
+    )
+    num_frames: int | None = field(default=None, metadata={"help": "Frames of a video."})
+    fps: float | None = field(default=None, metadata={"help": "Frames per second, instead of num_frames."})
+    max_frames: int | None = field(
+        default=None, metadata={"help": "Limit on the frames that fps or sample_rate give."}
+    )
+    sample_rate: int | None = field(default=None, metadata={"help": "Every how many frames one is taken."})
+    video_backend: str | None = field(default=None, metadata={"help": "auto | decord | pyav."})
+    resize_backend: str | None = field(default=None, metadata={"help": "torch | pil."})
+    allow_partial: bool | None = field(default=None, metadata={"help": "Use what can be read of a damaged video."})
+    add_time_instruction: bool | None = field(
+        default=None, metadata={"help": "Write the frame times into the prompt."}
+    )
+
+
+@dataclass
+class GuardArguments:
+    """What happens when something goes wrong."""
+
+    bad_step_action: str = field(
+        default=BadStepPolicy.action,
+        metadata={"help": "stop | skip: what to do about a step whose loss or gradient is not finite, or explodes."},
+    )
+    max_skipped_steps: int = field(
+        default=BadStepPolicy.max_skipped_steps, metadata={"help": "Bad steps of the run that are skipped at most."}
+    )
+    max_consecutive_skips: int = field(
+        default=BadStepPolicy.max_consecutive_skips, metadata={"help": "Bad steps in a row that are skipped at most."}
+    )
+    explosion_factor: float | None = field(
+        default=BadStepPolicy.explosion_factor,
+        metadata={"help": "A gradient norm over this many times the usual one makes a step bad, too."},
+    )
+    explosion_window: int = field(
+        default=BadStepPolicy.explosion_window, metadata={"help": "Steps whose median norm is the usual one."}
+    )
+    save_on_sigterm: bool = field(
+        default=True, metadata={"help": "On SIGTERM, save a checkpoint after the step and end with status 143."}
+    )
+
+    def bad_step_policy(self) -> BadStepPolicy:
+        return BadStepPolicy(
+            action=self.bad_step_action,
+            max_skipped_steps=self.max_skipped_steps,
+            max_consecutive_skips=self.max_consecutive_skips,
+            explosion_factor=self.explosion_factor,
+            explosion_window=self.explosion_window,
+        )
+
+
+KINDS = (ModelArguments, DataArguments, GuardArguments, TrainingArguments)
+PLAIN_KEYS = {f.name for kind in KINDS for f in fields(kind) if f.init}
+HEAD_KEYS = {f.name for f in fields(LlavaNextARAutoregressiveConfig)} & set(
+    LlavaNextARAutoregressiveConfig.__annotations__
+)
+CONFIG_KEYS = {f.name for f in fields(LlavaNextARConfig)} - {f.name for f in fields(LlavaOnevisionConfig)}
+CONFIG_KEYS -= {"autoregressive_config"}
+# What a recipe in the prototype's form means where it says nothing, if that is not ours.
+PROTOTYPE_DEFAULTS = {"autoregressive_config.loss_weight": 0.1}
+SECTIONS = {"autoregressive_config": HEAD_KEYS, "model_config": CONFIG_KEYS}
+
+
+def flatten_recipe(document: Any, source: str) -> dict[str, Any]:
+    """A recipe in either form -> `{"learning_rate": ..., "autoregressive_config.num_hist": ...}`.
+
+    Raises:
+        ValueError: on an unknown or ambiguous key (naming the nearest), or a document of neither form.
+    """
+    if isinstance(document, list):  # the prototype's form
+        if len(document) != 1 or not isinstance(document[0], dict) or document[0].get("type") != "trainer":
+            raise ValueError(f"{source}: a list must hold one entry of the form `- type: trainer` with `config:`")
+        unknown = document[0].keys() - {"type", "config"}
+        if unknown:
+            raise ValueError(f"{source}: unknown key {min(unknown)!r} beside 'type' and 'config'")
+        document = dict(document[0].get("config") or {})
+        trainer_type = document.pop("trainer_type", TRAINER_TYPE)
+        if trainer_type != TRAINER_TYPE:
+            raise ValueError(f"{source}: trainer_type is {trainer_type!r}, expected {TRAINER_TYPE!r}")
+    if not isinstance(document, dict):
+        raise ValueError(f"{source} must hold keys and values, got {type(document).__name__}")
+    flat: dict[str, Any] = {}
+
+    def add(key: str, value: Any) -> None:
+        if key in flat:
+            raise ValueError(f"{source}: {key} is given twice")
+        flat[key] = value
+
+    for key, value in document.items():
+        key = str(key).replace("-", "_")
+        if key not in SECTIONS:
+            add(resolve_key(key, source), value)
+            continue
+        if not isinstance(value, dict):
+            raise ValueError(f"{source}: {key} must hold keys and values, got {value!r}")
+        for name, inner in value.items():
+            if key == "model_config" and name == "autoregressive_config":
+                for head_name, head_value in (inner or {}).items():
+                    add(resolve_key(f"autoregressive_config.{head_name}", source), head_value)
+            else:
+                add(resolve_key(f"{key}.{name}", source), inner)
+    return flat
+
+
+def resolve_key(key: str, source: str) -> str:
+    """The full name of a key that may have been given without its section.
+
+    Raises:
+        ValueError: if there is no such key, or two.
+    """
+    key = key.removeprefix("model_config.") if key.startswith("model_config.autoregressive_config.") else key
+    if key.startswith("activation_checkpointing"):  # also its `_kwargs`
+        key = key.replace("activation_checkpointing", ACTIVATION_CHECKPOINTING)
+    section, _, name = key.rpartition(".")
+    if section in SECTIONS and name in SECTIONS[section]:
+        return key
+    if not section:
+        full = [name] if name in PLAIN_KEYS else [f"{s}.{name}" for s, names in SECTIONS.items() if name in names]
+        if len(full) == 1:
+            return full[0]
+        if full:
+            raise ValueError(f"{source}: {name} may mean {' or '.join(full)}; give the full name")
+    known = {f"{s}.{n}": n for s, names in SECTIONS.items() for n in names} | {n: n for n in PLAIN_KEYS}
+    if section in SECTIONS:
+        known = {full: n for full, n in known.items() if full.startswith(f"{section}.")}
+    nearest = max(known, key=lambda full: difflib.SequenceMatcher(None, name, known[full]).ratio())
+    raise ValueError(f"{source}: unknown key {key!r}; did you mean {nearest!r}?")
+
+
+def read_command_line(argv: list[str]) -> dict[str, Any]:
+    """`--key value`, `--key=value`, `--flag`, `--key a b` -> values as YAML reads them."""
+    document: dict[str, list[str]] = {}
+    values: list[str] | None = None
+    for token in argv:
+        if token.startswith("--"):
+            key, has_value, value = token[2:].partition("=")
+            key = key.replace("-", "_")
+            if key in document:
+                raise ValueError(f"--{key} is given twice")
+            values = document[key] = [value] if has_value else []
+        elif values is None:
+            raise ValueError(f"expected --key before {token!r}")
+        else:
+            values.append(token)
+    parsed = {key: [yaml.safe_load(value) for value in values] for key, values in document.items()}
+    return {key: True if not values else values[0] if len(values) == 1 else values for key, values in parsed.items()}
+
+
+def make_parser(description: str | None = None) -> HfArgumentParser:
+    return HfArgumentParser(
+        KINDS,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+
+
+def parse_arguments(
+    argv: list[str],
+) -> tuple[
+    ModelArguments, DataArguments, GuardArguments, TrainingArguments, dict[str, dict[str, Any]], dict[str, Any]
+]:
+    """Recipe and command line -> the four groups of arguments, the configuration's sections, and all values as given.
+
+    Raises:
+        ValueError: on an unknown key, a missing one or a value that does not fit.
+    """
+    given = read_command_line(argv)
+    values: dict[str, Any] = {}
+    config_files = given.pop("config", [])
+    defaults: dict[str, Any] = {}
+    for path in config_files if isinstance(config_files, list) else [config_files]:
+        with open(path, encoding="utf-8") as file:
+            document = yaml.safe_load(file) or {}
+        values.update(flatten_recipe(document, str(path)))
+        defaults |= PROTOTYPE_DEFAULTS if isinstance(document, list) else {}
+    values.update(flatten_recipe(given, "the command line"))
+    values = {**defaults, **values}
+    sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    words = []
+    if "use_cpu" not in values and not torch.accelerator.is_available():
+        words += ["--use_cpu", "true"]  # else TrainingArguments refuses the recipes' bf16, which a CPU has too
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            sections[section][name] = value
+        elif value is not None:  # null stands for the default
+            # As on a command line: the parser gives each value the type of its field (1e-5 is text to YAML).
+            texts = value if isinstance(value, list) else [value]
+            if value is False and key.endswith("_strategy"):
+                texts = ["no"]  # which YAML reads as false
+            words += [f"--{key}", *(json.dumps(t) if isinstance(t, (dict, bool)) else str(t) for t in texts)]
+    try:
+        model_args, data_args, guard_args, training_args = make_parser().parse_args_into_dataclasses(words)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    for name, value in (("model", model_args.model), ("train_data", data_args.train_data)):
+        if value is None:
+            raise ValueError(f"--{name} is missing: give it in the recipe or on the command line")
+    if data_args.on_bad_sample not in ("raise", "skip"):
+        raise ValueError(f"on_bad_sample is {data_args.on_bad_sample!r}, expected raise or skip")
+    if data_args.streaming and training_args.max_steps <= 0:
+        raise ValueError("streaming: true needs max_steps, as a stream has no end")
+    if data_args.streaming and training_args.train_sampling_strategy == "group_by_length":
+        raise ValueError("train_sampling_strategy: group_by_length needs all lengths, which a stream does not know")
+    if data_args.check_samples < 1:
+        raise ValueError(f"check_samples must be at least 1, got {data_args.check_samples}")
+    if model_args.trainable not in TRAINABLE:
+        raise ValueError(f"trainable is {model_args.trainable!r}, expected one of {', '.join(TRAINABLE)}")
+    guard_args.bad_step_policy()  # a value that does not fit is an error now
+    if guard_args.save_on_sigterm and training_args.enable_jit_checkpoint:
+        raise ValueError(
+            "enable_jit_checkpoint would save in the middle of a step; save_on_sigterm does it at the end of one: "
+            "leave out the former or set the latter to false"
+        )
+    return model_args, data_args, guard_args, training_args, sections, values

@@ -1,0 +1,212 @@
+"""The model that a recipe asks scripts/train.py for: its configuration, its weights, and what of them trains."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, TrainingArguments
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import is_bitsandbytes_available
+
+from ..configuration.configuration_llava_next_ar import LlavaNextARConfig
+from ..hub.pushed_model import hub_id
+from ..modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
+from .recipes import ModelArguments
+from .trainer import HEAD
+
+# Parts of the model that every choice but `lora` trains: what stands between tower and language model, and the head.
+BRIDGE = ("multi_modal_projector", "image_newline", "faster_token")
+
+
+def load_config(args: ModelArguments, sections: dict[str, dict[str, Any]]) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+    """The model's configuration with the recipe's keys, and the keys that differ from the checkpoint's: `{key: (old,
+    new)}`.
+
+    Raises:
+        ValueError: if the checkpoint is of another kind, or a key does not fit.
+    """
+    kind = LlavaNextARConfig.get_config_dict(args.model)[0].get("model_type")
+    if kind not in ("llava_next_ar", "llava_onevision"):
+        raise ValueError(f"{args.model} is a {kind} model, expected llava_next_ar or llava_onevision")
+    config_class = LlavaNextARConfig
+    if args.trust_remote_code and kind == "llava_next_ar":
+        config_class = type(AutoConfig.from_pretrained(args.model, trust_remote_code=True))
+    saved = config_class.from_pretrained(args.model)
+    overrides = dict(sections["model_config"])
+    wants_head = overrides.pop("enable_autoregressive", True)
+    if kind == "llava_next_ar" and not wants_head:
+        wants_head = saved.enable_autoregressive  # a head that is not trained is kept, not thrown away
+    if sections["autoregressive_config"]:
+        overrides["autoregressive_config"] = sections["autoregressive_config"]
+    config = config_class.from_pretrained(args.model, enable_autoregressive=wants_head, **overrides)
+    old, new = ({**c.to_dict(), **c.autoregressive_config.to_dict()} for c in (saved, config))
+    changed = {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
+    changed.pop("autoregressive_config", None)  # its keys are in there one by one
+    if kind == "llava_onevision":
+        changed["model_type"] = (kind, "llava_next_ar")
+    return config, changed
+
+
+def check_quantization(args: ModelArguments) -> None:
+    """Refuses `load_in_4bit` where it cannot work.
+
+    Raises:
+        ValueError: saying what is missing or contradicts it.
+    """
+    if not args.load_in_4bit:
+        return
+    if args.trainable != "lora":
+        raise ValueError(f"load_in_4bit needs trainable: lora, got {args.trainable}: weights of 4 bits do not train")
+    if args.merge_lora:
+        raise ValueError(
+            "merge_lora would merge the adapter into rounded weights: save the adapter, and merge it into the checkpoint "
+            "in its own precision"
+        )
+    if not torch.cuda.is_available():
+        raise ValueError("load_in_4bit needs an NVIDIA GPU, and there is no CUDA here: use scripts/configs/lora.yaml")
+    if not is_bitsandbytes_available():
+        raise ValueError("load_in_4bit needs bitsandbytes: pip install bitsandbytes")
+
+
+def quantization_config(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """The linear layers of the language model in 4 bits; everything that the adapter's training touches is as it was.
+
+    Not so the tower, whose features are the targets, the projector and the head, which train, and the vocabulary.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", HEAD, "lm_head"],
+    )
+
+
+def weights_dtype(args: ModelArguments, training_args: TrainingArguments) -> torch.dtype:
+    """The precision in which the checkpoint is loaded."""
+    return getattr(torch, args.dtype or ("bfloat16" if training_args.bf16 else "float32"))
+
+
+def load_model(args: ModelArguments, config: Any, training_args: TrainingArguments) -> Any:
+    """The checkpoint in the precision of its frozen parts.
+
+    Raises:
+        ValueError: if the checkpoint lacks weights other than those of the head, or a faster token that would not train.
+    """
+    dtype = weights_dtype(args, training_args)
+    remote = args.trust_remote_code and not isinstance(config, LlavaNextARConfig)
+    model_class = AutoModelForImageTextToText if remote else LlavaNextARForConditionalGeneration
+    model, report = model_class.from_pretrained(
+        args.model,
+        config=config,
+        dtype=dtype,
+        output_loading_info=True,
+        **({"quantization_config": quantization_config(dtype)} if args.load_in_4bit else {}),
+        **({"attn_implementation": args.attn_implementation} if args.attn_implementation else {}),
+        **({"trust_remote_code": True} if remote else {}),
+    )
+    missing = sorted(key for key in report["missing_keys"] if not {HEAD, "faster_token"} & set(key.split(".")))
+    if missing:
+        raise ValueError(f"{args.model} lacks {len(missing)} weights of the model, the first of them {missing[0]}")
+    if args.trainable in ("lora", "head") and "model.faster_token" in report["missing_keys"]:
+        raise ValueError(
+            f"{args.model} has no faster_token, which the layout needs and trainable: {args.trainable} leaves as it is: "
+            "train it first with trainable: projector_and_head or full"
+        )
+    return model
+
+
+def model_without_weights(args: ModelArguments, config: Any, training_args: TrainingArguments) -> tuple[Any, int]:
+    """The model that would be trained, on the meta device, and how many of its weights would be loaded in 4 bits."""
+    dtype = weights_dtype(args, training_args)
+    with torch.device("meta"):
+        if isinstance(config, LlavaNextARConfig):
+            model = LlavaNextARForConditionalGeneration._from_config(config, dtype=dtype)
+        else:
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=True, dtype=dtype)
+        num_quantized = 0
+        if args.load_in_4bit:
+            skipped = quantization_config(dtype).llm_int8_skip_modules
+            linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+            num_quantized = sum(m.weight.numel() for name, m in linear.items() if should_convert_module(name, skipped))
+        return choose_trainable(model, args, training_args), num_quantized
+
+
+def choose_trainable(model: Any, args: ModelArguments, training_args: TrainingArguments) -> Any:
+    """Freezes what is not to train and returns the model, in a PEFT model for `lora`."""
+    if args.trainable == "lora":
+        model = add_adapters(model, args)
+    else:
+        head_only, bridge_too = args.trainable == "head", args.trainable == "projector_and_head"
+        for name, parameter in model.named_parameters():
+            parts = set(name.split("."))
+            trains = HEAD in parts or (not head_only and (not bridge_too or bool(parts & set(BRIDGE))))
+            if "vision_tower" in parts:
+                trains = not args.freeze_vision_tower
+            parameter.requires_grad_(trains)
+    # Small updates are lost in 16 bits. DeepSpeed keeps a copy in float32 itself and refuses any but its own precision.
+    if (training_args.bf16 or training_args.fp16) and "DEEPSPEED" not in sharding_asked_for(training_args):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    # Freezes unused parts again and makes the teacher's copy if the tower trains, before anything wraps the model.
+    return model.train()
+
+
+def add_adapters(model: Any, args: ModelArguments) -> Any:
+    """LoRA on the language model's linear layers (and the tower's, unless frozen); projector and head train whole.
+
+    The newline and faster tokens stay as they are: PEFT saves whole modules only, and they are bare parameters.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets: Any = args.lora_target_modules
+    if targets is None:
+        targets = r".*\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+        if not args.freeze_vision_tower:
+            targets = rf"({targets}|.*\.vision_tower\.encoder\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2))"
+    has_head = getattr(model, HEAD, None) is not None
+    lora = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets,
+        modules_to_save=["multi_modal_projector", *([HEAD] if has_head else [])],
+    )
+    return get_peft_model(model, lora)
+
+
+def check_adapter_base(
+    args: ModelArguments, changed: dict[str, tuple[Any, Any]], training_args: TrainingArguments
+) -> None:
+    """An adapter is loaded on the checkpoint as it is: that must stay, be found, and need no other configuration.
+
+    Raises:
+        ValueError: naming the keys that the adapter would lose, or the folder that would be lost or not be found.
+    """
+    if not args.merge_lora and Path(args.model).resolve() == Path(training_args.output_dir).resolve():
+        raise ValueError(
+            f"output_dir {training_args.output_dir} is the adapter's base itself, whose weights it would replace: choose "
+            "another folder"
+        )
+    if training_args.push_to_hub and hub_id(args.model) is None:
+        raise ValueError(
+            f"others cannot load an adapter whose base is the folder {args.model}: push the base first, and give its id as "
+            "model"
+        )
+    changed = {key: pair for key, pair in changed.items() if key != "loss_weight"}  # means nothing after training
+    if changed and not args.merge_lora:
+        keys = ", ".join(f"{key} ({old!r} there, {new!r} here)" for key, (old, new) in sorted(changed.items()))
+        raise ValueError(
+            f"the adapter would be loaded on {args.model} with that checkpoint's own configuration, which differs in "
+            f"{keys}: set merge_lora: true to save the whole model, or save a base with this configuration first "
+            "(scripts/convert.py)"
+        )
+
+
+def sharding_asked_for(training_args: TrainingArguments) -> list[str]:
+    """What the launch file (by the environment) or the recipe asks for: FSDP, DEEPSPEED or nothing."""
+    options = {"FSDP": training_args.fsdp, "DEEPSPEED": training_args.deepspeed}
+    environment = {name: os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in options}
+    return [name for name in options if options[name] or environment[name]]

@@ -1,0 +1,460 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""`AutoregressiveTrainer`: a transformers Trainer for a model with two losses.
+
+Travels with a checkpoint and is needed by none. It knows nothing of the model but its outputs: it works on any model
+that returns `loss`, `main_loss` and `autoregressive_loss`.
+
+What it adds to Trainer is counting. Trainer divides a sum of token losses by the number of tokens in the whole
+optimizer step (all micro-batches, all ranks), so that gradients do not depend on how the step is split. The same is
+done here for the reconstruction loss, which is a sum over videos: the videos of the step are counted, and the model
+divides by their number. Both are logged the same way, so that what is logged adds up to what is trained.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset, Sampler
+from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.utils import logging
+
+from .checkpoints import ResumableTrainer, StopOnSigterm, last_complete_checkpoint
+from .collator import LlavaVideoCollator
+from .data import BadSampleError, LlavaVideoDataset
+from .guards import BadStepError, BadStepPolicy, NamingCollator, ShareWatch, StepGuard
+from .hub_trainer import HubTrainer
+from .mixture import EpochSampler, FollowEpoch
+
+logger = logging.get_logger(__name__)
+
+HEAD = "autoregressive_module"  # the attribute under which a model keeps its reconstruction head
+
+
+class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
+    """Trains language modeling and next-frame reconstruction together.
+
+    Logs, beside what Trainer logs, at every logging step: `main_loss`, `autoregressive_loss` (unweighted; 0 if no
+    video of the window has two frames), `total_loss` (equal to Trainer's `loss`), `autoregressive_share` (of the
+    weighted reconstruction in the total) and `skill` (1 - mse / copy_mse of the predictions: 0 is what copying the
+    last frame gives). Evaluation logs `eval_main_loss` (mean over tokens), `eval_autoregressive_loss` (mean over
+    videos), `eval_skill`, and as `eval_loss` their weighted sum: means over the whole set, whatever the batches. (On
+    several ranks, samples that accelerate repeats to fill the last batch count twice.)
+
+    Args:
+        model: the model, or the PEFT model around it.
+        args: `TrainingArguments`.
+        train_dataset: usually a `LlavaVideoDataset`; its processor serves as `processing_class` and for the collator
+            unless others are given. With the processor, every checkpoint is a complete Hub folder.
+        enable_autoregressive: train the head. If False, the head is neither run nor trained, if there is one, and only
+            `main_loss` is logged.
+        head_learning_rate: learning rate of the head, if it is to differ.
+        bad_steps: what to do about a step with a loss or gradient that is not finite or explodes; by default, stop.
+            Samples are named by their `sample_name`.
+        kwargs: further arguments of `Trainer`.
+
+    Raises:
+        ValueError: if the model has no head to train, several GPUs would be used by one process, or label smoothing or
+            a loss function is asked for, which would replace both losses.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: Any = None,
+        train_dataset: Any = None,
+        *,
+        enable_autoregressive: bool = True,
+        head_learning_rate: float | None = None,
+        bad_steps: BadStepPolicy | None = None,
+        **kwargs: Any,
+    ) -> None:
+        processor = getattr(train_dataset, "processor", None)
+        if kwargs.get("processing_class") is None and processor is not None:
+            kwargs["processing_class"] = processor
+        processor = kwargs.get("processing_class")
+        if kwargs.get("data_collator") is None and processor is not None:
+            kwargs["data_collator"] = LlavaVideoCollator(processor)
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError(
+                "compute_loss_func would replace main_loss and autoregressive_loss, which the model computes"
+            )
+        if any(isinstance(data, IterableDataset) for data in (train_dataset, kwargs.get("eval_dataset"))):
+            if args.accelerator_config.dispatch_batches:
+                raise ValueError("dispatch_batches=True would cut batches into rows, and a batch of videos has none")
+            args.accelerator_config.dispatch_batches = False
+        if head_learning_rate is not None and (kwargs.get("optimizers") or (None,))[0] is not None:
+            raise ValueError("head_learning_rate has no effect on an optimizer that is given; set it there")
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.args.label_smoothing_factor} would replace main_loss and "
+                "autoregressive_loss, which the model computes; it must be 0"
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"this process would use {self.args.n_gpu} GPUs by DataParallel, which cannot split videos by sample: "
+                "start one process per GPU with `accelerate launch` or torchrun, or set CUDA_VISIBLE_DEVICES"
+            )
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        self._forward_names = set(inspect.signature(base.forward).parameters)
+        self.enable_autoregressive = enable_autoregressive
+        self.head_learning_rate = head_learning_rate
+        head = getattr(base, HEAD, None)
+        if enable_autoregressive and head is None:
+            raise ValueError(
+                f"enable_autoregressive=True, but {type(base).__name__} has no reconstruction head ({HEAD}): load it "
+                "with enable_autoregressive=True in its configuration, or pass enable_autoregressive=False"
+            )
+        if enable_autoregressive and "num_videos_in_batch" not in self._forward_names:
+            raise ValueError(
+                f"{type(base).__name__}.forward takes no num_videos_in_batch, so its reconstruction loss would depend "
+                "on how a step is split into batches"
+            )
+        if not enable_autoregressive and head is not None:
+            head.requires_grad_(False)
+        self._num_videos_in_batch: torch.Tensor | None = None
+        self._train_sums = _LossSums()
+        self._eval_sums = _LossSums()
+        self._share_watch = ShareWatch()
+        policy = BadStepPolicy() if bad_steps is None else bad_steps
+        if policy.action == "skip" and self.is_deepspeed_enabled:
+            raise ValueError("bad steps cannot be skipped under DeepSpeed, which makes them in the backward pass")
+        self._guard = StepGuard(policy, self.args.output_dir)
+        self._before_step: tuple[torch.Tensor, _LossSums] | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer."""
+        # Trainer wraps the model for several ranks before it first calls train(), by which the model freezes what it does
+        # not use and copies a tower that trains: DDP would wait in vain for the former, FSDP cannot copy what it split.
+        self.model.train()
+        return super().train(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """As in Trainer, with an order that depends on seed and epoch alone, and lengths that need no decoding."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.args.train_sampling_strategy
+        is_grouped = strategy == "group_by_length" and hasattr(dataset, "lengths")
+        if not (is_grouped or strategy == "random") or not has_length(dataset):
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        sampler = EpochSampler(
+            dataset,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            group_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            if is_grouped
+            else None,
+            num_workers=args.dataloader_num_workers,
+        )
+        self.add_callback(FollowEpoch(sampler))
+        return sampler
+
+    # ---- counting ---------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """As in Trainer: the batches of one optimizer step, and the number of their targets."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._guard.policy.action == "skip":
+            self._before_step = self._tr_loss.clone(), copy.copy(self._train_sums)
+        self._guard.begin(batches)
+        self._train_sums.steps += bool(batches)
+        return batches, num_items
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        # Called once for each optimizer step, and for each batch of an evaluation: the place to count videos too.
+        num_items = super()._get_num_items_in_batch(batch_samples, device)
+        self._num_videos_in_batch = None
+        if self.enable_autoregressive and num_items is not None:
+            count = torch.tensor(sum(map(_count_videos, batch_samples)), device=device)
+            # Exactly as Trainer treats the number of targets; `num_items` is not None on all ranks or on none.
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                count = self.accelerator.gather(count).sum()
+            self._num_videos_in_batch = count / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+        if isinstance(num_items, torch.Tensor):
+            num_items = num_items.clamp(min=1)  # a step of videos without any target is no division by zero
+        return num_items
+
+    # ---- losses -----------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """As in Trainer; tells the model how many videos the step has, and keeps the components for the log."""
+        options = {
+            "num_items_in_batch": num_items_in_batch if self.model_accepts_loss_kwargs else None,
+            "num_videos_in_batch": self._num_videos_in_batch,
+            "return_reconstruction": self.enable_autoregressive or None,
+            "skip_reconstruction": not self.enable_autoregressive or None,
+            "skip_logits": model.training or None,
+        }
+        options = {
+            name: value
+            for name, value in options.items()
+            if value is not None and (name in self._forward_names or name == "num_items_in_batch")
+        }
+        outputs = model(**{**inputs, **options})
+        loss = outputs["loss"]
+        if loss is None:
+            raise ValueError("the model returned no loss: the batch has no labels")
+        main_loss, autoregressive_loss = outputs.get("main_loss", loss), outputs.get("autoregressive_loss")
+        if model.training:
+            self._guard.add(loss)
+            # Trainer logs the mean over ranks of what is returned here, so the sums are those of the scaled losses.
+            scale = self._loss_scale(num_items_in_batch)
+            loss = loss * scale
+            share = 1 if self._is_step_loss(num_items_in_batch) else 1 / self.current_gradient_accumulation_steps
+            self._train_sums.add(
+                loss.device,
+                total_loss=loss * share,
+                main_loss=main_loss * scale * share,
+                autoregressive_loss=None if autoregressive_loss is None else autoregressive_loss * scale * share,
+                **_squared_errors(outputs),
+            )
+        else:
+            # Sums, whatever the model divided by: the means over the set must not depend on its batches.
+            num_items, num_videos = (inputs["labels"][..., 1:] != -100).sum(), _count_videos(inputs)
+            items_divisor = num_items_in_batch if "num_items_in_batch" in options else num_items
+            videos_divisor = self._num_videos_in_batch if "num_videos_in_batch" in options else num_videos
+            self._eval_sums.add(
+                loss.device,
+                num_items=num_items,
+                main_loss=main_loss * items_divisor,
+                **_squared_errors(outputs),
+            )
+            if autoregressive_loss is not None:
+                self._eval_sums.add(
+                    loss.device,
+                    num_videos=num_videos,
+                    autoregressive_loss=autoregressive_loss * videos_divisor,
+                    weighted_loss=(loss - main_loss) * videos_divisor,
+                )
+            loss = loss * self._loss_scale(num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _is_step_loss(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
+        """Whether the loss was divided by a count over the whole optimizer step; else batches are averaged."""
+        return self.model_accepts_loss_kwargs and num_items_in_batch is not None
+
+    def _loss_scale(self, num_items_in_batch: torch.Tensor | int | None) -> int:
+        """Undoes the mean that data-parallel training takes over ranks: losses divided by global counts add up."""
+        if not (self.args.average_tokens_across_devices and self._is_step_loss(num_items_in_batch)):
+            return 1
+        return self.accelerator.num_processes // self.get_tp_size()
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """As in Trainer; makes no logits where nobody looks at them."""
+        if prediction_loss_only and "skip_logits" in self._forward_names:
+            inputs = {**inputs, "skip_logits": True}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+
+    # ---- logs -------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in Trainer, with the components of the training loss."""
+        if "loss" in logs and self._train_sums.steps:
+            steps = self._train_sums.steps * self.accelerator.num_processes
+            sums = self._train_sums.pop(self.accelerator)
+            logs["total_loss"], logs["main_loss"] = sums["total_loss"] / steps, sums["main_loss"] / steps
+            if self.enable_autoregressive:
+                logs["autoregressive_loss"] = sums["autoregressive_loss"] / steps
+                if sums["total_loss"]:
+                    logs["autoregressive_share"] = 1 - sums["main_loss"] / sums["total_loss"]
+                logs.update(_skill(sums))
+                advice = self._share_watch.add(logs["main_loss"], logs["total_loss"])
+                if advice is not None and self.is_world_process_zero():
+                    logger.warning(advice)
+            if self._guard.skipped:
+                logs["skipped_steps"] = self._guard.skipped
+        super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in Trainer, with the components of the loss as means over the whole set."""
+        self._eval_sums = _LossSums()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        sums = self._eval_sums.pop(self.accelerator)
+        metrics: dict[str, float] = {}
+        if sums["num_items"] or sums["num_videos"]:
+            metrics["main_loss"] = sums["main_loss"] / max(sums["num_items"], 1)
+            metrics["loss"] = metrics["main_loss"]
+        if sums["num_videos"]:
+            metrics["autoregressive_loss"] = sums["autoregressive_loss"] / sums["num_videos"]
+            metrics["loss"] += sums["weighted_loss"] / sums["num_videos"]
+            metrics.update(_skill(sums))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    # ---- saving -----------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer; beside sharded weights goes all else that scripts/consolidate.py makes a complete folder of."""
+        super().save_model(output_dir, _internal_call)
+        if not (self.is_fsdp_enabled and self.args.should_save):
+            return
+        if "SHARDED_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            folder = self.args.output_dir if output_dir is None else output_dir
+            model = self.accelerator.unwrap_model(self.model)
+            model.config.save_pretrained(folder)
+            for adapter in getattr(model, "peft_config", {}).values():
+                adapter.save_pretrained(folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+    # ---- bad steps --------------------------------------------------------------------------------------------------
+
+    def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
+        collator = super()._get_collator_with_removed_columns(data_collator, description)
+        return NamingCollator(collator) if description == "Training" else collator  # names are no inputs of the model
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As in Trainer, which calls it before each optimizer step: the moment to refuse it."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        norm, loss = float("nan") if grad_norm is None else float(grad_norm), None
+        if self.accelerator.scaler is not None or grad_norm is None:  # it scales losses, and skips steps, by itself
+            loss = self.accelerator.reduce(self._guard.loss, reduction="sum").item()
+        problem = self._guard.judge(norm, loss)
+        if problem is not None:
+            self._refuse_step(model, problem, norm)
+        return grad_norm
+
+    def _refuse_step(self, model: nn.Module, problem: str, norm: float) -> None:
+        message = self._guard.act(
+            problem,
+            step=self.state.global_step + 1,
+            norm=norm,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+        )
+        if self.is_world_process_zero():
+            logger.warning(message)
+        model.zero_grad(set_to_none=True)  # an optimizer does nothing about parameters without a gradient
+        tr_loss, self._train_sums = self._before_step
+        self._tr_loss.copy_(tr_loss)
+        # Trainer divides what it added up by the steps since the last log entry, and since the start.
+        self._globalstep_last_logged += 1
+        self._initial_global_step += 1
+
+    # ---- resuming ---------------------------------------------------------------------------------------------------
+
+    def _progress(self) -> dict[str, Any]:
+        return {**super()._progress(), "sums": self._train_sums.state(), "guard": self._guard.state()}
+
+    def _restore_progress(self, progress: dict[str, Any]) -> None:
+        super()._restore_progress(progress)
+        self._train_sums.load_state(progress["sums"], self.args.device)
+        self._guard.load_state(progress["guard"])
+
+    # ---- optimizer --------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in Trainer; with `head_learning_rate`, the head's parameters get groups of their own."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if not is_new or self.head_learning_rate is None:
+            return optimizer
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(
+                f"head_learning_rate needs an optimizer made by Trainer, got {type(optimizer).__name__}: remove the "
+                "optimizer from the DeepSpeed configuration"
+            )
+        model = self.model if model is None else model
+        of_head = {id(p) for name, p in model.named_parameters() if HEAD in name.split(".")}
+        for group in list(optimizer.param_groups):
+            head = [p for p in group["params"] if id(p) in of_head]
+            if head:
+                group["params"] = [p for p in group["params"] if id(p) not in of_head]
+                optimizer.add_param_group({**group, "params": head, "lr": self.head_learning_rate})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+
+class _LossSums:
+    """Detached sums of one window of training or one evaluation; stay on the device until they are read."""
+
+    NAMES = (
+        *("total_loss", "main_loss", "autoregressive_loss", "weighted_loss", "mse", "copy_mse"),
+        *("num_items", "num_videos"),
+    )
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._sums: torch.Tensor | None = None
+
+    def add(self, device: torch.device, **values: "torch.Tensor | int | None") -> None:
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        row = [torch.as_tensor(0 if values.get(name) is None else values[name]) for name in self.NAMES]
+        row = torch.stack([value.detach().to(device=device, dtype=dtype).reshape(()) for value in row])
+        self._sums = row if self._sums is None else self._sums + row
+
+    def state(self) -> dict[str, Any]:
+        return {"steps": self.steps, "sums": None if self._sums is None else self._sums.tolist()}
+
+    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        self.steps = state["steps"]
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = None if state["sums"] is None else torch.tensor(state["sums"], dtype=dtype, device=device)
+
+    def pop(self, accelerator: Any) -> dict[str, float]:
+        """The sums over all ranks; every rank must call it. Starts a new window."""
+        sums = torch.zeros(len(self.NAMES)) if self._sums is None else self._sums
+        dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        sums = accelerator.reduce(sums.to(device=accelerator.device, dtype=dtype), reduction="sum")
+        self.steps, self._sums = 0, None
+        return dict(zip(self.NAMES, sums.tolist(), strict=True))
+
+
+def _count_videos(batch: dict[str, Any]) -> int:
+    """Videos with something to predict: two real frames or more."""
+    mask, pixels = batch.get("video_frame_mask"), batch.get("pixel_values_videos")
+    if mask is not None:
+        return int((mask.sum(1) >= 2).sum())
+    return 0 if pixels is None or pixels.shape[1] < 2 else len(pixels)
+
+
+def _squared_errors(outputs: Any) -> dict[str, torch.Tensor]:
+    """Squared errors of predictions and of the copy baseline, means over patches, added up over frames."""
+    reconstruction = outputs.get("reconstruction")
+    if reconstruction is None:
+        return {}
+    num_patches = reconstruction.patch_mask.sum(1)
+    mse, copy_mse = ((errors.sum(1) / num_patches).sum() for errors in reconstruction.patch_errors())
+    return {"mse": mse, "copy_mse": copy_mse}
+
+
+def _skill(sums: dict[str, float]) -> dict[str, float]:
+    """Nothing where nothing in the videos changes: there is no baseline to improve on."""
+    return {"skill": 1 - sums["mse"] / sums["copy_mse"]} if sums["copy_mse"] > 0 else {}
+
+
+__all__ = [
+    "AutoregressiveTrainer",
+    "BadSampleError",
+    "BadStepError",
+    "BadStepPolicy",
+    "LlavaVideoCollator",
+    "LlavaVideoDataset",
+    "StopOnSigterm",
+    "last_complete_checkpoint",
+]
