@@ -18,6 +18,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
 
@@ -46,6 +47,7 @@ _OF_SAMPLING = ("temperature", "top_p", "top_k")
 _DEFAULT_STOP = "\n\n"
 
 
+@dataclass
 class RequestAnswerer:
     """What lmms-eval's model interface asks for, on a checkpoint.
 
@@ -71,61 +73,51 @@ class RequestAnswerer:
         ValueError: if an argument is out of range, or the processor refuses the sampling.
     """
 
-    def __init__(
-        self,
-        pretrained: str,
-        *,
-        peft: str | None = None,
-        revision: str | None = None,
-        base_revision: str | None = None,
-        trust_remote_code: bool = False,
-        device: str = "cpu",
-        dtype: str = "float32",
-        batch_size: int | str = 1,
-        max_new_tokens: int = 1024,
-        num_frames: int | None = None,
-        max_frames: int | None = None,
-        fps: float | None = None,
-        likelihood: str = "sum",
-        stop_at_blank_line: bool = False,
-    ) -> None:
-        names = {"pretrained": pretrained, "peft": peft, "revision": revision, "base_revision": base_revision}
-        for name, value in {**names, "dtype": dtype}.items():
+    pretrained: str
+    _: KW_ONLY
+    peft: str | None = None
+    revision: str | None = None
+    base_revision: str | None = None
+    trust_remote_code: bool = False
+    device: str = "cpu"
+    dtype: str = "float32"
+    batch_size: int | str = 1
+    max_new_tokens: int = 1024
+    num_frames: int | None = None
+    max_frames: int | None = None
+    fps: float | None = None
+    likelihood: str = "sum"
+    stop_at_blank_line: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("pretrained", "peft", "revision", "base_revision", "dtype"):
+            value = getattr(self, name)
             if value is not None and not isinstance(value, str):  # lmms-eval reads 1e5 and 123 as numbers
                 raise ValueError(f"{name} is {value!r}, expected a string")
-        if not str(batch_size).isdecimal():
-            raise ValueError(f"batch_size is {batch_size!r}, expected a number")
-        if likelihood not in LIKELIHOODS:
-            raise ValueError(f"likelihood is {likelihood!r}, expected one of {', '.join(LIKELIHOODS)}")
-        revision, base_revision = resolved_revisions(pretrained, revision, base_revision)
-        settings = EvaluationSettings(
-            model=pretrained,
+        if not str(self.batch_size).isdecimal():
+            raise ValueError(f"batch_size is {self.batch_size!r}, expected a number")
+        if self.likelihood not in LIKELIHOODS:
+            raise ValueError(f"likelihood is {self.likelihood!r}, expected one of {', '.join(LIKELIHOODS)}")
+        self.batch_size = int(self.batch_size)
+        self.revision, self.base_revision = resolved_revisions(self.pretrained, self.revision, self.base_revision)
+        names = ("trust_remote_code", "device", "dtype", "revision", "base_revision")
+        options = {name: getattr(self, name) for name in names}
+        # Validates them.
+        EvaluationSettings(
+            model=self.pretrained,
             data="",
-            revision=revision,
-            base_revision=base_revision,
-            trust_remote_code=trust_remote_code,
-            device=device,
-            dtype=dtype,
-            batch_size=int(batch_size),
-            max_new_tokens=max_new_tokens,
-            num_frames=num_frames,
+            batch_size=self.batch_size,
+            max_new_tokens=self.max_new_tokens,
+            num_frames=self.num_frames,
+            **options,
         )
-        self.batch_size = settings.batch_size
-        self.max_new_tokens = max_new_tokens
-        self.likelihood = likelihood
-        self.stop_at_blank_line = stop_at_blank_line
-        self.model, self.processor = load_checkpoint(
-            pretrained,
-            trust_remote_code=trust_remote_code,
-            device=device,
-            dtype=dtype,
-            revision=revision,
-            base_revision=base_revision,
-        )
-        if peft is not None:
-            self.model.load_adapter(peft)
+        self.model, self.processor = load_checkpoint(self.pretrained, **options)
+        if self.peft is not None:
+            self.model.load_adapter(self.peft)
             self.model.eval()
-        self.sampling = sampling_options(self.processor, num_frames=num_frames, max_frames=max_frames, fps=fps)
+        self.sampling = sampling_options(
+            self.processor, num_frames=self.num_frames, max_frames=self.max_frames, fps=self.fps
+        )
         self.collate = LlavaVideoCollator(self.processor, padding_side="left")
 
     # -- lmms-eval's request types
