@@ -264,7 +264,7 @@ _LOADS = {
         "Model.from_pretrained({onevision!r})",
     ),
     "ours": (
-        "from ...modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration as Model",
+        "from llava_next_ar.modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration as Model",
         "Model.from_pretrained({ours!r})",
     ),
     "ours, remote code": (
