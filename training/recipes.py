@@ -5,7 +5,6 @@ the prototype's list (`- type: trainer`). Unknown keys are refused with the near
 """
 
 import argparse
-import difflib
 import json
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -15,6 +14,7 @@ import yaml
 from transformers import HfArgumentParser, LlavaOnevisionConfig, TrainingArguments
 
 from ..configuration.configuration_llava_next_ar import LlavaNextARAutoregressiveConfig, LlavaNextARConfig
+from ..configuration.key_names import nearest_name
 from ..configuration.transformers_compat import ACTIVATION_CHECKPOINTING
 from .guards import BadStepPolicy
 
@@ -226,7 +226,8 @@ def resolve_key(key: str, source: str) -> str:
     known = {f"{s}.{n}": n for s, names in SECTIONS.items() for n in names} | {n: n for n in PLAIN_KEYS}
     if section in SECTIONS:
         known = {full: n for full, n in known.items() if full.startswith(f"{section}.")}
-    nearest = max(known, key=lambda full: difflib.SequenceMatcher(None, name, known[full]).ratio())
+    leaf = nearest_name(name, known.values())
+    nearest = next(full for full in known if known[full] == leaf)
     raise ValueError(f"{source}: unknown key {key!r}; did you mean {nearest!r}?")
 
 
