@@ -159,8 +159,6 @@ HEAD_KEYS = {f.name for f in fields(LlavaNextARAutoregressiveConfig)} & set(
 )
 CONFIG_KEYS = {f.name for f in fields(LlavaNextARConfig)} - {f.name for f in fields(LlavaOnevisionConfig)}
 CONFIG_KEYS -= {"autoregressive_config"}
-# What a recipe in the prototype's form means where it says nothing, if that is not ours.
-PROTOTYPE_DEFAULTS = {"autoregressive_config.loss_weight": 0.1}
 SECTIONS = {"autoregressive_config": HEAD_KEYS, "model_config": CONFIG_KEYS}
 
 
@@ -273,14 +271,11 @@ def parse_arguments(
     given = read_command_line(argv)
     values: dict[str, Any] = {}
     config_files = given.pop("config", [])
-    defaults: dict[str, Any] = {}
     for path in config_files if isinstance(config_files, list) else [config_files]:
         with open(path, encoding="utf-8") as file:
             document = yaml.safe_load(file) or {}
         values.update(flatten_recipe(document, str(path)))
-        defaults |= PROTOTYPE_DEFAULTS if isinstance(document, list) else {}
     values.update(flatten_recipe(given, "the command line"))
-    values = {**defaults, **values}
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     words = []
     if "use_cpu" not in values and not torch.accelerator.is_available():
