@@ -323,12 +323,6 @@ class TestProcessor(UPSTREAM["processing"].ProcessorTesterMixin, unittest.TestCa
     def prepare_processor_dict():
         return {"num_image_tokens": GRID**2, "vision_feature_select_strategy": "full"}
 
-    def get_component(self, attribute, **kwargs):
-        """As it is; transformers' own class for loading video processors is a stand-in without torchvision."""
-        if attribute != "video_processor":
-            return super().get_component(attribute, **kwargs)
-        return LlavaNextARVideoProcessor.from_pretrained(self.tmpdirname)
-
     def test_apply_chat_template_video_frame_sampling(self):
         """As it is up to the last lines: transformers refuses to sample from a list of images, here it is possible."""
         with self.assertRaisesRegex(AssertionError, "^ValueError not raised$"):
