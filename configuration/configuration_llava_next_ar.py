@@ -1,12 +1,13 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
 """Typed, validated configuration: LLaVA-OneVision's, plus the token layout of a video, plus the reconstruction head.
 
-Every key has one default, here. Unknown keys are refused with the nearest valid one, so that a typo in a recipe cannot
-silently train something else.
+Every key has one default, here. An unknown keyword argument raises and names the nearest key, so that a typo in a
+recipe cannot silently train something else. An unknown key of a file is kept with a warning, as in transformers.
 """
 
 import copy
-import difflib
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -27,14 +28,12 @@ from transformers import GenerationConfig, LlavaOnevisionConfig, PreTrainedConfi
 from transformers.activations import ACT2FN  # noqa: E402
 from transformers.configuration_utils import SubConfigSpec  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
-from transformers.utils import logging  # noqa: E402
 
 from ..hub.hub_code import AUTO_MAP  # noqa: E402
 from ..hub.pushed_model import travels_with_code  # noqa: E402
 from .frame_token_layout import FrameTokenLayout, NewlinePosition, PoolMode  # noqa: E402
 from .image_token_layout import ImageTokenLayout, UnpadRounding  # noqa: E402
-
-logger = logging.get_logger(__name__)
+from .key_names import keep_unknown, refuse_misspelt, refuse_unknown, warn_unknown  # noqa: E402
 
 # Keys that transformers itself reads from or writes to a config.json without declaring them as fields.
 _TRANSFORMERS_KEYS = {
@@ -61,17 +60,6 @@ _PART_SIZES = (
 )
 _MAX_SIZE, _MAX_LAYERS = 2**31 - 1, 1000
 _MAX_ROPE_THETA = 2**63  # torch computes with no larger integer
-
-
-def _unknown_keys(kwargs: dict[str, Any], known: set[str]) -> list[str]:
-    return [key for key in kwargs if key not in known and not key.startswith("_")]
-
-
-def _refuse_unknown(kwargs: dict[str, Any], own: set[str], where: str, allowed: set[str] = frozenset()) -> None:
-    for key in _unknown_keys(kwargs, own | allowed):
-        nearest = difflib.get_close_matches(key, own, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(sorted(own))}"
-        raise ValueError(f"unknown key {key!r} in {where}; {hint}")
 
 
 def _check_range(where: str, name: str, value: float, low: float, high: float = _MAX_SIZE) -> None:
@@ -124,17 +112,75 @@ def _check_activation(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be one of {', '.join(sorted(ACT2FN))}, got {value!r}")
 
 
+class _NamedKeys:
+    """Keyword arguments are checked by name; unknown keys of a file are kept."""
+
+    _place: str  # of the keys, as messages name it
+
+    @classmethod
+    def _own_keys(cls) -> set[str]:
+        """Keys that have a meaning here, without those that every configuration of transformers has."""
+        return {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+
+    @classmethod
+    def _inherited_keys(cls) -> set[str]:
+        """Further keys that transformers reads or ignores."""
+        return {field.name for field in fields(PreTrainedConfig)} | _TRANSFORMERS_KEYS
+
+    @classmethod
+    def _unknown_keys(cls, names: Iterable[str]) -> list[str]:
+        known = cls._own_keys() | cls._inherited_keys()
+        return [name for name in names if name not in known and not name.startswith("_")]
+
+    @classmethod
+    def _names(cls) -> dict[str, Any]:
+        """Arguments of the functions of key_names.py: these keys, and those of the head or model beside them."""
+        is_head = issubclass(cls, LlavaNextARAutoregressiveConfig)
+        other = LlavaNextARConfig if is_head else LlavaNextARAutoregressiveConfig
+        return {"known": cls._own_keys(), "where": cls._place, "elsewhere": {other._place: other._own_keys()}}
+
+    @classmethod
+    def check_keywords(cls, names: Iterable[str]) -> None:
+        """Raises for names that the constructor does not take.
+
+        Raises:
+            ValueError: naming the nearest key, or the place that the key belongs in.
+        """
+        refuse_unknown(cls._unknown_keys(names), **cls._names())
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers: unknown keys of `config_dict`, the content of a file, are kept, with a warning.
+
+        Raises:
+            ValueError: on a value or contradiction that construction refuses, or a misspelt keyword argument. Other
+                keyword arguments are left to the model or tokenizer that is loaded with this configuration.
+        """
+        refuse_misspelt(cls._unknown_keys(kwargs), **cls._names())
+        unknown = {name: kwargs.pop(name, config_dict[name]) for name in cls._unknown_keys(config_dict)}
+        known = {name: value for name, value in config_dict.items() if name not in unknown}
+        loaded = super().from_dict(known, **kwargs)
+        keep_unknown(loaded[0] if isinstance(loaded, tuple) else loaded, unknown, cls._place)
+        warn_unknown(unknown, **cls._names())
+        return loaded
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> Any:
+        """As in transformers; see `from_dict`."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
+
 @strict
-class LlavaNextARAutoregressiveConfig(PreTrainedConfig):
+class LlavaNextARAutoregressiveConfig(_NamedKeys, PreTrainedConfig):
     r"""Configuration of the reconstruction head: from the frames read so far, predict the next frame's features.
 
     Args:
         embedding_dim (`int`, *optional*): width of the predictor; the vision tower's width if unset (1152 for SigLIP
             SO400M). Divisible by `num_heads`.
         num_hist (`int`, defaults to 3): frames a patch may attend to, its own included.
-        loss_weight (`float`, defaults to 1.0): weight of the reconstruction loss in the total loss; 0 computes and
-            reports it without training on it. With the research prototype's 0.1 no gain in accuracy was certain in
-            the study, with 1.0 it was (scripts/study_results/weights.md).
+        loss_weight (`float`, defaults to 0.1): weight of the reconstruction loss in the total loss; 0 computes and
+            reports it without training on it. The effect of other weights on accuracy is measured in the study
+            (experiments/study/results/weights.md).
         num_heads (`int`, defaults to 8): attention heads of the predictor.
         num_layers (`int`, defaults to 3): transformer layers of the predictor.
         use_frame_causal_mask (`bool`, defaults to `True`): `False` lets a patch see every frame of the clip, the
@@ -152,17 +198,19 @@ class LlavaNextARAutoregressiveConfig(PreTrainedConfig):
             teacher. Set by the model when the tower starts to train.
 
     Raises:
-        ValueError: on an unknown key (naming the nearest), or a value out of range (naming key, value and range).
+        ValueError: on an unknown keyword argument (naming the nearest key), or a value out of range (naming key, value
+            and range).
         huggingface_hub.errors.StrictDataclassFieldValidationError: on a value of the wrong type or not among the names
             allowed (naming key, value and what is allowed). It is no ValueError.
     """
 
     model_type = "llava_next_ar_head"
     base_config_key = "autoregressive_config"
+    _place = "autoregressive_config"
 
     embedding_dim: int | None = None
     num_hist: int = 3
-    loss_weight: float | int = 1.0
+    loss_weight: float | int = 0.1
     num_heads: int = 8
     num_layers: int = 3
     use_frame_causal_mask: bool = True
@@ -181,11 +229,7 @@ class LlavaNextARAutoregressiveConfig(PreTrainedConfig):
     separate_teacher: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        known = self._own_keys()
-        inherited = {field.name for field in fields(PreTrainedConfig)} | _TRANSFORMERS_KEYS
-        for key in set(kwargs) & ({field.name for field in fields(LlavaNextARConfig)} - inherited):
-            raise ValueError(f"unknown key {key!r} in autoregressive_config; it belongs in the model configuration")
-        _refuse_unknown(kwargs, known, "autoregressive_config", inherited)
+        self.check_keywords(kwargs)
         self.check_ranges()
         super().__post_init__(**kwargs)
 
@@ -208,14 +252,11 @@ class LlavaNextARAutoregressiveConfig(PreTrainedConfig):
                 f"num_heads={self.num_heads}"
             )
 
-    @classmethod
-    def _own_keys(cls) -> set[str]:
-        return {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
-
     def to_dict(self) -> dict[str, Any]:
-        """The head's own keys; what every transformers config carries besides means nothing to it."""
-        kept = self._own_keys() | {"model_type", "transformers_version"}
-        return {name: value for name, value in super().to_dict().items() if name in kept}
+        """The head's own keys and unknown ones; what every transformers config carries besides means nothing to it."""
+        left_out = self._inherited_keys() - self._own_keys() - {"model_type", "transformers_version"}
+        values = super().to_dict().items()
+        return {name: value for name, value in values if name not in left_out and not name.startswith("_")}
 
     def target_layout(self, token_layout: FrameTokenLayout) -> FrameTokenLayout:
         """How the targets are pooled, given how the tokens are."""
@@ -251,7 +292,7 @@ class LlavaNextARAutoregressiveConfig(PreTrainedConfig):
 
 @travels_with_code
 @strict
-class LlavaNextARConfig(LlavaOnevisionConfig):
+class LlavaNextARConfig(_NamedKeys, LlavaOnevisionConfig):
     r"""Configuration of `LlavaNextARForConditionalGeneration`.
 
     A LLaVA-OneVision configuration (file, dict or Hub id) is a valid one: the added keys default to what OneVision
@@ -273,8 +314,8 @@ class LlavaNextARConfig(LlavaOnevisionConfig):
     All other keys are those of `LlavaOnevisionConfig`.
 
     Raises:
-        ValueError: on an unknown key (naming the nearest valid key), a value out of range or a contradiction (naming
-            both values).
+        ValueError: on an unknown keyword argument (naming the nearest key), a value out of range or a contradiction
+            (naming both values).
         huggingface_hub.errors.StrictDataclassFieldValidationError: on a value of the wrong type or not among the names
             allowed (naming key, value and what is allowed). It is no ValueError.
 
@@ -289,6 +330,7 @@ class LlavaNextARConfig(LlavaOnevisionConfig):
 
     model_type = "llava_next_ar"
     _auto_class = "AutoConfig"
+    _place = "the model configuration"
     keys_to_ignore_at_inference = [
         "cache",  # since transformers 5.24, which renamed past_key_values and the two *_hidden_states
         "past_key_values",
@@ -316,17 +358,7 @@ class LlavaNextARConfig(LlavaOnevisionConfig):
     unpad_rounding: UnpadRounding = "round"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        known = {field.name for field in fields(self)} | set(self.attribute_map)
-        # The head's keys one level too high are the likeliest mistake: say where they belong.
-        for key in set(kwargs) & (LlavaNextARAutoregressiveConfig._own_keys() - known):
-            raise ValueError(f"unknown key {key!r} in the model configuration; it belongs in autoregressive_config")
-        allowed = _TRANSFORMERS_KEYS | _ONEVISION_LEGACY_KEYS
-        if kwargs.get("model_type") == LlavaOnevisionConfig.model_type:
-            # OneVision's own class keeps whatever tools have written into a config, and so do files made with it.
-            for key in _unknown_keys(kwargs, known | allowed):
-                logger.warning(f"{key!r} of the LLaVA-OneVision configuration means nothing here and is left out")
-                del kwargs[key]
-        _refuse_unknown(kwargs, known, "the model configuration", allowed)
+        self.check_keywords(kwargs)
         auto_map = {}
         if kwargs.pop("model_type", None) == self.model_type:  # a LLaVA-OneVision config names its own type
             auto_map = kwargs.get("auto_map") or {}  # may name a model class of the user's own
@@ -384,15 +416,42 @@ class LlavaNextARConfig(LlavaOnevisionConfig):
     def check(self) -> None:
         """Refuses values that were assigned after construction and that construction would refuse.
 
+        Attributes that mean nothing are saved, too, as in transformers; a warning names them.
+
         Raises:
             ValueError, huggingface_hub.errors.StrictDataclassClassValidationError: see the class.
         """
         self.validate()
         self._check_consistency()
+        for part in (self, self.autoregressive_config):
+            warn_unknown(part._unknown_keys(vars(part)), **part._names())
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LlavaNextARConfig":
-        """As in transformers; values overridden by keyword are checked like those given at construction."""
+    def _own_keys(cls) -> set[str]:
+        return super()._own_keys() | set(cls.attribute_map)
+
+    @classmethod
+    def _inherited_keys(cls) -> set[str]:
+        return super()._inherited_keys() | _ONEVISION_LEGACY_KEYS
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers: unknown keys of `config_dict` are kept with a warning, those of the head in it, too.
+
+        Values overridden by keyword are checked like those given at construction.
+
+        Raises:
+            ValueError: on a value or contradiction that construction refuses, or a misspelt keyword argument, in an
+                `autoregressive_config` given by keyword, too.
+        """
+        config_dict, kwargs = dict(config_dict), dict(kwargs)
+        head = config_dict.get("autoregressive_config")
+        if isinstance(kwargs.get("autoregressive_config"), Mapping) and isinstance(head, (Mapping, type(None))):
+            changed = kwargs.pop("autoregressive_config")
+            LlavaNextARAutoregressiveConfig.check_keywords(changed)
+            head = {**(head or {}), **changed}
+        if isinstance(head, Mapping) and isinstance(head.get("model_type", ""), str):
+            config_dict["autoregressive_config"] = LlavaNextARAutoregressiveConfig.from_dict(head)
         loaded = super().from_dict(config_dict, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config._check_consistency()

@@ -30,7 +30,7 @@ from transformers import (
 from ..configuration.configuration_llava_next_ar import LlavaNextARConfig
 from ..modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from ..processing.llava_conversation import IMAGE_TOKEN, VIDEO_TOKEN
-from ..processing.processing_llava_next_ar import LlavaNextARProcessor
+from ..processing.processing_llava_next_ar import LlavaNextARProcessor, layout_options
 from .original_checkpoint import ORIGINAL_KEYS, is_original_config, settings_from_original_config
 from .streamed_safetensors import (
     CheckpointError,
@@ -149,6 +149,8 @@ def convert_checkpoint(
     }:
         raise ValueError(f"cannot convert a {kind!r} checkpoint to {to!r}")
 
+    if kind != "original":  # whose overrides are keys of its own
+        LlavaNextARConfig.check_keywords(overrides)
     notes: list[str] = []
     processor_options = None
     if kind == "original":
@@ -158,8 +160,7 @@ def convert_checkpoint(
         config, processor_options = settings.config, settings.processor
         notes += settings.notes
     elif to == "llava_next_ar":
-        head = {"autoregressive_config": dict(autoregressive_config)} if autoregressive_config else {}
-        config = LlavaNextARConfig.from_dict({**values, **head})
+        config = LlavaNextARConfig.from_dict(values, autoregressive_config=dict(autoregressive_config or {}))
     else:
         config = onevision_config(LlavaNextARConfig.from_dict(values))
 
@@ -417,7 +418,7 @@ def _processor(
     """
     if options is None and tokenizer is None:
         if (folder / "processor_config.json").exists():
-            return LlavaNextARProcessor.from_pretrained(folder, **_image_layout_options(config))
+            return LlavaNextARProcessor.from_pretrained(folder, **layout_options(config))
     if tokenizer is None:
         if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
             return None
@@ -428,15 +429,6 @@ def _processor(
         if token in loaded.get_vocab():  # for_config adds those that are not
             setattr(config, f"{kind}_token_id", loaded.convert_tokens_to_ids(token))
     return LlavaNextARProcessor.for_config(config, loaded, **(options or {}))
-
-
-def _image_layout_options(config: LlavaNextARConfig) -> dict[str, Any]:
-    return {
-        "vision_aspect_ratio": config.vision_aspect_ratio,
-        "frame_token_layout": config.frame_token_layout,
-        "mm_patch_merge_type": config.mm_patch_merge_type,
-        "unpad_rounding": config.unpad_rounding,
-    }
 
 
 def _write_generation_config(folder: Path, output: Path, config: PreTrainedConfig) -> None:

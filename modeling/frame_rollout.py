@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..configuration.frame_token_layout import FrameTokenLayout, FrameType
-from ..processing.option_checks import refuse_unknown
+from ..configuration.key_names import refuse_unknown
 from .frame_predictor import stack_padded
 from .frame_stream import FramePrediction, FrameStream, as_times
 from .reconstruction_metrics import Reconstruction, straight_line

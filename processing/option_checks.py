@@ -4,9 +4,8 @@
 transformers takes most values of a configuration file as they are. These checks stand between the file and its use.
 """
 
-import difflib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypedDict
 
 from huggingface_hub.dataclasses import validate_typed_dict
@@ -34,15 +33,6 @@ class _Settings(TypedDict, total=False):
 
 
 SETTINGS = tuple(_Settings.__annotations__)
-
-
-def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raises ValueError for a name that is not known, with the nearest one that is."""
-    known = list(known)
-    for name in names:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise ValueError(f"unknown option {name!r} for {where}; did you mean {nearest[0]!r}?")
 
 
 def check_pixel_options(options: Mapping[str, Any], resamples: Collection[int], num_channels: Collection[int]) -> None:
@@ -127,18 +117,15 @@ def check_processor_settings(**values: Any) -> None:
             raise ValueError(f"{name} must not be empty")
 
 
-def check_processor_file(values: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuses a `processor_config.json` that transformers stumbles over, or whose misspelt keys it leaves out.
+def check_processor_file(values: Mapping[str, Any]) -> None:
+    """Refuses a `processor_config.json` that transformers stumbles over.
 
     Args:
         values: content of the file.
-        known: what the processor is built from.
 
     Raises:
         ValueError: naming the key and what is wrong with it.
     """
-    if "auto_map" in values:  # of this package; other tools may have written into those of LLaVA-OneVision
-        refuse_unknown(values, {*known, "auto_map", "processor_class"}, "processor_config.json")
     for name in ("image_processor", "video_processor"):
         part = values.get(name, {})
         if not isinstance(part, Mapping):

@@ -8,6 +8,7 @@ errors where a mistake would otherwise reach the model: a placeholder without it
 """
 
 import bisect
+import inspect
 import math
 import os
 import re
@@ -27,22 +28,18 @@ from transformers.video_processing_utils import VideoProcessorMixin
 
 from ..configuration.frame_token_layout import FrameTokenLayout
 from ..configuration.image_token_layout import ImageTokenLayout
+from ..configuration.key_names import refuse_misspelt, refuse_unknown, warn_unknown
 from ..configuration.transformers_compat import MARKED_CONTROL_TOKEN
 from ..hub.hub_code import AUTO_MAP
 from ..hub.pushed_model import travels_with_code
 from .frame_sampling import llava_video_times, time_instruction
 from .llava_conversation import DEFAULT_CHAT_TEMPLATE, IMAGE_TOKEN, VIDEO_TOKEN, check_messages, check_placeholders
-from .option_checks import (
-    SETTINGS,
-    check_image_processor,
-    check_processor_file,
-    check_processor_settings,
-    refuse_unknown,
-)
+from .option_checks import SETTINGS, check_image_processor, check_processor_file, check_processor_settings
 from .video_inputs import flatten_videos, load_images
 from .video_processing_llava_next_ar import (
     LlavaNextARVideoProcessor,
     LlavaNextARVideoProcessorKwargs,
+    head_sampling,
 )
 
 logger = logging.get_logger(__name__)
@@ -118,6 +115,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         self.mm_patch_merge_type = mm_patch_merge_type
         self.unpad_rounding = unpad_rounding
         self.auto_map = dict(AUTO_MAP)
+        self.unknown_keys: dict[str, Any] = {}
         if num_image_tokens is None and self.frame_token_layout is not None:
             num_image_tokens = self.frame_token_layout.patches_height * self.frame_token_layout.patches_width
         super().__init__(
@@ -172,11 +170,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
             ValueError: if the tokenizer's placeholder ids are not the configuration's, or a video option is unknown.
         """
         side = config.vision_config.image_size
-        head = config.autoregressive_config
-        if config.enable_autoregressive and head.use_fast_slow_frames:
-            names = ("use_fast_slow_frames", "fast_stride", "slow_stride", "num_fast", "num_slow")
-            from_head = {name: getattr(head, name) for name in names}
-            video_kwargs = {**from_head, **video_kwargs}
+        video_kwargs = {**head_sampling(config), **video_kwargs}
         video_processor = LlavaNextARVideoProcessor(**{"size": {"height": side, "width": side}, **video_kwargs})
         image_processor = LlavaOnevisionImageProcessorPil(
             size=dict(video_processor.size),
@@ -200,11 +194,8 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
             video_processor,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             chat_template=chat_template,
-            vision_aspect_ratio=config.vision_aspect_ratio,
-            frame_token_layout=config.frame_token_layout,
             add_time_instruction=add_time_instruction,
-            mm_patch_merge_type=config.mm_patch_merge_type,
-            unpad_rounding=config.unpad_rounding,
+            **layout_options(config),
         )
         processor.check_layout(config)
         return processor
@@ -216,11 +207,9 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
             ValueError: naming every key of the token layout that differs, or the placeholder whose id does.
         """
         config.frame_token_layout.check_same(self._layout)
-        for name in ("vision_aspect_ratio", "mm_patch_merge_type", "unpad_rounding"):
-            if getattr(config, name) != getattr(self, name):
-                raise ValueError(
-                    f"{name} is {getattr(config, name)!r} in the model, but {getattr(self, name)!r} in the processor"
-                )
+        for name, value in layout_options(config).items():
+            if name != "frame_token_layout" and value != getattr(self, name):
+                raise ValueError(f"{name} is {value!r} in the model, but {getattr(self, name)!r} in the processor")
         for name in ("image_token_id", "video_token_id"):
             if getattr(config, name) != getattr(self, name):
                 raise ValueError(
@@ -231,11 +220,12 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         # transformers would ask for the video processor's class in a registry that is empty without torchvision, and
         # ask the user to trust the code that is already running.
-        own = cls.__init__.__code__.co_varnames[: cls.__init__.__code__.co_argcount]
-        check_processor_file(processor_dict or {}, own)
-        kwargs = {name: value for name, value in kwargs.items() if name not in own}
+        check_processor_file(processor_dict or {})
+        own = inspect.signature(cls).parameters
         video_options = LlavaNextARVideoProcessorKwargs.__annotations__.keys()
         image_options = LlavaOnevisionImageProcessorPil.valid_kwargs.__annotations__.keys()
+        refuse_misspelt(kwargs, {*own, *video_options, *image_options}, cls.__name__)
+        kwargs = {name: value for name, value in kwargs.items() if name not in own}
         text_kwargs = {k: v for k, v in kwargs.items() if k not in {*video_options, *image_options}}
         image_kwargs = {k: v for k, v in kwargs.items() if k in text_kwargs or k in image_options}
         saved_type = ((processor_dict or {}).get("image_processor") or {}).get("image_processor_type", "")
@@ -253,6 +243,16 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
                 **{k: v for k, v in kwargs.items() if k in text_kwargs or k in video_options},
             ),
         ]
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, which leaves out unknown keys of the file: here they are kept, with a warning."""
+        known = {*inspect.signature(cls).parameters, "auto_map", "processor_class"}
+        loaded = super().from_args_and_dict(args, processor_dict, **kwargs)
+        processor = loaded[0] if isinstance(loaded, tuple) else loaded
+        processor.unknown_keys = {name: value for name, value in processor_dict.items() if name not in known}
+        warn_unknown(processor.unknown_keys, known, "processor_config.json")
+        return loaded
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type | tuple[type, ...]:
         """As in transformers, which crashes on any video processor when torchvision is absent."""
@@ -288,7 +288,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for `processor_config.json`."""
         layout = None if self.frame_token_layout is None else self.frame_token_layout.to_dict()
-        return {**super().to_dict(), "frame_token_layout": layout}
+        return {**self.unknown_keys, **super().to_dict(), "frame_token_layout": layout}
 
     @property
     def _layout(self) -> FrameTokenLayout:
@@ -542,6 +542,16 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
 
 
 # -- Helpers
+
+
+def layout_options(config: Any) -> dict[str, Any]:
+    """Settings of the processor that are the model's: how images and videos become tokens.
+
+    Args:
+        config: a `LlavaNextARConfig`.
+    """
+    names = ("frame_token_layout", "vision_aspect_ratio", "mm_patch_merge_type", "unpad_rounding")
+    return {name: getattr(config, name) for name in names}
 
 
 def _resolve_layout(

@@ -11,7 +11,12 @@ bit; the default `"torch"` is several times as fast and differs by at most 2 of 
 Shape letters: N videos, T frames of the longest, C channels (3 once converted to RGB), H x W pixels.
 """
 
+import inspect
+import json
+import os
 from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +30,10 @@ from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import VideoProcessorMixin
 from transformers.video_utils import VideoMetadata
 
+from ..configuration.key_names import keep_unknown, refuse_misspelt, refuse_unknown, warn_unknown
 from ..hub.hub_code import AUTO_MAP
 from ..hub.pushed_model import travels_with_code
-from .option_checks import check_pixel_options, refuse_unknown
+from .option_checks import check_pixel_options
 from .video_decoding import VideoBackend
 from .video_frames import SAMPLING_POLICIES, FrameSampling, ResizeBackend, resize_frames
 from .video_inputs import Clip, flatten_metadata, flatten_videos, read_clip
@@ -51,10 +57,11 @@ _PIXEL_KEYS = {
 # Keys of a saved file that are no options.
 _FILE_KEYS = {"auto_map", "processor_class", "video_processor_type"}
 
-_FAST_SLOW_SETTINGS = ("fast_stride", "slow_stride", "num_fast", "num_slow")
-_OPTIONAL_SETTINGS = ("fps", "max_frames", "sample_rate", "force_sample")
-_SETTINGS = ("num_frames", *_OPTIONAL_SETTINGS, *_FAST_SLOW_SETTINGS)
-_READ_FPS = ("fps", "llava_video", "llava_video_pyav")
+# Of `FrameSampling`: all settings, those that are off by default, those of slow and fast frames, policies that read fps.
+_SETTINGS = tuple(field.name for field in fields(FrameSampling) if field.name != "policy")
+_OPTIONAL_SETTINGS = tuple(name for name in _SETTINGS if not getattr(FrameSampling, name))
+_FAST_SLOW_SETTINGS = tuple(inspect.getfullargspec(SAMPLING_POLICIES["fast_slow"]).kwonlyargs)
+_READ_FPS = tuple(name for name, read in SAMPLING_POLICIES.items() if "fps" in inspect.getfullargspec(read).kwonlyargs)
 
 
 def choose_policy(stored: str, given: Mapping[str, Any]) -> str:
@@ -113,6 +120,18 @@ def choose_sampling(stored: Mapping[str, Any], given: Mapping[str, Any]) -> Fram
         if name in given:
             raise ValueError(f"{name}={given[name]!r} has no effect with sampling={policy!r}")
     return FrameSampling(policy=policy, **{**settings, **{name: given[name] for name in _SETTINGS if name in given}})
+
+
+def head_sampling(config: Any) -> dict[str, Any]:
+    """Sampling options of the slow and fast frames that a model's reconstruction head asks for; empty if it does not.
+
+    Args:
+        config: a `LlavaNextARConfig`.
+    """
+    head = config.autoregressive_config
+    if not (config.enable_autoregressive and head.use_fast_slow_frames):
+        return {}
+    return {name: getattr(head, name) for name in ("use_fast_slow_frames", *_FAST_SLOW_SETTINGS)}
 
 
 class LlavaNextARVideoProcessorKwargs(VideosKwargs, total=False):
@@ -217,16 +236,16 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
     do_convert_rgb = True
     do_pad = True
     do_sample_frames = True
-    sampling = "uniform"
-    num_frames = 16
-    fps = None
-    max_frames = None
-    sample_rate = None
-    fast_stride = 1
-    slow_stride = 4
-    num_fast = 8
-    num_slow = 8
-    force_sample = False
+    sampling = FrameSampling.policy
+    num_frames = FrameSampling.num_frames
+    fps = FrameSampling.fps
+    max_frames = FrameSampling.max_frames
+    sample_rate = FrameSampling.sample_rate
+    fast_stride = FrameSampling.fast_stride
+    slow_stride = FrameSampling.slow_stride
+    num_fast = FrameSampling.num_fast
+    num_slow = FrameSampling.num_slow
+    force_sample = FrameSampling.force_sample
     video_backend = "auto"
     resize_backend = "torch"
     enable_multiscale = False
@@ -281,17 +300,34 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
 
     @classmethod
     def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs: Any) -> "LlavaNextARVideoProcessor":
-        """As in transformers. Of another video processor's file the pixel options are taken, not how it samples."""
+        """As in transformers: unknown keys of the file are kept, with a warning. Of another video processor's file the
+        pixel options are taken, not how it samples.
+
+        Raises:
+            ValueError: as at construction, or on a misspelt keyword argument. Other unknown ones are left to the parts
+                that are loaded with this one.
+        """
         values = dict(video_processor_dict)
         if values.get("video_processor_type", cls.__name__) != cls.__name__ or "image_processor_type" in values:
             values = {name: value for name, value in values.items() if name in _PIXEL_KEYS}
+        options = cls.valid_kwargs.__annotations__
+        refuse_misspelt(kwargs, options, cls.__name__)
+        unknown = {name: values.pop(name) for name in [*values] if name not in {*options, *_FILE_KEYS}}
         stored = values.get("sampling", cls.sampling)
-        given = {name: kwargs[name] for name in cls.valid_kwargs.__annotations__ if kwargs.get(name) is not None}
+        given = {name: kwargs[name] for name in options if kwargs.get(name) is not None}
         values["sampling"] = choose_policy(stored, given)
         values.pop("use_fast_slow_frames", None)
         if values["sampling"] != stored:
             values = {name: value for name, value in values.items() if name not in _OPTIONAL_SETTINGS}
-        return super().from_dict(values, **kwargs)
+        loaded = super().from_dict(values, **kwargs)
+        keep_unknown(loaded[0] if isinstance(loaded, tuple) else loaded, unknown, "the video processor's file")
+        warn_unknown(unknown, options, "the video processor's file")
+        return loaded
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> "LlavaNextARVideoProcessor":
+        """As in transformers; see `from_dict`."""
+        return cls.from_dict(json.loads(Path(json_file).read_text(encoding="utf-8")))
 
     def sampling_for(self, **kwargs: Any) -> FrameSampling | None:
         """How a call with these options samples; None if it takes all frames.

@@ -5,7 +5,6 @@ the prototype's list (`- type: trainer`). Unknown keys are refused with the near
 """
 
 import argparse
-import difflib
 import json
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -15,6 +14,7 @@ import yaml
 from transformers import HfArgumentParser, LlavaOnevisionConfig, TrainingArguments
 
 from ..configuration.configuration_llava_next_ar import LlavaNextARAutoregressiveConfig, LlavaNextARConfig
+from ..configuration.key_names import nearest_name
 from ..configuration.transformers_compat import ACTIVATION_CHECKPOINTING
 from .guards import BadStepPolicy
 
@@ -159,8 +159,6 @@ HEAD_KEYS = {f.name for f in fields(LlavaNextARAutoregressiveConfig)} & set(
 )
 CONFIG_KEYS = {f.name for f in fields(LlavaNextARConfig)} - {f.name for f in fields(LlavaOnevisionConfig)}
 CONFIG_KEYS -= {"autoregressive_config"}
-# What a recipe in the prototype's form means where it says nothing, if that is not ours.
-PROTOTYPE_DEFAULTS = {"autoregressive_config.loss_weight": 0.1}
 SECTIONS = {"autoregressive_config": HEAD_KEYS, "model_config": CONFIG_KEYS}
 
 
@@ -226,7 +224,8 @@ def resolve_key(key: str, source: str) -> str:
     known = {f"{s}.{n}": n for s, names in SECTIONS.items() for n in names} | {n: n for n in PLAIN_KEYS}
     if section in SECTIONS:
         known = {full: n for full, n in known.items() if full.startswith(f"{section}.")}
-    nearest = max(known, key=lambda full: difflib.SequenceMatcher(None, name, known[full]).ratio())
+    leaf = nearest_name(name, known.values())
+    nearest = next(full for full in known if known[full] == leaf)
     raise ValueError(f"{source}: unknown key {key!r}; did you mean {nearest!r}?")
 
 
@@ -272,14 +271,11 @@ def parse_arguments(
     given = read_command_line(argv)
     values: dict[str, Any] = {}
     config_files = given.pop("config", [])
-    defaults: dict[str, Any] = {}
     for path in config_files if isinstance(config_files, list) else [config_files]:
         with open(path, encoding="utf-8") as file:
             document = yaml.safe_load(file) or {}
         values.update(flatten_recipe(document, str(path)))
-        defaults |= PROTOTYPE_DEFAULTS if isinstance(document, list) else {}
     values.update(flatten_recipe(given, "the command line"))
-    values = {**defaults, **values}
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     words = []
     if "use_cpu" not in values and not torch.accelerator.is_available():

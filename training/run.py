@@ -37,7 +37,8 @@ from transformers import AutoProcessor, AutoTokenizer, TrainingArguments, set_se
 from ..configuration.configuration_llava_next_ar import LlavaNextARConfig
 from ..hub.model_card import write_card
 from ..processing.llava_conversation import DEFAULT_CHAT_TEMPLATE
-from ..processing.processing_llava_next_ar import LlavaNextARProcessor
+from ..processing.processing_llava_next_ar import LlavaNextARProcessor, layout_options
+from ..processing.video_processing_llava_next_ar import LlavaNextARVideoProcessorKwargs, head_sampling
 from .bad_samples import BadSampleLedger
 from .checkpoints import UNFINISHED, StopOnSigterm, last_complete_checkpoint, replace_model
 from .collator import LlavaVideoCollator
@@ -58,11 +59,9 @@ from .trained_model import (
 )
 from .trainer import HEAD, AutoregressiveTrainer
 
-VIDEO_OPTIONS = (
-    *("sampling", "num_frames", "fps", "max_frames", "sample_rate"),
-    *("video_backend", "resize_backend", "allow_partial"),
+VIDEO_OPTIONS = {field.name for field in dataclasses.fields(DataArguments)} & set(
+    LlavaNextARVideoProcessorKwargs.__annotations__
 )
-FAST_SLOW_OPTIONS = ("use_fast_slow_frames", "fast_stride", "slow_stride", "num_fast", "num_slow")
 
 
 # ----------------------------------------------------------------------------------------------------------- processor
@@ -76,9 +75,8 @@ def load_processor(args: ModelArguments, data_args: DataArguments, config: Any) 
     """
     source = args.processor or args.model
     options = {name: getattr(data_args, name) for name in VIDEO_OPTIONS if getattr(data_args, name) is not None}
-    head = config.autoregressive_config
-    if config.enable_autoregressive and head.use_fast_slow_frames and not options.keys() & {"sampling", "fps"}:
-        options.update({name: getattr(head, name) for name in FAST_SLOW_OPTIONS})
+    if not options.keys() & {"sampling", "fps"}:
+        options |= head_sampling(config)
     is_own = isinstance(config, LlavaNextARConfig)
     try:
         if is_own:
@@ -93,9 +91,9 @@ def load_processor(args: ModelArguments, data_args: DataArguments, config: Any) 
         processor.chat_template = DEFAULT_CHAT_TEMPLATE
     # The recipe may have changed how the model lays out its tokens.
     layout_class = type(processor.frame_token_layout)
-    processor.frame_token_layout = layout_class.from_dict(config.frame_token_layout.to_dict())
-    for name in ("vision_aspect_ratio", "mm_patch_merge_type", "unpad_rounding"):
-        setattr(processor, name, getattr(config, name))
+    for name, value in layout_options(config).items():
+        is_layout = name == "frame_token_layout"  # a processor of remote code has a class of its own for it
+        setattr(processor, name, layout_class.from_dict(value.to_dict()) if is_layout else value)
     if data_args.add_time_instruction is not None:
         processor.add_time_instruction = data_args.add_time_instruction
     processor.check_layout(config)

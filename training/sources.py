@@ -9,7 +9,6 @@ which they would slowly copy if millions of Python objects lay in it, as looking
 stored, and the bytes or the path handed to our processor. So torchcodec is not needed.
 """
 
-import difflib
 import json
 import mmap
 import os
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ..configuration.key_names import nearest_name
 from .entries import without_nulls
 
 try:
@@ -79,7 +79,7 @@ class DataSource:
         known = [field.name for field in fields(cls)]
         for key in value:
             if key not in known:
-                nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+                nearest = nearest_name(str(key), known)
                 raise ValueError(f"unknown key {key!r} of a data source; did you mean {nearest!r}?")
         if not isinstance(value.get("path"), (str, os.PathLike)):
             raise ValueError(f"a data source needs a path, got {value!r}")

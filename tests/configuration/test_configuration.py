@@ -14,9 +14,9 @@ import transformers
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from tiny import ONEVISION, tiny_config
 from transformers import LlavaOnevisionConfig
-from transformers.utils import logging
 
 from llava_next_ar.configuration import configuration_llava_next_ar as configuration_module
+from llava_next_ar.configuration import key_names
 from llava_next_ar.configuration.configuration_llava_next_ar import (
     MINIMUM_TRANSFORMERS,
     SUPPORTED_TRANSFORMERS,
@@ -68,7 +68,7 @@ OTHER = {
     [
         ("embedding_dim", 1152),
         ("num_hist", 3),
-        ("loss_weight", 1.0),
+        ("loss_weight", 0.1),
         ("num_heads", 8),
         ("num_layers", 3),
         ("use_frame_causal_mask", True),
@@ -303,7 +303,7 @@ def test_onevision_configuration_is_accepted_with_the_same_values(how, tmp_path)
     ],
 )
 def test_a_typo_is_refused_naming_the_nearest_key(typo, nearest):
-    with pytest.raises(ValueError, match=f"unknown key '{typo}' in the model configuration.*'{nearest}'"):
+    with pytest.raises(ValueError, match=f"unknown option '{typo}' for the model configuration.*'{nearest}'"):
         LlavaNextARConfig(**{typo: 1})
 
 
@@ -323,19 +323,23 @@ def test_a_typo_in_the_head_is_refused_naming_the_nearest_key(typo, nearest):
         lambda: LlavaNextARAutoregressiveConfig(**{typo: 1}),
         lambda: LlavaNextARConfig(autoregressive_config={typo: 1}),
     ):
-        with pytest.raises(ValueError, match=f"unknown key '{typo}' in autoregressive_config.*'{nearest}'"):
+        with pytest.raises(ValueError, match=f"unknown option '{typo}' for autoregressive_config.*'{nearest}'"):
             build()
 
 
 @pytest.mark.parametrize("key", sorted(set(OTHER["autoregressive_config"]) - set(OTHER)))
 def test_a_key_of_the_head_one_level_too_high_is_refused(key):
-    with pytest.raises(ValueError, match=f"'{key}' in the model configuration; it belongs in autoregressive_config"):
+    with pytest.raises(
+        ValueError, match=f"'{key}' for the model configuration; '{key}' belongs in autoregressive_config"
+    ):
         LlavaNextARConfig(**{key: OTHER["autoregressive_config"][key]})
 
 
 @pytest.mark.parametrize("key", ["enable_autoregressive", "mm_newline_position", "vision_config"])
 def test_a_key_of_the_model_one_level_too_low_is_refused(key):
-    with pytest.raises(ValueError, match=f"'{key}' in autoregressive_config; it belongs in the model configuration"):
+    with pytest.raises(
+        ValueError, match=f"'{key}' for autoregressive_config; '{key}' belongs in the model configuration"
+    ):
         LlavaNextARConfig(autoregressive_config={key: OTHER.get(key)})
 
 
@@ -579,20 +583,145 @@ def test_the_guard_asks_for_what_the_package_asks_for():
     assert dependency == SUPPORTED_TRANSFORMERS
 
 
-def test_what_a_tool_wrote_into_a_onevision_config_is_left_out_and_said(tmp_path, caplog):
-    written = {**LlavaOnevisionConfig().to_dict(), "unsloth_version": "2026.1", "mm_spatial_pool_stride": 3}
+# --- unknown keys of a file, misspelt keyword arguments ---------------------------------------------------
+
+
+@pytest.fixture
+def warned(monkeypatch) -> list[str]:
+    """Warnings about names, each once."""
+    messages = []
+    monkeypatch.setattr(key_names.logger, "warning_once", lambda text: text in messages or messages.append(text))
+    return messages
+
+
+def with_unknown_keys(values: dict) -> dict:
+    """What tools leave in a `config.json`: keys of their own, on both levels, one nearly and one exactly known."""
+    values = {**values, "unsloth_version": "2026.1", "mm_newline_positon": "grid", "num_hist": 4, "quant": {"a": [1]}}
+    head = {**values.get("autoregressive_config", {}), "num_hsit": 9, "trained_by": None}
+    return {**values, "autoregressive_config": head}
+
+
+KEPT = [
+    "unknown key 'num_hsit' in autoregressive_config is kept, but has no effect; did you mean 'num_hist'?",
+    "unknown key 'trained_by' in autoregressive_config is kept, but has no effect",
+    "unknown key 'unsloth_version' in the model configuration is kept, but has no effect",
+    "unknown key 'mm_newline_positon' in the model configuration is kept, but has no effect; did you mean "
+    "'mm_newline_position'?",
+    "unknown key 'num_hist' in the model configuration is kept, but has no effect; 'num_hist' belongs in "
+    "autoregressive_config",
+    "unknown key 'quant' in the model configuration is kept, but has no effect",
+]
+
+
+@pytest.mark.parametrize("values", [LlavaNextARConfig(**OTHER).to_dict(), LlavaOnevisionConfig().to_dict()])
+@pytest.mark.parametrize("how", ["folder", "json file", "dict"])
+def test_unknown_keys_of_a_file_are_kept_and_saved_again(values, how, tmp_path, warned):
+    written = json.loads(json.dumps(with_unknown_keys(values), default=str))
     (tmp_path / "config.json").write_text(json.dumps(written))
-    logging.enable_propagation()
-    try:
-        config = LlavaNextARConfig.from_pretrained(tmp_path)
-    finally:
-        logging.disable_propagation()
-    assert config.mm_spatial_pool_stride == 3 and not hasattr(config, "unsloth_version")
-    assert "'unsloth_version' of the LLaVA-OneVision configuration" in caplog.text
-    with pytest.raises(ValueError, match="unknown key 'unsloth_version'"):
-        LlavaNextARConfig(unsloth_version="2026.1")
+    config = {
+        "folder": lambda: LlavaNextARConfig.from_pretrained(tmp_path),
+        "json file": lambda: LlavaNextARConfig.from_json_file(tmp_path / "config.json"),
+        "dict": lambda: LlavaNextARConfig.from_dict(written),
+    }[how]()
+    assert warned == KEPT
+    assert (config.unsloth_version, config.num_hist, config.quant) == ("2026.1", 4, {"a": [1]})
+    assert config.mm_newline_position == values.get("mm_newline_position", "one_token")
+    assert config.autoregressive_config.num_hist == values.get("autoregressive_config", {}).get("num_hist", 3)
+    saved = json.loads(config.to_json_string())
+    for name in ("unsloth_version", "mm_newline_positon", "num_hist", "quant"):
+        assert saved[name] == written[name]
+    assert saved["autoregressive_config"]["num_hsit"] == 9
+    assert saved["autoregressive_config"]["trained_by"] is None
+    assert json.loads(LlavaNextARConfig.from_dict(saved).to_json_string()) == saved
+    assert warned == KEPT
+
+
+def test_unknown_attributes_are_saved_with_a_warning(tmp_path, warned):
+    config = LlavaNextARConfig()
+    config.run_name, config.autoregressive_config.num_hsit = "a", 2
+    config.save_pretrained(tmp_path)
+    assert [text.split(" is kept")[0] for text in warned] == [
+        "unknown key 'run_name' in the model configuration",
+        "unknown key 'num_hsit' in autoregressive_config",
+    ]
+    again = LlavaNextARConfig.from_pretrained(tmp_path)
+    assert (again.run_name, again.autoregressive_config.num_hsit) == ("a", 2)
+    assert again.to_dict() == config.to_dict()
+
+
+def test_a_configuration_without_unknown_keys_is_saved_without_a_warning(tmp_path, warned):
+    LlavaNextARConfig(**OTHER, dtype="float16", attn_implementation="eager").save_pretrained(tmp_path)
+    LlavaNextARConfig.from_pretrained(tmp_path, num_labels=3, return_dict=False).save_pretrained(tmp_path)
+    assert warned == []
+
+
+def test_a_head_given_by_keyword_changes_the_files_and_keeps_its_unknown_keys(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(with_unknown_keys(LlavaNextARConfig(**OTHER).to_dict()), default=str)
+    )
+    config = LlavaNextARConfig.from_pretrained(tmp_path, autoregressive_config={"num_hist": 8})
+    assert (config.autoregressive_config.num_hist, config.autoregressive_config.num_hsit) == (8, 9)
+    assert config.autoregressive_config.num_layers == OTHER["autoregressive_config"]["num_layers"]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        (
+            {"num_hsit": 4},
+            "unknown option 'num_hsit' for the model configuration; 'num_hist' belongs in autoregressive_c",
+        ),
+        (
+            {"num_hist": 4},
+            "unknown option 'num_hist' for the model configuration; 'num_hist' belongs in autoregressive_c",
+        ),
+        ({"mm_newline_positon": "grid"}, "did you mean 'mm_newline_position'"),
+        ({"newline_position_mm": "grid"}, "did you mean 'mm_newline_position'"),
+        ({"autoregressive_config": {"num_hsit": 4}}, "'num_hsit' for autoregressive_config; did you mean 'num_hist'"),
+        ({"autoregressive_config": {"xyzzy": 4}}, "'xyzzy' for autoregressive_config; known are: "),
+        (
+            {"autoregressive_config": {"enable_autoregressive": 1}},
+            "'enable_autoregressive' belongs in the model config",
+        ),
+    ],
+)
+@pytest.mark.parametrize("for_model", [False, True])
+def test_misspelt_keywords_are_refused_whatever_the_file_holds(saved, keywords, message, for_model):
+    """`return_unused_kwargs` is how a model's own `from_pretrained` reads the configuration."""
+    path = saved / "config.json"
+    path.write_text(json.dumps(with_unknown_keys(json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match=message):
+        LlavaNextARConfig.from_pretrained(saved, return_unused_kwargs=for_model, **keywords)
+
+
+def test_keywords_of_models_and_tokenizers_pass(saved):
+    given = {
+        "device_map": "cpu",
+        "eos_token": "</s>",
+        "use_fast": True,
+        "quantization_config": None,
+        "padding_side": "left",
+    }
+    given |= {"generation_config": None, "max_length": 5, "variant": "fp16", "key_mapping": {}, "state_dict": None}
+    assert LlavaNextARConfig.from_pretrained(saved, return_unused_kwargs=True, **given)[1] == given
+
+
+@pytest.mark.parametrize("key", ["to_dict", "frame_token_layout", "sub_configs", "from_pretrained"])
+def test_an_unknown_key_of_a_file_cannot_hide_a_method(saved, key):
+    values = json.loads((saved / "config.json").read_text())
+    with pytest.raises(
+        ValueError, match=f"key '{key}' in the model configuration is the name of a method or property"
+    ):
+        LlavaNextARConfig.from_dict({**values, key: 1})
+
+
+def test_reading_a_dict_does_not_change_it():
+    values = with_unknown_keys(LlavaNextARConfig().to_dict())
+    before = copy.deepcopy(values)
+    LlavaNextARConfig.from_dict(values, faster_token_stride=3, num_labels=5, autoregressive_config={"num_hist": 8})
+    assert values == before
 
 
 def test_far_from_every_key_all_keys_are_named():
-    with pytest.raises(ValueError, match="unknown key 'xyzzy'.*known keys: .*mm_newline_position"):
+    with pytest.raises(ValueError, match="unknown option 'xyzzy'.*known are: .*mm_newline_position"):
         LlavaNextARConfig(xyzzy=1)

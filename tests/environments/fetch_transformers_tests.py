@@ -1,9 +1,9 @@
-"""The installed transformers' own test files, for tests/test_transformers_common.py.
+"""The installed transformers' own test files, for tests/modeling/test_transformers_common.py.
 
     python tests/environments/fetch_transformers_tests.py
     TRANSFORMERS_REPO=../transformers python tests/environments/fetch_transformers_tests.py
 
-They are no part of the installed package. The source distribution, which pip downloads once into `.cache/`, holds the
+They are not part of the installed package. The source distribution, which pip downloads once into `.cache/`, holds the
 files right under tests/ whose names begin with `test_`; tests/generation and the rest come only with a checkout of the
 repository, named by `TRANSFORMERS_REPO`, which is then read instead. Prints what could be had and what could not.
 """
@@ -83,12 +83,12 @@ def describe(folder: Path) -> list[str]:
 
 
 def _download(scratch: Path) -> Path:
-    for module in ("pip", "setuptools"):
-        if importlib.util.find_spec(module) is None:
-            raise TestsUnavailableError(f"{module} is not installed, with which the source distribution is fetched")
+    if importlib.util.find_spec("pip") is None:
+        raise TestsUnavailableError("pip is not installed, with which the source distribution is fetched")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "0"]
-    # pip asks a source distribution for its requirements even where it is to be kept only; setuptools answers.
-    command += ["--no-deps", "--no-build-isolation", "--no-binary", "transformers", "--dest", str(scratch)]
+    # pip builds the metadata even of what it only keeps: in an environment of its own, as the setuptools that is installed
+    # here may be too old for it.
+    command += ["--no-deps", "--no-binary", "transformers", "--dest", str(scratch)]
     try:
         subprocess.run(
             [*command, f"transformers=={installed_version()}"],
@@ -98,9 +98,9 @@ def _download(scratch: Path) -> Path:
             timeout=TIMEOUT,
         )
     except subprocess.CalledProcessError as error:
-        last = [line for line in error.stderr.strip().splitlines() if line.startswith("ERROR")] or ["no message"]
+        last = [line for line in error.stderr.splitlines() if "error" in line.lower()] or ["no message"]
         raise TestsUnavailableError(
-            f"the source distribution of transformers {installed_version()} cannot be downloaded: {last[-1]}"
+            f"the source distribution of transformers {installed_version()} cannot be downloaded: {last[-1].strip()}"
         ) from error
     except subprocess.TimeoutExpired as error:
         raise TestsUnavailableError(

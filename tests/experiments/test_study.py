@@ -259,6 +259,7 @@ def test_the_model_of_an_arm_learns_what_the_arm_says(data, bank, arm):
     batch = LlavaVideoCollator(PAD)([samples[0], samples[len(samples) - 1]])
     outputs = model(**batch, return_reconstruction=True)
     weight = model.config.autoregressive_config.loss_weight
+    assert settings.head["loss_weight"] == weight  # named by the arm, whatever the default is
     expected = outputs.main_loss + weight * outputs.autoregressive_loss
     assert outputs.loss.item() == pytest.approx(expected.item())
     grids = set(outputs.reconstruction.grids)

@@ -1,6 +1,6 @@
 """transformers' own common tests, run against our classes: once with image inputs, once with video inputs.
 
-The test files are no part of the installed package; scripts/fetch_transformers_tests.py gets what can be had of them.
+The test files are not part of the installed package; tests/environments/fetch_transformers_tests.py gets what it can.
 Where nothing can be had (offline), all of this is skipped and says so. Most of it is marked `slow`. The end of the
 output counts what passed, failed and was skipped, with every reason, and names the files that were not to be had.
 """
@@ -33,20 +33,6 @@ except fetch_transformers_tests.TestsUnavailableError as error:
 import upstream_tests  # noqa: E402
 
 UPSTREAM = upstream_tests.load(FOLDER)
-
-_set_config_for_less_flaky_test = UPSTREAM["modeling"].set_config_for_less_flaky_test
-
-
-def _set_existing_config_keys(config):
-    """The tests write the names of all models' epsilons into a config and load it again; ours refuses unknown keys."""
-    known = {id(part): set(vars(part)) for part in (config, config.text_config, config.vision_config)}
-    _set_config_for_less_flaky_test(config)
-    for part in (config, config.text_config, config.vision_config):
-        for name in set(vars(part)) - known[id(part)]:
-            delattr(part, name)
-
-
-UPSTREAM["modeling"].set_config_for_less_flaky_test = _set_existing_config_keys
 
 IMAGE_TOKEN, VIDEO_TOKEN, PAD_TOKEN = 1, 2, 0  # low, as the tests cut the vocabulary at its end
 
@@ -336,12 +322,6 @@ class TestProcessor(UPSTREAM["processing"].ProcessorTesterMixin, unittest.TestCa
     @staticmethod
     def prepare_processor_dict():
         return {"num_image_tokens": GRID**2, "vision_feature_select_strategy": "full"}
-
-    def get_component(self, attribute, **kwargs):
-        """As it is; transformers' own class for loading video processors is a stand-in without torchvision."""
-        if attribute != "video_processor":
-            return super().get_component(attribute, **kwargs)
-        return LlavaNextARVideoProcessor.from_pretrained(self.tmpdirname)
 
     def test_apply_chat_template_video_frame_sampling(self):
         """As it is up to the last lines: transformers refuses to sample from a list of images, here it is possible."""

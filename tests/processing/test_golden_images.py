@@ -74,6 +74,7 @@ def test_golden_batch(case):
         },
     ).config
     config.image_token_id, config.video_token_id = len(embed_tokens), len(embed_tokens) + 1
+    config.text_config.head_dim = 2  # whatever the width of the reference: positions rotate pairs of numbers
     model = LlavaNextARModel(config).eval()
     model.get_input_embeddings().weight[: len(embed_tokens)] = embed_tokens
     newline = case.tensor("image_newline")

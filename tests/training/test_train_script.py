@@ -498,22 +498,6 @@ def test_qlora_says_what_it_needs(work, monkeypatch):
 # --------------------------------------------------------------------------------------------------- the prototype's form
 
 
-def test_a_weight_that_the_form_of_the_prototype_leaves_out_is_the_prototypes(tmp_path):
-    common = ["--model", "m", "--train_data", "d", "--use_cpu", "true", "--output_dir", str(tmp_path)]
-
-    def weight(*documents, options=()):
-        paths = [tmp_path / f"{number}.yaml" for number in range(len(documents))]
-        for path, document in zip(paths, documents, strict=True):
-            path.write_text(yaml.safe_dump(document))
-        *_, sections, _ = recipes.parse_arguments(["--config", *map(str, paths), *common, *options])
-        return sections["autoregressive_config"].get("loss_weight")
-
-    listed = [{"type": "trainer", "config": {"num_hist": 4}}]
-    assert weight(listed) == 0.1 and weight({"num_hist": 4}) is None
-    # Whatever is said anywhere goes before what is not.
-    assert weight({"loss_weight": 0.7}, listed) == 0.7 and weight(listed, options=["--loss_weight", "0.5"]) == 0.5
-
-
 @pytest.mark.parametrize("name", ["prototype_basic", "prototype_full"])
 def test_the_forms_of_the_prototype_run_as_they_stand(work, name, monkeypatch):
     """Once a model and data are named, and nothing else."""

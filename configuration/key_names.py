@@ -1,0 +1,119 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""Unknown names: an error in keyword arguments, kept with a warning in the files of a checkpoint.
+
+A misspelt keyword is a mistake of the caller, who can correct it. A file is written by many tools, which leave keys of
+their own in it; as in transformers these are kept and saved again. Both messages name the nearest known name.
+"""
+
+import difflib
+import inspect
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+_SIMILAR = 0.6  # from this similarity on a name is worth suggesting
+_MISSPELT = 0.85  # from this one on it is a misspelling; `eos_token` and `video_token` have 0.8
+
+
+def nearest_name(name: str, known: Iterable[str], cutoff: float = 0.0) -> str | None:
+    """The known name that is most similar to `name`: by letters in their order, or by shared words.
+
+    Args:
+        name: the unknown name.
+        known: the names to choose from.
+        cutoff: similarity from 0 to 1 below which none is near.
+    """
+    words = set(name.split("_"))
+
+    def similarity(other: str) -> tuple[float, float]:
+        by_letters = difflib.SequenceMatcher(None, name, other).ratio()
+        other_words = set(other.split("_"))
+        by_words = 2 * len(words & other_words) / (len(words) + len(other_words))
+        return max(by_letters, by_words), by_letters
+
+    best = max(sorted(known), key=similarity, default=None)
+    return None if best is None or similarity(best)[0] < cutoff else best
+
+
+def refuse_unknown(
+    names: Iterable[str], known: Collection[str], where: str, elsewhere: Mapping[str, Collection[str]] | None = None
+) -> None:
+    """Raises for names that are not known.
+
+    Args:
+        names: keywords that were given.
+        known: all that may be given.
+        where: what they were given for, as the message names it.
+        elsewhere: names that may be given in another place, by that place.
+
+    Raises:
+        ValueError: naming the first unknown one, and the nearest known one, or all known ones if none is near.
+    """
+    for name in names:
+        if name not in known:
+            hint = _hint(name, known, elsewhere) or f"known are: {', '.join(sorted(known))}"
+            raise ValueError(f"unknown option {name!r} for {where}; {hint}")
+
+
+def refuse_misspelt(
+    names: Iterable[str], known: Collection[str], where: str, elsewhere: Mapping[str, Collection[str]] | None = None
+) -> None:
+    """Raises for names that are nearly known ones. Others may be addressed to another object (as in `from_pretrained`).
+
+    Args:
+        names, known, where, elsewhere: see `refuse_unknown`.
+
+    Raises:
+        ValueError: naming the first misspelt one, and the known one.
+    """
+    candidates = [*known, *(other for others in (elsewhere or {}).values() for other in others)]
+    misspelt = [name for name in names if nearest_name(name, candidates, _MISSPELT)]
+    refuse_unknown(misspelt, known, where, elsewhere)
+
+
+def warn_unknown(
+    names: Iterable[str], known: Collection[str], where: str, elsewhere: Mapping[str, Collection[str]] | None = None
+) -> None:
+    """Warns once about names that are not known.
+
+    Args:
+        names: keys that are kept.
+        known: all that have an effect.
+        where: the file or object that holds them.
+        elsewhere: see `refuse_unknown`.
+    """
+    for name in names:
+        if name not in known:
+            hint = _hint(name, known, elsewhere)
+            logger.warning_once(f"unknown key {name!r} in {where} is kept, but has no effect{hint and f'; {hint}'}")
+
+
+def keep_unknown(target: Any, values: Mapping[str, Any], where: str) -> None:
+    """Sets unknown keys of a file as attributes of the object that was built from the known ones.
+
+    Args:
+        target: the configuration or processor.
+        values: the unknown keys and their values.
+        where: the file, as the message names it.
+
+    Raises:
+        ValueError: naming a key that would hide a method or property of the object.
+    """
+    for name, value in values.items():
+        member = inspect.getattr_static(type(target), name, None)
+        if callable(member) or isinstance(member, (property, classmethod, staticmethod)):
+            raise ValueError(f"key {name!r} in {where} is the name of a method or property of {type(target).__name__}")
+        setattr(target, name, value)
+
+
+def _hint(name: str, known: Collection[str], elsewhere: Mapping[str, Collection[str]] | None) -> str:
+    """A suggestion, or an empty text if no name is near."""
+    places = {other: place for place, others in (elsewhere or {}).items() for other in others}
+    places |= dict.fromkeys(known, "")
+    nearest = nearest_name(name, places, _SIMILAR)
+    if nearest is None:
+        return ""
+    return f"{nearest!r} belongs in {places[nearest]}" if places[nearest] else f"did you mean {nearest!r}?"
