@@ -71,6 +71,7 @@ class DecordReader:
     """
 
     backend = "decord"
+    takes_stream_index = False
     turns_inexactly = False  # only by a multiple of 90 degrees, and only in MP4
 
     def __init__(
@@ -143,6 +144,7 @@ class TorchCodecReader:
     """
 
     backend = "torchcodec"
+    takes_stream_index = True
     turns_inexactly = True
 
     def __init__(
@@ -220,6 +222,8 @@ def _unlike(reader: Any, exact: Any) -> str | None:
     first = exact.first_frame()
     if first is None or not _same_times(reader.timestamps, exact.timestamps):
         return f"finds {len(reader.timestamps)} frames where there are {len(exact.timestamps)}, or other times"
+    if exact.num_streams > 1 and not reader.takes_stream_index:
+        return "chooses among its video streams by itself"
     if has_alpha(first):
         return "drops its transparency"
     if first.interlaced_frame and first.format.name.startswith(("yuv420", "yuvj420", "nv12")):

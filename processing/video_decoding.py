@@ -140,11 +140,12 @@ class PyAVReader:
         num_threads: groups of pictures that are decoded at once; threads within a group if there is but one.
     """
 
+    stream_index: int | None = None  # set when the file is first opened
+    _is_strict = _has_dts_only = _has_no_times = False
+
     def __init__(self, file: str | bytes, name: str, num_threads: int) -> None:
         self.name, self.file, self._num_threads = name, file, num_threads
-        self.stream_index: int | None = None
         self._packets_are_frames = True
-        self._is_strict = self._has_dts_only = self._has_no_times = False
         self.missing = 0
         self._oblique: set[str] = set()  # display matrices that were reported
         self._opened = contextlib.ExitStack()
@@ -170,7 +171,7 @@ class PyAVReader:
             VideoReadError: if it is no video.
         """
         reader = cls.__new__(cls)  # without the pass over all packets, which would read the whole file
-        reader.name, reader.file, reader.stream_index = name, file, None
+        reader.name, reader.file = name, file
         try:
             with reader._open() as opened:
                 if opened.container.format.name == "avi":  # its header counts the empty places between frames
@@ -217,6 +218,7 @@ class PyAVReader:
         streams = [stream for stream in streams if stream.codec_context is not None]
         if not streams:
             raise VideoReadError(self.name, "FFmpeg has no decoder for its codec")
+        self.num_streams = len(streams)
         counts: Counter[int] = Counter()
         if len(streams) > 1:
             with self._container() as other:
@@ -304,6 +306,7 @@ class PyAVReader:
         # A damaged packet may decode all the same, as at the seam of joined MPEG-TS files.
         self._is_strict = is_corrupt
         first_key = next((position for position, packet in enumerate(packets) if packet.is_key), 0)
+        self._first_key = first_key
         self._num_skipped = 0 if opened.codec.name in _JUDGING_CODECS else first_key
         is_reordered = self._has_dts_only and opened.codec.has_b_frames
         if is_corrupt or is_reordered or self._has_no_times or None in pts or len(set(pts)) < len(pts):
@@ -313,23 +316,26 @@ class PyAVReader:
         self._position = {time: position for position, time in enumerate(pts)}
         self._seek_to = [p if packet.dts is None else packet.dts for p, packet in zip(pts, packets, strict=True)]
         self._pts = np.array(pts, dtype=np.int64)
-        keys = np.flatnonzero([packet.is_key for packet in packets])
-        self._keys = keys if len(keys) and keys[0] == 0 else np.insert(keys, 0, 0)
+        self._keys = np.flatnonzero([packet.is_key for packet in packets])
+        if not len(self._keys):
+            self._keys = np.array([0])
         is_frame = ~np.array([packet.is_hidden for packet in packets])
-        self._drop_undecodable(is_frame, first_key)
+        self._drop_undecodable(is_frame)
         self._set_packet_times(is_frame)
 
-    def _drop_undecodable(self, is_frame: np.ndarray, first_key: int) -> None:
+    def _drop_undecodable(self, is_frame: np.ndarray) -> None:
         """Takes the frames out of `is_frame` `[packets]` that are shown before the first key frame and need frames
         before the start of the file. Some need none (RADL pictures of H.265, recovery points): decoding decides."""
-        is_leading = is_frame & (self._pts < self._pts[first_key])
-        is_leading[:first_key] = is_frame[:first_key]
+        start = self._pts[self._first_key]
+        is_leading = is_frame & (self._pts < start)
+        is_leading[: self._first_key] = is_frame[: self._first_key]
         if not is_leading.any():
             return
-        start = self._pts[first_key]
         decoded = {
             frame.pts for frame in itertools.takewhile(lambda frame: frame.pts < start, self._intact_frames([]))
         }
+        if any(self._position[pts] < self._first_key for pts in decoded):
+            self._keys = np.insert(self._keys, 0, 0)
         is_lost = is_leading & ~np.isin(self._pts, list(decoded))
         is_frame &= ~is_lost
         self.missing += int(is_lost.sum())
@@ -443,11 +449,14 @@ class PyAVReader:
     ) -> tuple[set[int], set[int]]:
         """Emits the wanted frames of a group; (indices emitted, indices lost to damage)."""
         done: set[int] = set()
+        to_rgb.matrix = None
         damaged_from = None  # position; what is decoded later may depend on it
         try:
             for frame in self._frames_of_group(opened, group, seek):
-                if frame.pts is None or (group.first and frame.pts < self._pts[group.first]):
+                if frame.pts is None or (group.first != self._keys[0] and frame.pts < self._pts[group.first]):
                     continue  # shown before the key frame: needs the group before and is wanted from there
+                if frame.key_frame:
+                    to_rgb.observe(frame)
                 if frame.is_corrupt:
                     position = self._position.get(frame.pts, group.first)
                     damaged_from = position if damaged_from is None else min(position, damaged_from)
@@ -482,7 +491,8 @@ class PyAVReader:
             started = True
             if may_skip:
                 codec.skip_frame = "DEFAULT" if packet.pts in group.wanted else "NONREF"
-            yield from codec.decode(packet)
+            with contextlib.suppress(*([av.FFmpegError] if position < self._first_key else [])):
+                yield from codec.decode(packet)
             if position == group.last:
                 break
         if seek and not started:
@@ -492,7 +502,8 @@ class PyAVReader:
     def _intact_frames(self, lost: list[str]) -> Iterator[Any]:
         """Decodes all: the frames that came out whole, in order of time. `lost` receives the reason of each loss."""
         with self._open() as opened:
-            _set_threads(opened.codec, self._num_threads)
+            # One thread where errors must be told from those before the first key frame: several report them late.
+            _set_threads(opened.codec, 1 if self._first_key else self._num_threads)
             packets = itertools.islice(self._packets(opened.container, opened.stream, lost), self._num_skipped, None)
             started, intact = False, True
             for packet in itertools.chain(packets, [None]):  # None: frames that the decoder still holds back
@@ -519,6 +530,8 @@ class PyAVReader:
     def _read_all(self, indices: np.ndarray, emit: Emit) -> set[int]:
         wanted, to_rgb = set(indices.tolist()), RgbConverter(self._report_oblique)
         for index, frame in enumerate(self._intact_frames([])):
+            if frame.key_frame:
+                to_rgb.observe(frame)
             if index in wanted:
                 emit(index, to_rgb(frame))
                 wanted.remove(index)

@@ -161,12 +161,16 @@ class RgbConverter:
     what is costly to set up.
 
     Args:
-        report: called with the display matrix of each frame that has one.
+        report: called with the display matrix of each frame that is turned.
+
+    Attributes:
+        matrix: display matrix of frames that have none of their own: some codecs store it with key frames alone.
     """
 
     def __init__(self, report: Callable[[list[int]], None]) -> None:
         self._reformatter, self._thumbnails = (av.video.reformatter.VideoReformatter() for _ in range(2))
         self._report = report
+        self.matrix: list[int] | None = None
         self._has_alpha: dict[str, bool] = {}  # by pixel format
 
     def __call__(self, frame: Any) -> np.ndarray:
@@ -177,11 +181,15 @@ class RgbConverter:
             rgb = on_white(self._reformatter.reformat(frame, format="rgba", threads=1).to_ndarray())
         else:
             rgb = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        matrix = display_matrix(frame, self._thumbnails)
-        if matrix is None:
+        self.observe(frame)
+        if self.matrix is None:
             return rgb
-        self._report(matrix)
-        return upright(rgb, matrix)
+        self._report(self.matrix)
+        return upright(rgb, self.matrix)
+
+    def observe(self, frame: Any) -> None:
+        """Takes the display matrix of a frame, if it has one, for the frames after it."""
+        self.matrix = display_matrix(frame, self._thumbnails) or self.matrix
 
 
 def has_alpha(frame: Any) -> bool:
