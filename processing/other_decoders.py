@@ -179,20 +179,18 @@ class TorchCodecReader:
         self._decoder = None
 
     def read(self, indices: np.ndarray, emit: Emit) -> set[int]:
-        lost = set()
         for index in indices.tolist():
             try:
                 frame = self._decoder.get_frame_at(index)
             except (RuntimeError, IndexError) as error:
-                logger.debug("%s: decoding fails at frame %d: %s", self.name, index, _first_line(error))
-                lost.add(index)
-                continue
+                cause = f"torchcodec does not decode frame {index} ({_first_line(error)}); use the back end 'pyav'"
+                raise VideoReadError(self.name, cause) from error
             off = frame.pts_seconds - self._start - self.timestamps[index]
             if abs(off) > _TIME_TOLERANCE:
                 cause = f"torchcodec returned a frame {off:+.3f} s from number {index}; use the back end 'pyav'"
                 raise VideoReadError(self.name, cause)
             emit(index, frame.data.numpy())
-        return lost
+        return set()
 
 
 def checked_reader(

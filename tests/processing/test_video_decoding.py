@@ -112,6 +112,10 @@ def test_pyav_gives_the_frames_of_a_full_decode(clips, name, num_threads):
 @pytest.mark.parametrize("backend", ["decord", "torchcodec"])
 def test_other_back_ends_give_the_same_frames(clips, name, backend):
     require(backend)
+    if (backend, name) == ("torchcodec", "intra_refresh.mp4"):
+        with pytest.raises(VideoReadError, match="torchcodec does not decode frame .* use the back end 'pyav'"):
+            load_video(clips(name), backend=backend)
+        return
     truth = decode_everything(clips(name))
     for num_frames in (1, 2, 7, 48):
         assert_true_frames(load_video(clips(name), FrameSampling(num_frames=num_frames), backend=backend), truth)
@@ -129,6 +133,10 @@ def test_frames_hidden_by_an_edit_list_are_not_frames(clips, tmp_path, backend):
     require(backend)
     path = hide_first_frames(clips("b_frames.mp4"), tmp_path / "edited.mp4", 5)
     original = decode_everything(clips("b_frames.mp4"))
+    if backend == "torchcodec":
+        with pytest.raises(VideoReadError, match="torchcodec returned a frame .* use the back end 'pyav'"):
+            load_video(path, backend=backend)
+        return
     video = load_video(path, backend=backend)
     assert video.total_frames == 43
     assert np.array_equal(video.frames.permute(0, 2, 3, 1).numpy(), original.frames[5:])
