@@ -52,9 +52,10 @@ _PIXEL_KEYS = {
 _FILE_KEYS = {"auto_map", "processor_class", "video_processor_type"}
 
 _FAST_SLOW_SETTINGS = ("fast_stride", "slow_stride", "num_fast", "num_slow")
-_OPTIONAL_SETTINGS = ("fps", "max_frames", "sample_rate", "force_sample")
+_OPTIONAL_SETTINGS = ("fps", "max_frames", "sample_rate", "force_sample", "short_clip")
 _SETTINGS = ("num_frames", *_OPTIONAL_SETTINGS, *_FAST_SLOW_SETTINGS)
-_READ_FPS = ("fps", "llava_video", "llava_video_pyav")
+_READ_FPS = ("fps", "fps_time", "llava_video", "llava_video_pyav")
+_READ_NUM_FRAMES = ("num_frames", "uniform_time")
 
 
 def choose_policy(stored: str, given: Mapping[str, Any]) -> str:
@@ -87,7 +88,7 @@ def choose_policy(stored: str, given: Mapping[str, Any]) -> str:
     elif "sample_rate" in given:
         policy = "every_nth"
     elif "num_frames" in given:
-        policy = stored if stored == "num_frames" else "uniform"
+        policy = stored if stored in _READ_NUM_FRAMES else "uniform"
     else:
         policy = "uniform" if fast_slow is False and stored == "fast_slow" else stored
     if not isinstance(policy, str) or policy not in SAMPLING_POLICIES:
@@ -118,8 +119,9 @@ def choose_sampling(stored: Mapping[str, Any], given: Mapping[str, Any]) -> Fram
 class LlavaNextARVideoProcessorKwargs(VideosKwargs, total=False):
     r"""
     sampling (`str`, *optional*, defaults to `"uniform"`):
-        Which frames: `uniform | num_frames | fps | every_nth | fast_slow`, or one of the `llava_*` policies that
-        reproduce LLaVA-NeXT. `uniform` gives all frames of a clip that has no more than `num_frames`.
+        Which frames: `uniform | num_frames | fps | every_nth | fast_slow`, `uniform_time | fps_time` for videos whose
+        frame rate varies, or one of the `llava_*` policies that reproduce LLaVA-NeXT. `uniform` gives all frames of a
+        clip that has no more than `num_frames`.
     max_frames (`int`, *optional*):
         Upper limit for the policies that go by frame rate.
     sample_rate (`int`, *optional*):
@@ -131,8 +133,10 @@ class LlavaNextARVideoProcessorKwargs(VideosKwargs, total=False):
         wider.
     force_sample (`bool`, *optional*, defaults to `False`):
         Whether `llava_*` policies repeat frames of short clips.
+    short_clip (`str`, *optional*):
+        `all | error`: what a clip with fewer frames than are asked for gives. By default all, with `num_frames` an error.
     video_backend (`str`, *optional*, defaults to `"auto"`):
-        `auto | decord | pyav`.
+        `auto | decord | pyav | torchcodec`.
     resize_backend (`str`, *optional*, defaults to `"torch"`):
         `torch | pil`.
     enable_multiscale (`bool`, *optional*, defaults to `False`):
@@ -152,6 +156,7 @@ class LlavaNextARVideoProcessorKwargs(VideosKwargs, total=False):
     num_fast: int | None
     num_slow: int | None
     force_sample: bool | None
+    short_clip: str | None
     video_backend: VideoBackend | None
     resize_backend: ResizeBackend | None
     enable_multiscale: bool | None
@@ -227,6 +232,7 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
     num_fast = 8
     num_slow = 8
     force_sample = False
+    short_clip = None
     video_backend = "auto"
     resize_backend = "torch"
     enable_multiscale = False
