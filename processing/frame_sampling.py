@@ -1,13 +1,19 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Which frames of a clip the model gets to see.
+"""Policies that choose which frames of a clip the model sees.
 
-Each policy is a pure function from the length of a clip (and its frame rate) to frame indices, and says what a short
-clip gives. `FrameSampling` is the validated choice of one policy with its settings:
+Each policy is a pure function from the length of a clip (and its frame rate or times) to frame indices. `FrameSampling`
+is the validated choice of one policy with its settings:
 
     FrameSampling(policy="uniform", num_frames=8).select(total_frames=300, native_fps=30.0).indices
     # array([  0,  42,  85, 128, 170, 213, 256, 299])
 
-The three `llava_*` policies reproduce LLaVA-NeXT (https://github.com/LLaVA-VL/LLaVA-NeXT), frame for frame.
+Most policies count frames. `uniform_time` and `fps_time` go by the times at which frames are shown, which differs where
+the frame rate varies. The three `llava_*` policies reproduce LLaVA-NeXT (https://github.com/LLaVA-VL/LLaVA-NeXT), frame
+for frame.
+
+A clip with fewer frames than are asked for gives all that it has, each once; with `short_clip="error"` it is an error.
+That is the default of one policy, `num_frames`, which samples as transformers does. Only `force_sample` and
+`llava_frame_folder` repeat frames, as LLaVA-NeXT does.
 """
 
 import inspect
@@ -19,8 +25,8 @@ import numpy as np
 SLOW, FAST = 0, 1  # as `FrameType` in frame_token_layout.py
 
 
-# Arguments by position: the clip. By name: the keys of `FrameSampling` that the policy reads; those without a
-# default must be set.
+# Arguments by position: the clip, for policies by time with `times` [total_frames] in seconds. By name: the keys of
+# `FrameSampling` that the policy reads; those without a default must be set.
 
 
 def uniform(total_frames: int, native_fps: float | None, *, num_frames: int) -> np.ndarray:
@@ -31,11 +37,10 @@ def uniform(total_frames: int, native_fps: float | None, *, num_frames: int) -> 
     return _spread(total_frames, num_frames)
 
 
-def exactly_num_frames(total_frames: int, native_fps: float | None, *, num_frames: int) -> np.ndarray:
-    """`num_frames` frames, each at the start of one of as many equal parts, as transformers samples. Raises ValueError
-    for a clip that has fewer."""
-    if num_frames > total_frames:
-        raise ValueError(f"num_frames={num_frames} is more than the {total_frames} frames of the video")
+def starts_of_parts(total_frames: int, native_fps: float | None, *, num_frames: int) -> np.ndarray:
+    """`num_frames` frames, each at the start of one of as many equal parts, as transformers samples. A clip that has no
+    more gives each of its frames once."""
+    num_frames = min(num_frames, total_frames)
     return np.arange(num_frames) * total_frames // num_frames
 
 
@@ -47,7 +52,34 @@ def frames_per_second(
     n-th frame instead.)"""
     num_frames = max(1, int(total_frames / _known("fps", native_fps) * fps))
     num_frames = min(num_frames, total_frames, total_frames if max_frames is None else max_frames)
-    return exactly_num_frames(total_frames, native_fps, num_frames=num_frames)
+    return starts_of_parts(total_frames, native_fps, num_frames=num_frames)
+
+
+def uniform_time(total_frames: int, times: np.ndarray, *, num_frames: int) -> np.ndarray:
+    """`num_frames` frames nearest to as many times, evenly spaced from the first frame to the last, none of them
+    twice. A clip that has no more gives each of its frames once."""
+    if total_frames <= num_frames:
+        return np.arange(total_frames)
+    wanted = np.linspace(times[0], times[-1], num_frames)
+    after = np.searchsorted(times, wanted).clip(1, total_frames - 1)
+    nearest = np.where(wanted - times[after - 1] <= times[after] - wanted, after - 1, after)
+    # Where several times share a frame, its neighbours serve: indices rise by at least 1, and leave room for the rest.
+    places = np.arange(num_frames)
+    rising = np.maximum.accumulate(nearest - places) + places
+    return np.minimum(rising, total_frames - num_frames + places)
+
+
+def frames_per_second_time(
+    total_frames: int, times: np.ndarray, *, fps: float, max_frames: int | None = None
+) -> np.ndarray:
+    """The frames on show at 0, 1 / `fps`, 2 / `fps`, ... seconds, each once, however long it is shown. If these are
+    more than `max_frames`, that many as `uniform_time` takes them. A short clip gives at least its first frame."""
+    last = times[-1] - times[0]
+    ticks = times[0] + np.arange(int(min(last * fps + 1e-6, 2**24)) + 1) / fps
+    indices = np.unique(np.searchsorted(times, ticks + 1e-6, side="right") - 1)
+    if max_frames is None or len(indices) <= max_frames:
+        return indices
+    return uniform_time(total_frames, times, num_frames=max_frames)
 
 
 def every_nth(
@@ -143,14 +175,19 @@ def llava_frame_folder(
 
 SAMPLING_POLICIES: dict[str, Callable[..., np.ndarray | tuple[np.ndarray, np.ndarray]]] = {
     "uniform": uniform,
-    "num_frames": exactly_num_frames,
+    "num_frames": starts_of_parts,
     "fps": frames_per_second,
+    "uniform_time": uniform_time,
+    "fps_time": frames_per_second_time,
     "every_nth": every_nth,
     "fast_slow": fast_slow,
     "llava_video": llava_video,
     "llava_video_pyav": llava_video_pyav,
     "llava_frame_folder": llava_frame_folder,
 }
+
+
+SHORT_CLIPS = ("all", "error")
 
 
 @dataclass(frozen=True)
@@ -178,6 +215,8 @@ class FrameSampling:
         sample_rate: every how many frames `every_nth` takes one.
         fast_stride, slow_stride, num_fast, num_slow: read by `fast_slow`.
         force_sample: whether `llava_*` repeat frames of short clips.
+        short_clip: `"all"` or `"error"`: result for a clip from which the policy takes fewer frames than `num_frames`,
+            or than `max_frames` for policies that read that. None is `"error"` for policy `num_frames`, else `"all"`.
 
     Raises:
         ValueError: for a value out of range, a setting that the policy needs and lacks, or one it would ignore.
@@ -193,12 +232,15 @@ class FrameSampling:
     num_fast: int = 8
     num_slow: int = 8
     force_sample: bool = False
+    short_clip: str | None = None
 
     def __post_init__(self) -> None:
         if self.policy not in SAMPLING_POLICIES:
             raise ValueError(f"policy={self.policy!r} is not one of {', '.join(SAMPLING_POLICIES)}")
         read = _settings_of(self.policy)
-        for key in (field.name for field in fields(self) if field.name != "policy"):
+        if self.short_clip not in (None, *SHORT_CLIPS):
+            raise ValueError(f"short_clip={self.short_clip!r} is not one of {', '.join(SHORT_CLIPS)}")
+        for key in (field.name for field in fields(self) if field.name not in ("policy", "short_clip")):
             value = getattr(self, key)
             if value is None or value is False:
                 if key in read and read[key].default is inspect.Parameter.empty:
@@ -215,18 +257,39 @@ class FrameSampling:
                 raise ValueError(
                     f"{key}={value!r} has no effect with policy={self.policy!r}, which reads {', '.join(read)}"
                 )
+        if self.short_clip == "error" and self._asked() is None:
+            raise ValueError(f"short_clip='error' has no effect with policy={self.policy!r} without max_frames")
 
-    def select(self, total_frames: int, native_fps: float | None = None) -> SampledFrames:
-        """Chooses among the frames 0 ... total_frames - 1 of a clip with `native_fps` frames a second.
+    def _asked(self) -> int | None:
+        """Number of frames that are asked for, if it does not depend on the clip."""
+        return self.num_frames if "num_frames" in _settings_of(self.policy) else self.max_frames
+
+    def select(
+        self, total_frames: int, native_fps: float | None = None, times: np.ndarray | None = None
+    ) -> SampledFrames:
+        """Chooses among the frames 0 ... total_frames - 1 of a clip.
+
+        Args:
+            native_fps: frames per second, for policies that go by it.
+            times: `[total_frames]` seconds, not decreasing, for policies by time. None: evenly spaced at `native_fps`.
 
         Raises:
-            ValueError: if the clip is empty, or its policy refuses it (see there).
+            ValueError: if the clip is empty, if the policy lacks rate or times, or fails as its docstring says, or if
+                the clip is too short for `short_clip="error"`.
         """
         if total_frames < 1:
             raise ValueError(f"total_frames={total_frames} must be at least 1")
         settings = {key: getattr(self, key) for key in _settings_of(self.policy)}
-        chosen = SAMPLING_POLICIES[self.policy](total_frames, native_fps, **settings)
+        clip = _times_of(self.policy, total_frames, native_fps, times) if _goes_by_time(self.policy) else native_fps
+        chosen = SAMPLING_POLICIES[self.policy](total_frames, clip, **settings)
         indices, types = chosen if isinstance(chosen, tuple) else (chosen, None)
+        is_error = self.short_clip == "error" or (self.short_clip is None and self.policy == "num_frames")
+        if is_error and len(indices) < self._asked():
+            key = "num_frames" if "num_frames" in settings else "max_frames"
+            raise ValueError(
+                f"{key}={self._asked()} is more than the {total_frames} frames of the video, from which "
+                f"policy={self.policy!r} takes {len(indices)}; short_clip='all' returns these"
+            )
         return SampledFrames(indices.astype(np.int64), None if types is None else tuple(types.tolist()))
 
 
@@ -260,6 +323,19 @@ def _at_most(indices: np.ndarray, max_frames: int | None, total_frames: int) -> 
     if max_frames is None or len(indices) <= max_frames:
         return indices
     return _spread(total_frames, max_frames)
+
+
+def _goes_by_time(policy: str) -> bool:
+    return "times" in inspect.signature(SAMPLING_POLICIES[policy]).parameters
+
+
+def _times_of(policy: str, total_frames: int, native_fps: float | None, times: np.ndarray | None) -> np.ndarray:
+    if times is None:
+        return np.arange(total_frames) / (_known(policy, native_fps) if policy == "fps_time" else native_fps or 1.0)
+    times = np.asarray(times, dtype=np.float64)
+    if times.shape != (total_frames,) or not np.all(np.isfinite(times)) or np.any(np.diff(times) < 0):
+        raise ValueError(f"times must be {total_frames} finite seconds that do not decrease, got {times!r}")
+    return times
 
 
 def _known(policy: str, native_fps: float | None) -> float:

@@ -84,7 +84,7 @@ class VideoFrames:
         indices: `[T]` int64, which frames of the video these are, in order of time.
         frame_types: 0 (slow) or 1 (fast) for each frame, if the policy has types.
         fps: average frame rate of the video.
-        duration: seconds, the last frame of the video shown for `1 / fps` included.
+        duration: seconds, for which the last frame of the video is shown included (`1 / fps` where the file has none).
         total_frames: of the video, those that can be read.
         source: name of the video, for messages.
         missing: how many frames could not be read; above 0 only with `allow_partial`.
@@ -133,8 +133,8 @@ def load_video(
             `[T, C, H, W]`, uint8 or float in [0, 1], C = 1, 3 or 4), a list of images (PIL, arrays, paths), or a
             folder of images. Grey is repeated, transparency laid on white.
         sampling: which frames; None for all of them.
-        backend: `"pyav"`, `"decord"`, or `"auto"`: PyAV if it is installed, else decord. Measured, PyAV is the faster
-            and the more exact one (see video_decoding.py).
+        backend: `"pyav"`, `"decord"`, `"torchcodec"`, or `"auto"`: PyAV if it is installed, else one of the others.
+            Measured, PyAV is the fastest and the most exact one (see video_decoding.py).
         size: `(h, w)`, or one number for a square; None leaves frames as they are.
         other_sizes: further sizes, resized from the same decoded frames, returned as `other_scales`.
         resample, resize_backend: see `resize_frames`.
@@ -147,7 +147,7 @@ def load_video(
         VideoReadError: if the video is missing, no video, damaged or empty. Names the source and the cause.
         ValueError: if the sampling policy refuses the video or an argument is out of range.
         TypeError: if `source` is none of the above.
-        ImportError: if the back end is not installed.
+        ImportError: if the back end is not installed, or too old.
     """
     sizes = [None if size is None else _size(size), *map(_size, other_sizes)]
     _check_resize_options(resample, resize_backend)
@@ -169,7 +169,7 @@ def load_video(
             indices=torch.from_numpy(indices),
             frame_types=None if sampled.frame_types is None else tuple(sampled.frame_types[k] for k in kept),
             fps=reader.fps,
-            duration=float(reader.timestamps[-1]) + 1 / reader.fps,
+            duration=reader.duration,
             total_frames=len(reader.timestamps),
             source=reader.name,
             missing=missing,
@@ -207,7 +207,10 @@ def _read_sampled(
     """(which frames, their pixels `[T, 3, h, w]` for each size, which indices could not be decoded)."""
     while True:
         total = len(reader.timestamps)
-        sampled = SampledFrames(np.arange(total)) if sampling is None else sampling.select(total, reader.fps)
+        if sampling is None:
+            sampled = SampledFrames(np.arange(total))
+        else:
+            sampled = sampling.select(total, reader.fps, reader.timestamps)
         distinct, place_of = np.unique(sampled.indices, return_inverse=True)  # some policies repeat frames
         stacks = [_FrameStack(len(distinct), size, resample, resize_backend, reader.name) for size in sizes]
 
@@ -361,14 +364,16 @@ class MultiScaleVideoFrameLoader:
         target_size: tuple[int, int] | int = (384, 384),
         enable_multiscale: bool = False,
         scale_factors: Sequence[float] = (1.0, 0.75, 0.5),
+        short_clip: str = "all",
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Every `sample_rate`-th frame, evenly thinned to `max_frames`; a short clip gives fewer.
+        """Every `sample_rate`-th frame, evenly thinned to `max_frames`.
 
         Args:
             video_path: any source that `load_video` takes.
             target_size: `(h, w)`, or one number for a square.
             enable_multiscale: whether to return one tensor for each of `scale_factors`.
             scale_factors: the sizes as fractions of `target_size`, rounded to whole pixels.
+            short_clip: `"all"`: a clip that has fewer than `max_frames` gives these; `"error"`: ValueError.
 
         Returns:
             `[T, 3, h, w]` float32 in [0, 1], or a list of such. Raises what `load_video` raises.
@@ -378,7 +383,9 @@ class MultiScaleVideoFrameLoader:
         if not factors or min(factors) <= 0:
             raise ValueError(f"scale_factors must be one or more numbers above 0, got {scale_factors!r}")
         sizes = [(max(1, round(height * factor)), max(1, round(width * factor))) for factor in factors]
-        sampling = FrameSampling(policy="every_nth", sample_rate=sample_rate, max_frames=max_frames)
+        sampling = FrameSampling(
+            policy="every_nth", sample_rate=sample_rate, max_frames=max_frames, short_clip=short_clip
+        )
         video = load_video(video_path, sampling, size=sizes[0], other_sizes=sizes[1:], **self._options)
         scales = [scale.to(torch.float32).div_(255) for scale in (video.frames, *video.other_scales)]
         return scales if enable_multiscale else scales[0]
@@ -502,6 +509,7 @@ class ImageReader:
         self.name, self.images, self.missing = name, images, 0
         self.fps = float(fps or IMAGE_FPS)
         self.timestamps = np.arange(len(images)) / self.fps
+        self.duration = len(images) / self.fps
 
     def read(self, indices: np.ndarray, emit: Emit) -> set[int]:
         for index in indices.tolist():

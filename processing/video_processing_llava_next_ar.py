@@ -62,6 +62,7 @@ _SETTINGS = tuple(field.name for field in fields(FrameSampling) if field.name !=
 _OPTIONAL_SETTINGS = tuple(name for name in _SETTINGS if not getattr(FrameSampling, name))
 _FAST_SLOW_SETTINGS = tuple(inspect.getfullargspec(SAMPLING_POLICIES["fast_slow"]).kwonlyargs)
 _READ_FPS = tuple(name for name, read in SAMPLING_POLICIES.items() if "fps" in inspect.getfullargspec(read).kwonlyargs)
+_READ_NUM_FRAMES = ("num_frames", "uniform_time")
 
 
 def choose_policy(stored: str, given: Mapping[str, Any]) -> str:
@@ -94,7 +95,7 @@ def choose_policy(stored: str, given: Mapping[str, Any]) -> str:
     elif "sample_rate" in given:
         policy = "every_nth"
     elif "num_frames" in given:
-        policy = stored if stored == "num_frames" else "uniform"
+        policy = stored if stored in _READ_NUM_FRAMES else "uniform"
     else:
         policy = "uniform" if fast_slow is False and stored == "fast_slow" else stored
     if not isinstance(policy, str) or policy not in SAMPLING_POLICIES:
@@ -137,8 +138,9 @@ def head_sampling(config: Any) -> dict[str, Any]:
 class LlavaNextARVideoProcessorKwargs(VideosKwargs, total=False):
     r"""
     sampling (`str`, *optional*, defaults to `"uniform"`):
-        Which frames: `uniform | num_frames | fps | every_nth | fast_slow`, or one of the `llava_*` policies that
-        reproduce LLaVA-NeXT. `uniform` gives all frames of a clip that has no more than `num_frames`.
+        Which frames: `uniform | num_frames | fps | every_nth | fast_slow`, `uniform_time | fps_time` for videos whose
+        frame rate varies, or one of the `llava_*` policies that reproduce LLaVA-NeXT. `uniform` gives all frames of a
+        clip that has no more than `num_frames`.
     max_frames (`int`, *optional*):
         Upper limit for the policies that go by frame rate.
     sample_rate (`int`, *optional*):
@@ -150,8 +152,10 @@ class LlavaNextARVideoProcessorKwargs(VideosKwargs, total=False):
         wider.
     force_sample (`bool`, *optional*, defaults to `False`):
         Whether `llava_*` policies repeat frames of short clips.
+    short_clip (`str`, *optional*):
+        `all | error`: what a clip with fewer frames than are asked for gives. By default all, with `num_frames` an error.
     video_backend (`str`, *optional*, defaults to `"auto"`):
-        `auto | decord | pyav`.
+        `auto | decord | pyav | torchcodec`.
     resize_backend (`str`, *optional*, defaults to `"torch"`):
         `torch | pil`.
     enable_multiscale (`bool`, *optional*, defaults to `False`):
@@ -171,6 +175,7 @@ class LlavaNextARVideoProcessorKwargs(VideosKwargs, total=False):
     num_fast: int | None
     num_slow: int | None
     force_sample: bool | None
+    short_clip: str | None
     video_backend: VideoBackend | None
     resize_backend: ResizeBackend | None
     enable_multiscale: bool | None
@@ -246,6 +251,7 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
     num_fast = FrameSampling.num_fast
     num_slow = FrameSampling.num_slow
     force_sample = FrameSampling.force_sample
+    short_clip = FrameSampling.short_clip
     video_backend = "auto"
     resize_backend = "torch"
     enable_multiscale = False

@@ -108,7 +108,7 @@ REQUIRED = {
     *("PIL", "huggingface_hub", "jinja2", "numpy", "packaging", "tokenizers", "torch", "transformers"),
 }
 # These are tried, and told of when something that needs them is called.
-OPTIONAL = {"av", "decord", "liger_kernel", "matplotlib", "transformers"}
+OPTIONAL = {"av", "decord", "liger_kernel", "matplotlib", "torchcodec", "transformers"}
 
 
 def third_party(source: str) -> tuple[set[str], set[str]]:

@@ -183,6 +183,7 @@ def test_every_policy_stays_inside_the_clip_and_in_order(total, native, limit, d
     policy = data.draw(st.sampled_from(sorted(SAMPLING_POLICIES)))
     needed = {"fps": {"fps": 0.25}, "every_nth": {"sample_rate": 7}, "llava_video": {"fps": 0.25, "max_frames": limit}}
     needed["llava_video_pyav"] = {"fps": 0.25}
+    needed["fps_time"] = {"fps": 0.25, "max_frames": limit}
     try:
         sampled = FrameSampling(policy=policy, num_frames=limit, **needed.get(policy, {})).select(total, native)
     except ValueError:
@@ -190,6 +191,82 @@ def test_every_policy_stays_inside_the_clip_and_in_order(total, native, limit, d
         return
     assert sampled.indices.dtype == np.int64 and len(sampled.indices) >= 1
     assert sampled.indices.min() >= 0 and sampled.indices.max() < total and np.all(np.diff(sampled.indices) >= 0)
+
+
+# -- Policies by time
+
+SLOW_THEN_FAST = np.concatenate([np.arange(41) / 20.5, 2 + np.arange(6) * 8 / 5])  # 41 frames in 2 s, 6 in the next 8
+
+
+def by_time(policy: str, times: np.ndarray, **settings) -> list[int]:
+    return FrameSampling(policy=policy, **settings).select(len(times), None, times).indices.tolist()
+
+
+def test_frames_per_second_of_a_variable_rate():
+    """By index, fps=1 takes most of its frames from the busy first two seconds (decord#26, lerobot#3513)."""
+    rate = len(SLOW_THEN_FAST) / 10
+    by_index = select("fps", len(SLOW_THEN_FAST), rate, fps=1)
+    assert sum(SLOW_THEN_FAST[by_index] < 2) > 7
+    chosen = by_time("fps_time", SLOW_THEN_FAST, fps=1)
+    assert sum(SLOW_THEN_FAST[chosen] < 2) == 2
+    assert chosen == [0, 20, 41, 42, 43, 44, 45, 46], "on show at 0, 1, ..., 10 s, each once"
+    assert by_time("fps_time", SLOW_THEN_FAST, fps=1, max_frames=3) == [0, 43, 46]
+
+
+def test_uniform_in_time():
+    chosen = by_time("uniform_time", SLOW_THEN_FAST, num_frames=6)
+    assert chosen == [0, 41, 42, 43, 45, 46], "nearest to 0, 2, 4, ..., 10 s, the earlier of two"
+    assert by_time("uniform_time", SLOW_THEN_FAST, num_frames=99) == list(range(47))
+    assert by_time("uniform_time", SLOW_THEN_FAST, num_frames=1) == [0]
+    assert by_time("uniform_time", np.zeros(4), num_frames=2) == [0, 1], "no times at all"
+
+
+@given(gaps=st.lists(st.floats(0, 100), min_size=0, max_size=60), num=counts, fps=st.floats(0.1, 90))
+def test_policies_by_time_take_distinct_frames_in_order(gaps, num, fps):
+    times = np.cumsum([0.0, *gaps])
+    chosen = by_time("uniform_time", times, num_frames=num)
+    assert len(chosen) == min(num, len(times)) and chosen == sorted(set(chosen)) and chosen[0] == 0
+    chosen = by_time("fps_time", times, fps=fps)
+    assert chosen == sorted(set(chosen)) and 0 <= chosen[0] and chosen[-1] < len(times)
+    ticks = np.arange(len(times)) / fps
+    for index in chosen:  # each is on show at a tick
+        end = times[index + 1] if index + 1 < len(times) else np.inf
+        first = np.ceil((times[index] - 2e-6) * fps) / fps
+        assert first < end + 1e-5 or not ticks.size
+
+
+@given(total=totals, native=rates, num=counts)
+def test_policies_by_time_are_those_by_index_at_a_constant_rate(total, native, num):
+    even = select("uniform_time", total, native, num_frames=num)
+    assert np.abs(np.array(even) - select("uniform", total, native, num_frames=num)).max() <= 1
+    step = int(max(1, native // 5))
+    if native == int(native):
+        taken = select("fps_time", total, native, fps=native / step)
+        assert taken == list(range(0, total, step))
+
+
+def test_policies_by_time_need_times_or_a_rate():
+    with pytest.raises(ValueError, match="policy 'fps_time' needs the frame rate"):
+        select("fps_time", 10, None, fps=1)
+    with pytest.raises(ValueError, match="times must be 3 finite seconds that do not decrease"):
+        FrameSampling(policy="uniform_time", num_frames=2).select(3, 1.0, np.array([0.0, 2.0, 1.0]))
+
+
+# -- Clips that are too short
+
+
+@pytest.mark.parametrize("policy", ["uniform", "num_frames", "uniform_time"])
+def test_a_short_clip_gives_all_its_frames_or_an_error_as_is_chosen(policy):
+    assert select(policy, 8, 10.0, num_frames=32, short_clip="all") == list(range(8))
+    with pytest.raises(ValueError, match=f"num_frames=32 is more than the 8 frames of the video.*{policy}"):
+        select(policy, 8, 10.0, num_frames=32, short_clip="error")
+    assert select(policy, 8, 10.0, num_frames=8, short_clip="error") == list(range(8))
+
+
+def test_max_frames_can_be_required_too():
+    assert select("fps", 80, 10.0, fps=1, max_frames=32) == list(range(0, 80, 10))
+    with pytest.raises(ValueError, match="max_frames=32 is more than .* takes 8"):
+        select("fps", 80, 10.0, fps=1, max_frames=32, short_clip="error")
 
 
 # -- Refusals
@@ -212,6 +289,9 @@ def test_every_policy_stays_inside_the_clip_and_in_order(total, native, limit, d
         ({"policy": "every_nth"}, "sample_rate=None, but policy='every_nth' needs"),
         ({"policy": "fast_slow", "slow_stride": 0}, "slow_stride=0 must be"),
         ({"policy": "fast_slow", "force_sample": True}, "force_sample=True has no effect"),
+        ({"short_clip": "repeat"}, "short_clip='repeat' is not one of all, error"),
+        ({"policy": "fast_slow", "short_clip": "error"}, "short_clip='error' has no effect with policy='fast_slow'"),
+        ({"policy": "fps", "fps": 2, "short_clip": "error"}, "short_clip='error' has no effect .* without max_frames"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):

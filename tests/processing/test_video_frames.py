@@ -208,7 +208,7 @@ def test_arguments_out_of_range(pictures):
         ({"size": (0, 4)}, r"size must be .* got \(0, 4\)"),
         ({"size": 8, "resample": "nearest"}, "resample='nearest' is not one of bicubic, bilinear"),
         ({"size": 8, "resize_backend": "cv2"}, "resize backend 'cv2' is not one of torch, pil"),
-        ({"backend": "ffmpeg"}, "video backend 'ffmpeg' is not one of auto, pyav, decord"),
+        ({"backend": "ffmpeg"}, "video backend 'ffmpeg' is not one of auto, pyav, decord, torchcodec"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_video(pictures, **arguments)
@@ -297,6 +297,22 @@ def test_loader_takes_short_clips_as_they_are(clip):
     assert (
         MultiScaleVideoFrameLoader().load_video_frames(clip, max_frames=64, sample_rate=8, target_size=8).shape[0] == 4
     )
+
+
+def test_loader_can_refuse_short_clips(clip):
+    loader = MultiScaleVideoFrameLoader()
+    with pytest.raises(ValueError, match="max_frames=64 is more than the 30 frames of the video"):
+        loader.load_video_frames(clip, max_frames=64, target_size=8, short_clip="error")
+    assert len(loader.load_video_frames(clip, max_frames=30, target_size=8, short_clip="error")) == 30
+
+
+def test_loading_by_time_goes_by_the_times_of_the_file(tmp_path):
+    milliseconds = [*range(0, 2000, 50), *range(2000, 10001, 2000)]  # 40 frames in 2 s, then one every 2 s
+    path = write_clip(tmp_path / "variable.mkv", len(milliseconds), milliseconds=milliseconds)
+    video = load_video(path, FrameSampling(policy="fps_time", fps=1))
+    np.testing.assert_allclose(video.timestamps, [0, 1, 2, 4, 6, 8, 10], atol=1e-3)
+    video = load_video(path, FrameSampling(policy="uniform_time", num_frames=6))
+    np.testing.assert_allclose(video.timestamps, [0, 2, 4, 6, 8, 10], atol=1e-3)
 
 
 def test_loader_refusals(clip, tmp_path):

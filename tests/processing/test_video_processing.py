@@ -406,7 +406,7 @@ def test_more_frames_than_exist():
 
 @pytest.mark.parametrize("policy", SAMPLING_POLICIES)
 def test_a_file_and_its_frames_are_sampled_alike(clip, policy):
-    settings = {"fps": 2.0} if policy in ("fps", "llava_video", "llava_video_pyav") else {}
+    settings = {"fps": 2.0} if policy in ("fps", "fps_time", "llava_video", "llava_video_pyav") else {}
     settings |= {"sample_rate": 4} if policy == "every_nth" else {}
     processor = LlavaNextARVideoProcessor(size=SIZE, sampling=policy, **settings)
     from_file = processor(clip, return_tensors="pt", return_metadata=True)

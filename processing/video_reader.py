@@ -1,0 +1,251 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""Parts that all back ends of video_decoding.py share: the reader's interface, its errors, times and orientation."""
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+try:
+    import av
+except ImportError:
+    av = None
+
+Emit = Callable[[int, np.ndarray], None]
+
+FALLBACK_FPS = 25.0  # of streams that state neither times nor a rate
+JUMP_FORWARD, JUMP_BACK = 10.0, 0.1  # seconds; FFmpeg's own limits (dts_delta_threshold) for a clock that was reset
+MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
+MATROSKA_MAGIC = b"\x1a\x45\xdf\xa3"
+_DEGREES_OFF = 2.0  # a display matrix further than this from a quarter turn is reported
+
+
+class VideoReadError(ValueError):
+    """A video cannot be read: `source` names it, `cause` says why."""
+
+    def __init__(self, source: str, cause: str) -> None:
+        super().__init__(f"cannot read video {source}: {cause}")
+        self.source = source
+        self.cause = cause
+
+    def __reduce__(self) -> tuple:  # exceptions cross process borders (DataLoader workers) by their arguments
+        return type(self), (self.source, self.cause)
+
+
+class TimesChanged(Exception):
+    """Decoding has shown that packets are not frames here. `timestamps` is now right: select and read again."""
+
+
+class FrameReader(Protocol):
+    """Interface of every source that `load_video` reads.
+
+    Attributes:
+        name: of the source, for messages.
+        timestamps: `[total_frames]` float64, presentation times in seconds, the first is 0.
+        fps: average number of frames a second.
+        duration: seconds, from the first frame to the end of the last one.
+        missing: how many frames the file announces or holds that cannot be read.
+    """
+
+    name: str
+    timestamps: np.ndarray
+    fps: float
+    duration: float
+    missing: int
+
+    def read(self, indices: np.ndarray, emit: Emit) -> set[int]:
+        """Calls `emit(index, frame)` once for each of the sorted, distinct `indices`, with `[H, W, 3]` uint8 RGB, from
+        any thread and in any order. Returns the indices that could not be decoded. To be called once."""
+        ...
+
+    def close(self) -> None:
+        """Frees the file and the decoder."""
+        ...
+
+
+# -- Times
+
+
+def frame_rate(declared: float, timestamps: np.ndarray) -> float:
+    """The rate that the container declares if the timestamps bear it out (to 2%), else their average."""
+    span = timestamps[-1] - timestamps[0]
+    if span <= 0:
+        return declared or FALLBACK_FPS
+    measured = float((len(timestamps) - 1) / span)
+    return declared if abs(declared - measured) <= 0.02 * measured else measured
+
+
+def clock_offsets(times: Sequence[int | None], step: int, second: float) -> np.ndarray:
+    """Corrections `[N]` int64 that make a clock continuous, as the ffmpeg command makes that of MPEG-TS and MPEG-PS.
+
+    Such a clock may be reset, for example where recordings were joined: it then jumps back, or ahead by more than
+    `JUMP_FORWARD`. The frame after a jump follows the one before it by `step`.
+
+    Args:
+        times: in the order in which they must not decrease; None where unknown.
+        step: usual distance of two times.
+        second: length of a second in the unit of `times`.
+    """
+    offsets, offset, last = [], 0, None
+    for time in times:
+        if time is not None:
+            gap = 0 if last is None else time + offset - last
+            if gap < -JUMP_BACK * second or gap - step > JUMP_FORWARD * second:
+                offset += step - gap
+            last = time + offset
+        offsets.append(offset)
+    return np.array(offsets, dtype=np.int64)
+
+
+def filled_times(times: Sequence[int | None], step: int) -> list[int]:
+    """`times` with each None replaced by its neighbour's time, `step` later (or earlier, at the start)."""
+    known = next((place for place, time in enumerate(times) if time is not None), 0)
+    last = (times[known] if times and times[known] is not None else 0) - (known + 1) * step
+    filled = []
+    for time in times:
+        last = last + step if time is None else time
+        filled.append(last)
+    return filled
+
+
+# -- Orientation
+
+
+def orientation(matrix: Sequence[float]) -> tuple[bool, int, float]:
+    """(mirrored left to right before turning, clockwise quarter turns, degrees that the matrix is off from that).
+
+    Args:
+        matrix: the 9 numbers of a display matrix, row by row, as in MP4's track header. A pixel (x, y), y pointing
+            down, is shown at (a x + c y, b x + d y), where (a, b) starts the first row and (c, d) the second one.
+    """
+    (a, b), (c, d) = matrix[0:2], matrix[3:5]
+    mirrored = a * d - b * c < 0
+    if mirrored:
+        a, b = -a, -b
+    degrees = math.degrees(math.atan2(b - c, a + d))
+    turns = round(degrees / 90)
+    return mirrored, turns % 4, abs(degrees - 90 * turns)
+
+
+def upright(frame: np.ndarray, matrix: Sequence[float]) -> np.ndarray:
+    """A view of `[H, W, ...]` as the display matrix shows it, turned by the nearest multiple of 90 degrees."""
+    mirrored, turns, _ = orientation(matrix)
+    return np.rot90(frame[:, ::-1] if mirrored else frame, -turns)
+
+
+def oblique(matrix: Sequence[float]) -> str | None:
+    """A sentence on a display matrix that is far from every quarter turn, None for a usual one."""
+    _, turns, off = orientation(matrix)
+    if off <= _DEGREES_OFF:
+        return None
+    return f"its display matrix turns frames by {off:.0f} degrees more or less than {90 * turns}, which is applied"
+
+
+# -- Transparency
+
+
+def on_white(frame: np.ndarray) -> np.ndarray:
+    """`[H, W, 4]` uint8 RGBA -> `[H, W, 3]` RGB on a white ground, rounded as Pillow does."""
+    alpha = frame[..., 3:].astype(np.uint16)
+    blended = frame[..., :3] * alpha + 255 * (255 - alpha) + 128
+    return ((blended + (blended >> 8)) >> 8).astype(np.uint8)
+
+
+# -- Pixels
+
+
+class RgbConverter:
+    """Decoded frame -> `[H, W, 3]` uint8, upright, on white where it is transparent. One for each thread, as it reuses
+    what is costly to set up.
+
+    Args:
+        report: called with the display matrix of each frame that is turned.
+
+    Attributes:
+        matrix: display matrix of frames that have none of their own: some codecs store it with key frames alone.
+    """
+
+    def __init__(self, report: Callable[[list[int]], None]) -> None:
+        self._reformatter, self._thumbnails = (av.video.reformatter.VideoReformatter() for _ in range(2))
+        self._report = report
+        self.matrix: list[int] | None = None
+        self._has_alpha: dict[str, bool] = {}  # by pixel format
+
+    def __call__(self, frame: Any) -> np.ndarray:
+        pixel_format = frame.format.name
+        if pixel_format not in self._has_alpha:
+            self._has_alpha[pixel_format] = has_alpha(frame)
+        if self._has_alpha[pixel_format]:
+            rgb = on_white(self._reformatter.reformat(frame, format="rgba", threads=1).to_ndarray())
+        else:
+            rgb = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        self.observe(frame)
+        if self.matrix is None:
+            return rgb
+        self._report(self.matrix)
+        return upright(rgb, self.matrix)
+
+    def observe(self, frame: Any) -> None:
+        """Takes the display matrix of a frame, if it has one, for the frames after it."""
+        self.matrix = display_matrix(frame, self._thumbnails) or self.matrix
+
+
+def has_alpha(frame: Any) -> bool:
+    """Whether the pixel format of a decoded frame can be transparent; a palette can."""
+    return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+
+
+def display_matrix(frame: Any, reformatter: Any = None) -> list[int] | None:
+    """The 9 numbers of a decoded frame's display matrix, see `orientation`; None if it has none.
+
+    Args:
+        reformatter: PyAV's, to use again; by default a new one.
+    """
+    # PyAV's side data and their frame refer to each other, so that the frame outlives its use: read a thumbnail's.
+    reformatter = reformatter or av.video.reformatter.VideoReformatter()
+    thumbnail = reformatter.reformat(frame, width=16, height=16, format="gray", interpolation="POINT", threads=1)
+    data = thumbnail.side_data.get("DISPLAYMATRIX")
+    return None if data is None else np.frombuffer(data, dtype=np.int32, count=9).tolist()
+
+
+# -- Files
+
+
+def head(file: str | bytes) -> bytes:
+    """The first 16 bytes of a file, by its path or content."""
+    if isinstance(file, bytes):
+        return file[:16]
+    with open(file, "rb") as opened:
+        return opened.read(16)
+
+
+def is_mp4(file: str | bytes) -> bool:
+    """Whether the content is MP4 or MOV."""
+    return head(file)[4:8] in MP4_BOXES
+
+
+def is_matroska(file: str | bytes) -> bool:
+    """Whether the content is Matroska or WebM."""
+    return head(file)[:4] == MATROSKA_MAGIC
+
+
+def why_unreadable(file: str | bytes, message: str) -> str:
+    """Turns FFmpeg's catch-all into a cause, where that can be seen."""
+    if not is_mp4(file):
+        return f"it is not a video, or damaged ({message})"
+    with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as opened:
+        end = opened.seek(0, io.SEEK_END)
+        start = 0
+        while start + 8 <= end:  # walk over the boxes of the top level
+            opened.seek(start)
+            header = opened.read(16)
+            size = int.from_bytes(header[:4], "big")
+            if header[4:8] == b"moov" and start + size <= end:
+                return f"it holds no video that can be decoded, or is damaged ({message})"
+            size = int.from_bytes(header[8:16], "big") if size == 1 else size
+            if size < 8:
+                break
+            start += size
+    return f"it is truncated: an MP4 file without its index, the moov atom ({message})"
