@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict
 
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
+from transformers import GenerationConfig
 from transformers.image_utils import PILImageResampling
 
 from ..configuration.image_token_layout import UnpadRounding
@@ -33,16 +34,32 @@ class _Settings(TypedDict, total=False):
     unpad_rounding: UnpadRounding
 
 
+_GENERATION_OPTIONS = {*GenerationConfig().to_dict(), "streamer", "logits_processor", "stopping_criteria"}
+
 SETTINGS = tuple(_Settings.__annotations__)
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raises ValueError for a name that is not known, with the nearest one that is."""
+    """Raises ValueError for a name that is not known, with the one that was probably meant, if there is one."""
     known = list(known)
     for name in names:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise ValueError(f"unknown option {name!r} for {where}; did you mean {nearest[0]!r}?")
+            raise ValueError(f"unknown option {name!r} for {where}{_hint(str(name), known)}")
+
+
+def _hint(name: str, known: list[str]) -> str:
+    """Options of generate are named as such. Else a known name of the same words (`fps` for `video_fps`), or one spelt
+    much alike, is meant."""
+    if name in _GENERATION_OPTIONS:
+        return f"; it is an option of generate: pass it there, or to a pipeline as generate_kwargs={{{name!r}: ...}}"
+    words = set(name.split("_"))
+    related = [other for other in known if set(other.split("_")) <= words or words <= set(other.split("_"))]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8) or difflib.get_close_matches(
+        name, related, n=1, cutoff=0.0
+    )
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; it takes {', '.join(sorted(known))}" if len(known) <= 12 else ""
 
 
 def check_pixel_options(options: Mapping[str, Any], resamples: Collection[int], num_channels: Collection[int]) -> None:
