@@ -81,28 +81,31 @@ def is_url(source: Any) -> bool:
     return isinstance(source, str) and re.match(r"(https?|file)://|data:[^,]*,", source, re.IGNORECASE) is not None
 
 
-def short_name(source: Any) -> str:
-    """A source as messages name it: the content of data URLs, and of strings that may be base64, is left out."""
-    name = os.fspath(source)
-    name = os.fsdecode(name) if isinstance(name, bytes) else name
-    if is_url(name) and name[:5].lower() == "data:":
-        return f"{name.partition(',')[0][:60]},... ({len(name)} characters)"
-    return name if len(name) <= 500 else f"{name[:60]}... ({len(name)} characters)"
+def source_name(source: Any) -> str:
+    """A source as messages name it: short, without the content of data URLs and of base64 texts."""
+    if not isinstance(source, (str, os.PathLike)):
+        name = getattr(source, "name", None)
+        return name if isinstance(name, str) else "<file object>" if hasattr(source, "read") else "<bytes>"
+    name = os.fsdecode(source)
+    shown = name.partition(",")[0][:60] + "," if _is_data(name) else name[:60]
+    if len(name) > 100 and re.fullmatch(r"[\w+/=\s-]+", name):  # base64, more likely than a path
+        shown = name[:12]
+    elif not _is_data(name) and len(name) <= 500:
+        return name
+    return f"{shown}... ({len(name)} characters)"
 
 
-def names_picture(source: "str | os.PathLike") -> bool:
-    """Whether a path or URL is by its name a picture."""
-    name = os.fspath(source)
-    if is_url(name) and name[:5].lower() == "data:":
-        return name[:11].lower() == "data:image/"
-    return (_without_query(name) if is_url(name) else name).lower().endswith(IMAGE_SUFFIXES)
+def _is_data(source: Any) -> bool:
+    return is_url(source) and source[:5].lower() == "data:"
 
 
-def names_still(source: "str | os.PathLike") -> bool:
-    """Whether a path or URL is by its name a picture that is usually still: any but GIF."""
-    name = os.fspath(source)
-    is_gif = (_without_query(name) if is_url(name) else name).lower().endswith(".gif")
-    return names_picture(name) and not is_gif and name[:14].lower() != "data:image/gif"
+def names_picture(source: "str | os.PathLike", *, only_still: bool = False) -> bool:
+    """Whether a path or URL is by its name a picture, or with `only_still` one other than GIF."""
+    name = os.fspath(source).lower()
+    if _is_data(name):
+        return name.startswith("data:image/") and not (only_still and name.startswith("data:image/gif"))
+    name = _without_query(name) if is_url(name) else name
+    return name.endswith(IMAGE_SUFFIXES) and not (only_still and name.endswith(".gif"))
 
 
 @contextlib.contextmanager
@@ -129,7 +132,7 @@ def local_file(source: Any) -> "Iterator[str | bytes]":
             )
         elif not is_url(source):
             file = os.fspath(source)
-        elif source[:5].lower() == "data:":
+        elif _is_data(source):
             file = _data_of(source)
         elif source[:5].lower() == "file:":
             file = urllib.request.url2pathname("/" + source.partition("://")[2].partition("/")[2])  # `#`, `?` too
@@ -140,14 +143,6 @@ def local_file(source: Any) -> "Iterator[str | bytes]":
         if not (os.path.getsize(file) if isinstance(file, str) else len(file)) and not os.path.isdir(file):
             raise VideoReadError(source_name(source), "the file is empty")
         yield file
-
-
-def source_name(source: Any) -> str:
-    """The name of any source, for messages."""
-    if isinstance(source, (str, os.PathLike)):
-        return short_name(source)
-    name = getattr(source, "name", None)
-    return name if isinstance(name, str) else "<file object>" if hasattr(source, "read") else "<bytes>"
 
 
 def decode_base64(text: str) -> bytes:
@@ -162,7 +157,7 @@ def _data_of(url: str) -> bytes:
         content = urllib.parse.unquote_to_bytes(content)
         return decode_base64(content.decode("ascii")) if header.lower().endswith(";base64") else content
     except ValueError as error:
-        raise VideoReadError(short_name(url), f"its data is not base64: {type(error).__name__}") from None
+        raise VideoReadError(source_name(url), f"its data is not base64: {type(error).__name__}") from None
 
 
 # -- Downloads
@@ -176,7 +171,7 @@ def _downloaded(url: str) -> Iterator[str]:
         VideoReadError: if the download fails, is larger than MAX_DOWNLOAD_BYTES or takes longer than DOWNLOAD_SECONDS
             (environment variables).
     """
-    name, max_bytes, seconds = short_name(url), *map(_download_limit, _DOWNLOAD_DEFAULTS)
+    name, max_bytes, seconds = source_name(url), *map(_download_limit, _DOWNLOAD_DEFAULTS)
     end = time.monotonic() + seconds
     too_slow = VideoReadError(
         name, f"download takes longer than {seconds:g} seconds ({DOWNLOAD_SECONDS} sets another limit)"
@@ -287,9 +282,7 @@ def open_picture(file: str | bytes, name: str) -> Image.Image | None:
 
 def is_animation(source: "str | os.PathLike") -> bool:
     """Whether a local file or data URL holds more than one picture; False for what cannot be read, or is remote."""
-    if is_url(source) and source[:4].lower() == "http":
-        return False
-    if not is_url(source) and os.fspath(source).lower().endswith((".jpg", ".jpeg", ".bmp", ".ppm")):
+    if is_url(source) and not _is_data(source):
         return False
     try:
         with local_file(source) as file, open_image(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
@@ -395,22 +388,18 @@ def tensor_of(array: "np.ndarray | torch.Tensor") -> torch.Tensor:
     Raises:
         ValueError: for values of other types, and integers out of range (of pictures with 16 bits, for example).
     """
-    name = str(array.dtype).removeprefix("torch.")
     if isinstance(array, torch.Tensor):
         array = array.detach()
         if array.is_floating_point():
             return array if array.dtype.itemsize > 1 else array.float()
-        if name in ("uint16", "uint32", "uint64"):  # whose minimum torch does not compute
-            array = array.cpu().numpy()
-        elif name not in ("uint8", "int8", "int16", "int32", "int64"):
-            raise ValueError(f"a video holds integers from 0 to 255 or floats, got {name}")
-    elif array.dtype.kind not in "iuf":
-        raise ValueError(f"a video holds integers from 0 to 255 or floats, got {name}")
-    if name != "uint8" and (isinstance(array, torch.Tensor) or array.dtype.kind in "iu"):
-        check_range(array, 0, 255)
-        array = array.to(torch.uint8) if isinstance(array, torch.Tensor) else array.astype(np.uint8)
-    if isinstance(array, torch.Tensor):
-        return array
+        if array.dtype == torch.uint8:
+            return array
+        array = array.cpu().numpy()  # torch does not compare all kinds of integers
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"a video holds integers from 0 to 255 or floats, got {array.dtype}")
+    if array.dtype.kind != "f" and array.dtype != np.uint8:
+        check_range(array, 0, 255, "; divide 16-bit values by 257" if array.dtype.itemsize > 1 else "")
+        array = array.astype(np.uint8)
     if array.dtype not in (np.uint8, np.float16, np.float32, np.float64) or not array.dtype.isnative:
         array = array.astype(np.float32)
     # torch warns of arrays that must not be written to (nothing is written here) and has no negative strides
@@ -419,20 +408,14 @@ def tensor_of(array: "np.ndarray | torch.Tensor") -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def check_range(frames: "np.ndarray | torch.Tensor", low: float, high: float) -> tuple[float, float]:
-    """The least and the greatest value.
-
-    Raises:
-        ValueError: if one is outside of [low, high], or not finite.
-    """
+def check_range(frames: "np.ndarray | torch.Tensor", low: float, high: float, hint: str = "") -> tuple[float, float]:
+    """The least and the greatest value. Raises ValueError if one is outside of [low, high], or not finite."""
     least, greatest = frames.min().item(), frames.max().item()
     if not (low <= least <= greatest <= high and math.isfinite(least) and math.isfinite(greatest)):  # NaN included
-        name, expected = str(frames.dtype).removeprefix("torch."), f"lie in [{low:g}, {high:g}]"
-        is_16_bit = high == 255 and 255 < greatest <= 65535 and least >= 0
-        raise ValueError(
-            f"{name} frames must {expected if math.isfinite(high) else 'be finite, and 0 or more to be normalized'}, "
-            f"got [{least:g}, {greatest:g}]{'; divide 16-bit values by 257' if is_16_bit else ''}"
-        )
+        name, expected = str(frames.dtype).removeprefix("torch."), f"must lie in [{low:g}, {high:g}]"
+        if high == math.inf:
+            expected = "must be finite" + (", and not negative where they are normalized" if low == 0 else "")
+        raise ValueError(f"{name} frames {expected}, got [{least:g}, {greatest:g}]{hint}")
     return least, greatest
 
 
@@ -498,17 +481,19 @@ class ImageReader:
         pass
 
     def _rgb(self, image: Any, index: int) -> np.ndarray:
-        if isinstance(image, (np.ndarray, torch.Tensor)):
-            return rgb_of_array(image)
-        if isinstance(image, Image.Image):
-            return np.asarray(rgb_picture(_still(image)))
-        if not isinstance(image, (str, os.PathLike)):
-            raise TypeError(f"frame {index} is a {type(image).__name__}, expected an image, an array or a path")
+        name = f"frame {index}"
         try:
-            return np.asarray(load_picture(image, only_still=True))
+            if isinstance(image, (np.ndarray, torch.Tensor)):
+                return rgb_of_array(image)
+            if isinstance(image, Image.Image):
+                return np.asarray(rgb_picture(_still(image)))
+            if isinstance(image, (str, os.PathLike)):
+                name += f" ({source_name(image)})"
+                return np.asarray(load_picture(image, only_still=True))
         except (OSError, ValueError) as error:
             cause = error.cause if isinstance(error, VideoReadError) else error
-            raise VideoReadError(self.name, f"frame {index} ({short_name(image)}): {cause}") from error
+            raise VideoReadError(self.name, f"{name}: {cause}") from error
+        raise TypeError(f"{name} is a {type(image).__name__}, expected an image, an array or a path")
 
 
 class PictureReader:
@@ -522,12 +507,14 @@ class PictureReader:
         self.name, self._image, self._canvas = name, image, None
         announced = num_pictures(image)
         delays: list[float] = []  # seconds
+        starts: list[float] = []  # milliseconds, in AVIF
         cause, is_damaged = "it holds no readable picture", False
         try:
             self._first = _first_frame(image)
             while True:
                 self._show(len(delays))
                 milliseconds = image.info.get("duration") or 0
+                starts.append(image.info.get("timestamp") or 0)
                 # without a delay, as FFmpeg shows it
                 default = _DEFAULT_DELAYS.get(image.format) if announced > 1 else None
                 delays.append(milliseconds / 1000 or default or 1 / (fps or IMAGE_FPS))
@@ -537,6 +524,8 @@ class PictureReader:
             cause, is_damaged = str(error), True
         if not delays:
             raise VideoReadError(name, cause)
+        if image.format == "AVIF" and all(np.diff(starts) > 0):  # its delays are rounded each, its times are not
+            delays[:-1] = np.diff(starts) / 1000
         self.missing = max(announced - len(delays), int(is_damaged))
         self.timestamps = np.cumsum([0.0, *delays[:-1]])
         self.duration = float(np.sum(delays))

@@ -28,11 +28,11 @@ from .media_sources import (
     is_animation,
     is_url,
     load_picture,
-    names_still,
+    names_picture,
     native_picture,
     num_pictures,
     rgb_picture,
-    short_name,
+    source_name,
     tensor_of,
 )
 from .option_checks import refuse_unknown
@@ -207,7 +207,7 @@ def load_images(images: Any) -> Any:
         return load_picture(images)
     except PICTURE_ERRORS as error:
         cause = error.cause if isinstance(error, VideoReadError) else error
-        name = "of a PIL object" if isinstance(images, Image.Image) else repr(short_name(images))
+        name = "of a PIL object" if isinstance(images, Image.Image) else repr(source_name(images))
         raise ValueError(f"cannot load image {name}: {cause}") from error
 
 
@@ -256,13 +256,17 @@ def _is_frame_list(items: Sequence[Any], depth: int) -> bool:
     if not items or (len(items) == 1 and isinstance(items[0], Image.Image) and num_pictures(items[0]) > 1):
         return False
     if all(_is_path(item) for item in items):
-        return depth >= 2 or (all(map(names_still, items)) and not any(map(is_animation, items)))
+        return depth >= 2 or (all(_names_still(item) for item in items) and not any(map(is_animation, items)))
     return all(
         isinstance(item, Image.Image)
         or (_is_array(item) and item.ndim in (2, 3))
-        or (_is_path(item) and names_still(item))
+        or (_is_path(item) and _names_still(item))
         for item in items
     )
+
+
+def _names_still(path: "str | os.PathLike") -> bool:
+    return names_picture(path, only_still=True)
 
 
 def _is_array(item: Any) -> bool:
