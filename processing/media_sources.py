@@ -53,6 +53,7 @@ PICTURE_ERRORS = (
     *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
+_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 IMAGE_FPS = 2.0  # of frames that carry no time, as LLaVA-NeXT takes it for folders of frames
 _DEFAULT_DELAYS = {"AVIF": 0.1, "GIF": 0.1, "PNG": 1 / 15, "WEBP": 0.1}  # seconds, for frames that name none
 _TURNS = {  # by EXIF orientation
@@ -104,7 +105,7 @@ def names_picture(source: "str | os.PathLike", *, only_still: bool = False) -> b
     name = os.fspath(source).lower()
     if _is_data(name):
         return name.startswith("data:image/") and not (only_still and name.startswith("data:image/gif"))
-    name = _without_query(name) if is_url(name) else name
+    name = _without_query(name)
     return name.endswith(IMAGE_SUFFIXES) and not (only_still and name.endswith(".gif"))
 
 
@@ -207,7 +208,8 @@ def _downloaded(url: str) -> Iterator[str]:
 
 
 def _without_query(url: str) -> str:
-    return url.partition("#")[0].partition("?")[0]
+    """The address without query and fragment; paths and file URLs have none."""
+    return url.partition("#")[0].partition("?")[0] if is_url(url) and url[:4].lower() == "http" else url
 
 
 def _response(url: str, seconds: float) -> Any:
@@ -267,14 +269,17 @@ def _check_size(image: Image.Image) -> None:
 
 
 def open_picture(file: str | bytes, name: str) -> Image.Image | None:
-    """The opened picture, if the file is one that Pillow reads as a video: an animation, or named as a picture."""
+    """The opened picture, if the file is one. Several JPEG, PNG or PPM files in a row are a video for FFmpeg."""
     try:
         image = open_image(io.BytesIO(file) if isinstance(file, bytes) else file)
     except OSError:
         return None
     except PICTURE_ERRORS as error:
         raise VideoReadError(name, str(error)) from error
-    if num_pictures(image) > 1 or names_picture(name):
+    is_row = image.format == "PNG" and _PNG_END + _PNG_START in (
+        file if isinstance(file, bytes) else Path(file).read_bytes()
+    )
+    if not is_row and (image.format in _ANIMATED_FORMATS or names_picture(name)):
         return image
     image.close()
     return None
@@ -316,8 +321,7 @@ def load_picture(
     """
     with local_file(source) as file, open_image(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
         try:
-            image.load()  # before the file is closed
-            return (convert or rgb_picture)(_still(image) if only_still else image)
+            return (convert or rgb_picture)(_still(image) if only_still else image).copy()  # `with` closes the file
         except PICTURE_ERRORS as error:
             raise ValueError(str(error)) from error
 
@@ -342,6 +346,7 @@ def rgb_picture(image: Image.Image) -> Image.Image:
 
 def native_picture(image: Image.Image) -> Image.Image:
     """As `rgb_picture`, but in mode L, RGB or RGBA, whichever holds all of it."""
+    image.load()  # TIFF files turn themselves here
     return _upright(_with_8_bits(image), image)
 
 

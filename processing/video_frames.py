@@ -34,13 +34,15 @@ from .frame_sampling import (  # noqa: F401
     SampledFrames,
     time_instruction,
 )
-from .media_sources import (
+from .media_sources import (  # noqa: F401
+    IMAGE_SUFFIXES,
     ImageReader,
     PictureReader,
     check_shape,
     images_in,
     is_url,
     local_file,
+    open_image,
     open_picture,
     source_name,
 )
