@@ -50,7 +50,17 @@ _IMAGE_FORMATS = (
 _ANIMATED_FORMATS = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")  # further pictures in others are thumbnails
 # What Pillow raises for damaged files.
 PICTURE_ERRORS = (
-    *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError),
+    *(
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        LookupError,
+        TypeError,
+        ArithmeticError,
+        AttributeError,
+        RuntimeError,
+    ),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
@@ -539,10 +549,15 @@ class PictureReader:
     def read(self, indices: np.ndarray, emit: Emit) -> set[int]:
         wanted = set(indices.tolist())
         for index in range(max(wanted) + 1):
-            picture = self._show(index)
+            try:
+                picture = self._show(index)
+            except PICTURE_ERRORS as error:  # a damaged file may fail the second time only
+                logger.debug("%s: decoding fails at frame %d: %s", self.name, index, error)
+                break
             if index in wanted:
                 emit(index, np.asarray(_on_white(_upright(picture, self._image))))
-        return set()
+                wanted.remove(index)
+        return wanted
 
     def close(self) -> None:
         pass
