@@ -411,7 +411,7 @@ def tensor_of(array: "np.ndarray | torch.Tensor") -> torch.Tensor:
             return array
         array = array.cpu().numpy()  # torch does not compare all kinds of integers
     if array.dtype.kind not in "iuf":
-        raise ValueError(f"a video holds integers from 0 to 255 or floats, got {array.dtype}")
+        raise ValueError(f"pixels are integers from 0 to 255 or floats, got {array.dtype}")
     if array.dtype.kind != "f" and array.dtype != np.uint8:
         check_range(array, 0, 255, "; divide 16-bit values by 257" if array.dtype.itemsize > 1 else "")
         array = array.astype(np.uint8)
@@ -426,11 +426,13 @@ def tensor_of(array: "np.ndarray | torch.Tensor") -> torch.Tensor:
 def check_range(frames: "np.ndarray | torch.Tensor", low: float, high: float, hint: str = "") -> tuple[float, float]:
     """The least and the greatest value. Raises ValueError if one is outside of [low, high], or not finite."""
     least, greatest = frames.min().item(), frames.max().item()
-    if not (low <= least <= greatest <= high and math.isfinite(least) and math.isfinite(greatest)):  # NaN included
+    is_finite = math.isfinite(least) and math.isfinite(greatest)
+    if not (is_finite and low <= least <= greatest <= high):
         name, expected = str(frames.dtype).removeprefix("torch."), f"must lie in [{low:g}, {high:g}]"
         if high == math.inf:
-            expected = "must be finite" + (", and not negative where they are normalized" if low == 0 else "")
-        raise ValueError(f"{name} frames {expected}, got [{least:g}, {greatest:g}]{hint}")
+            expected = "must not be negative where they are normalized" if low == 0 else "must be finite"
+        found = f"[{least:g}, {greatest:g}]{hint}" if is_finite else "values that are not finite"
+        raise ValueError(f"{name} frames {expected}, got {found}")
     return least, greatest
 
 

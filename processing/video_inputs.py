@@ -190,13 +190,17 @@ def read_clip(
 
 def load_images(images: Any) -> Any:
     """Image files, URLs, base64 texts and PIL images become upright RGB images, transparency laid on white, in any
-    nesting; everything else stays as it is.
+    nesting. Arrays stay as they are.
 
     Raises:
-        ValueError: if one cannot be loaded, naming it and the cause.
+        ValueError: if one cannot be loaded, naming it and the cause, or an array holds neither integers from 0 to 255
+            nor floats.
     """
     if isinstance(images, (list, tuple)):
         return [load_images(image) for image in images]
+    if _is_array(images):
+        tensor_of(images)
+        return images
     if not isinstance(images, (str, os.PathLike, Image.Image)):
         return images
     try:
