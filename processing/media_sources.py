@@ -1,7 +1,7 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
 """Sources of media (path, URL, data URI, bytes) and pictures: still frames and animations, read with Pillow.
 
-`local_file` gives the bytes of a source. `ImageReader` reads a list of pictures, `AnimationReader` the frames of one
+`local_file` gives the bytes of a source. `ImageReader` reads a list of pictures, `PictureReader` the frames of one
 picture file with their own delays. Both convert with `rgb_picture`: upright (EXIF orientation), transparency on white,
 16-bit grey scaled to 8 bits.
 """
@@ -29,14 +29,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin, features
 
 from .video_decoding import MAX_FRAME_PIXELS, Emit, VideoReadError
-
-try:
-    from PIL import AvifImagePlugin
-except ImportError:  # before Pillow 11.3; FFmpeg reads AVIF then
-    AvifImagePlugin = None
 
 logger = logging.getLogger(__name__)
 
@@ -45,37 +40,19 @@ _CHANNELS = (1, 3, 4)
 # Pillow runs other programs for some of the rest.
 _IMAGE_FORMATS = (
     *("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"),
-    *(["AVIF"] if AvifImagePlugin is not None and AvifImagePlugin.SUPPORTED else []),
+    *(["AVIF"] if "avif" in features.modules and features.check("avif") else []),  # from Pillow 11.3 on
 )
 _ANIMATED_FORMATS = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")  # further pictures in others are thumbnails
 # What Pillow raises for damaged files.
 PICTURE_ERRORS = (
-    *(
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        LookupError,
-        TypeError,
-        ArithmeticError,
-        AttributeError,
-        RuntimeError,
-    ),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
+    *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError),
+    *(RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
 )
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 IMAGE_FPS = 2.0  # of frames that carry no time, as LLaVA-NeXT takes it for folders of frames
 _DEFAULT_DELAYS = {"AVIF": 0.1, "GIF": 0.1, "PNG": 1 / 15, "WEBP": 0.1}  # seconds, for frames that name none
-_TURNS = {  # by EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_ORIENTATION = 0x0112
+_TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+_TURNS = dict(enumerate(_TURNS, start=2))  # by EXIF orientation
 
 MAX_DOWNLOAD_BYTES = "LLAVA_NEXT_AR_MAX_DOWNLOAD_BYTES"  # environment variables: these limits protect the machine
 DOWNLOAD_SECONDS = "LLAVA_NEXT_AR_DOWNLOAD_SECONDS"
@@ -256,16 +233,16 @@ def _download_limit(name: str) -> float:
 # -- Picture files
 
 
-def open_image(path: "str | os.PathLike | BinaryIO") -> Image.Image:
-    """As `Image.open` (of a path or an open file), but by its content one of the usual formats, and no larger than
-    `MAX_FRAME_PIXELS`.
+def open_image(file: "str | os.PathLike | BinaryIO | bytes") -> Image.Image:
+    """As `Image.open` (of a path, an open file or its content), but by its content one of the usual formats, and no
+    larger than `MAX_FRAME_PIXELS`.
 
     Raises:
         OSError: if the file is missing or holds no such image.
         ValueError: if the image is too large.
     """
     try:
-        image = Image.open(path, formats=_IMAGE_FORMATS)
+        image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_IMAGE_FORMATS)
         _check_size(image)
     except Image.DecompressionBombError as error:
         raise ValueError(f"the image is too large: {error}") from error
@@ -281,7 +258,7 @@ def _check_size(image: Image.Image) -> None:
 def open_picture(file: str | bytes, name: str) -> Image.Image | None:
     """The opened picture, if the file is one. Several JPEG, PNG or PPM files in a row are a video for FFmpeg."""
     try:
-        image = open_image(io.BytesIO(file) if isinstance(file, bytes) else file)
+        image = open_image(file)
     except OSError:
         return None
     except PICTURE_ERRORS as error:
@@ -300,7 +277,7 @@ def is_animation(source: "str | os.PathLike") -> bool:
     if is_url(source) and not _is_data(source):
         return False
     try:
-        with local_file(source) as file, open_image(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        with local_file(source) as file, open_image(file) as image:
             return num_pictures(image) > 1
     except PICTURE_ERRORS:
         return False
@@ -329,7 +306,7 @@ def load_picture(
     Raises:
         OSError, ValueError: if it is missing, damaged or too large, or an animation with `only_still`.
     """
-    with local_file(source) as file, open_image(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+    with local_file(source) as file, open_image(file) as image:
         try:
             return (convert or rgb_picture)(_still(image) if only_still else image).copy()  # `with` closes the file
         except PICTURE_ERRORS as error:
@@ -369,11 +346,11 @@ def _on_white(image: Image.Image) -> Image.Image:
 def _upright(picture: Image.Image, file: Image.Image) -> Image.Image:
     """The picture turned as the EXIF data of its file say."""
     try:
-        turn = _TURNS.get(file.getexif().get(_ORIENTATION))
+        turn = _TURNS.get(file.getexif().get(ExifTags.Base.Orientation))
     except PICTURE_ERRORS as error:  # a damaged description is no reason to lose the picture
         logger.warning("the EXIF data of an image cannot be read, its orientation is ignored: %s", error)
         return picture
-    return picture if turn is None else picture.transpose(turn)
+    return picture if turn is None else picture.transpose(Image.Transpose[turn])
 
 
 def _with_8_bits(image: Image.Image) -> Image.Image:
@@ -488,6 +465,7 @@ class ImageReader:
         self.name, self.images, self.missing = name, images, 0
         self.fps = float(fps or IMAGE_FPS)
         self.timestamps = np.arange(len(images)) / self.fps
+        self.duration = len(images) / self.fps
 
     def read(self, indices: np.ndarray, emit: Emit) -> set[int]:
         for index in indices.tolist():
@@ -507,7 +485,7 @@ class ImageReader:
             if isinstance(image, (str, os.PathLike)):
                 name += f" ({source_name(image)})"
                 return np.asarray(load_picture(image, only_still=True))
-        except (OSError, ValueError) as error:
+        except PICTURE_ERRORS as error:
             cause = error.cause if isinstance(error, VideoReadError) else error
             raise VideoReadError(self.name, f"{name}: {cause}") from error
         raise TypeError(f"{name} is a {type(image).__name__}, expected an image, an array or a path")
@@ -584,13 +562,9 @@ class PictureReader:
             shown.alpha_composite(part, box[:2])
         else:
             shown.paste(part, box[:2])
-        if dispose == PngImagePlugin.Disposal.OP_PREVIOUS:
-            self._canvas = before
-        elif dispose == PngImagePlugin.Disposal.OP_BACKGROUND:
-            self._canvas = shown.copy()
+        self._canvas = before if dispose == PngImagePlugin.Disposal.OP_PREVIOUS else shown.copy()
+        if dispose == PngImagePlugin.Disposal.OP_BACKGROUND:
             self._canvas.paste((0, 0, 0, 0), box)
-        else:
-            self._canvas = shown
         return shown
 
 
