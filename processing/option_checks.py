@@ -34,7 +34,7 @@ class _Settings(TypedDict, total=False):
     unpad_rounding: UnpadRounding
 
 
-_GENERATION_OPTIONS = {*GenerationConfig().to_dict(), "streamer", "logits_processor", "stopping_criteria"}
+_GENERATION_OPTIONS = GenerationConfig().to_dict().keys()
 
 SETTINGS = tuple(_Settings.__annotations__)
 
@@ -48,18 +48,22 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> No
 
 
 def _hint(name: str, known: list[str]) -> str:
-    """Options of generate are named as such. Else a known name of the same words (`fps` for `video_fps`), or one spelt
-    much alike, is meant."""
-    if name in _GENERATION_OPTIONS:
-        return f"; it is an option of generate: pass it there, or to a pipeline as generate_kwargs={{{name!r}: ...}}"
+    """A known name that is spelt much alike, or has the same words (`fps` for `video_fps`), is meant."""
     words = set(name.split("_"))
     related = [other for other in known if set(other.split("_")) <= words or words <= set(other.split("_"))]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.8) or difflib.get_close_matches(
         name, related, n=1, cutoff=0.0
     )
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; it takes {', '.join(sorted(known))}" if len(known) <= 12 else ""
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def refuse_generation_options(names: Collection[str], known: Collection[str]) -> None:
+    """Raises ValueError for an option of `generate` among those of a processor, as pipelines hand it over."""
+    for name in names:
+        if name in _GENERATION_OPTIONS and name not in known:
+            raise ValueError(
+                f"{name!r} is an option of generate: pass it there, or to a pipeline as generate_kwargs={{{name!r}: ...}}"
+            )
 
 
 def check_pixel_options(options: Mapping[str, Any], resamples: Collection[int], num_channels: Collection[int]) -> None:

@@ -37,6 +37,7 @@ from .option_checks import (
     check_image_processor,
     check_processor_file,
     check_processor_settings,
+    refuse_generation_options,
     refuse_unknown,
 )
 from .video_inputs import flatten_videos, load_images
@@ -422,6 +423,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
             for modality, component in modalities.items()
         }
         everywhere = set().union(*known.values(), self.valid_processor_kwargs.__annotations__, {"common_kwargs"})
+        refuse_generation_options(kwargs, everywhere)
         refuse_unknown(kwargs, everywhere, type(self).__name__)
         for modality, options in known.items():
             refuse_unknown(kwargs.get(modality) or {}, options, modality)
