@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict
 
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
+from transformers import GenerationConfig
 from transformers.image_utils import PILImageResampling
 
 from ..configuration.image_token_layout import UnpadRounding
@@ -32,7 +33,18 @@ class _Settings(TypedDict, total=False):
     unpad_rounding: UnpadRounding
 
 
+_GENERATION_OPTIONS = GenerationConfig().to_dict().keys()
+
 SETTINGS = tuple(_Settings.__annotations__)
+
+
+def refuse_generation_options(names: Collection[str], known: Collection[str]) -> None:
+    """Raises ValueError for an option of `generate` among those of a processor, as pipelines hand it over."""
+    for name in names:
+        if name in _GENERATION_OPTIONS and name not in known:
+            raise ValueError(
+                f"{name!r} is an option of generate: pass it there, or to a pipeline as generate_kwargs={{{name!r}: ...}}"
+            )
 
 
 def check_pixel_options(options: Mapping[str, Any], resamples: Collection[int], num_channels: Collection[int]) -> None:

@@ -34,7 +34,13 @@ from ..hub.hub_code import AUTO_MAP
 from ..hub.pushed_model import travels_with_code
 from .frame_sampling import llava_video_times, time_instruction
 from .llava_conversation import DEFAULT_CHAT_TEMPLATE, IMAGE_TOKEN, VIDEO_TOKEN, check_messages, check_placeholders
-from .option_checks import SETTINGS, check_image_processor, check_processor_file, check_processor_settings
+from .option_checks import (
+    SETTINGS,
+    check_image_processor,
+    check_processor_file,
+    check_processor_settings,
+    refuse_generation_options,
+)
 from .video_inputs import flatten_videos, load_images
 from .video_processing_llava_next_ar import (
     LlavaNextARVideoProcessor,
@@ -422,6 +428,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
             for modality, component in modalities.items()
         }
         everywhere = set().union(*known.values(), self.valid_processor_kwargs.__annotations__, {"common_kwargs"})
+        refuse_generation_options(kwargs, everywhere)
         refuse_unknown(kwargs, everywhere, type(self).__name__)
         for modality, options in known.items():
             refuse_unknown(kwargs.get(modality) or {}, options, modality)

@@ -6,28 +6,20 @@
     video.timestamps   # [8] seconds, as the file says, also if the frame rate varies
 
 A video is a file, bytes, a URL, an array, a list of images or a folder of images. Frames are resized as they are
-decoded, so memory holds the small frames only. How files are decoded is in video_decoding.py, which frames are taken
-in frame_sampling.py; both are re-exported here.
+decoded, so memory holds the small frames only. Files are decoded in video_decoding.py, pictures in media_sources.py,
+frames are chosen in frame_sampling.py.
 
 Shape letters: T frames, H x W and h x w pixels before and after resizing, P patches, D features.
 """
 
 import contextlib
-import io
 import logging
 import math
 import os
-import re
-import shutil
-import tempfile
 import threading
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
-from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -41,6 +33,18 @@ from .frame_sampling import (  # noqa: F401
     FrameSampling,
     SampledFrames,
     time_instruction,
+)
+from .media_sources import (  # noqa: F401
+    IMAGE_SUFFIXES,
+    ImageReader,
+    PictureReader,
+    check_shape,
+    images_in,
+    is_url,
+    local_file,
+    open_image,
+    open_picture,
+    source_name,
 )
 from .video_decoding import (  # noqa: F401
     FILE_READERS,
@@ -60,19 +64,6 @@ logger = logging.getLogger(__name__)
 ResizeBackend = Literal["torch", "pil"]
 Resample = Literal["bicubic", "bilinear"]
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_IMAGE_FORMATS = (
-    "BMP",
-    "GIF",
-    "JPEG",
-    "PNG",
-    "PPM",
-    "TIFF",
-    "WEBP",
-)  # Pillow runs other programs for some of the rest
-IMAGE_FPS = 2.0  # of frames that carry no time, as LLaVA-NeXT takes it for folders of frames
-DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
-
 
 @dataclass(frozen=True, eq=False)
 class VideoFrames:
@@ -84,7 +75,8 @@ class VideoFrames:
         indices: `[T]` int64, which frames of the video these are, in order of time.
         frame_types: 0 (slow) or 1 (fast) for each frame, if the policy has types.
         fps: average frame rate of the video.
-        duration: seconds, for which the last frame of the video is shown included (`1 / fps` where the file has none).
+        duration: seconds, the last frame of the video shown for `1 / fps`, or for its own delay in an animation,
+            included.
         total_frames: of the video, those that can be read.
         source: name of the video, for messages.
         missing: how many frames could not be read; above 0 only with `allow_partial`.
@@ -129,9 +121,10 @@ def load_video(
     """Reads the sampled frames of a video.
 
     Args:
-        source: a path, a http(s) or file URL, bytes, a file object, an array or tensor of frames (`[T, H, W, C]` or
-            `[T, C, H, W]`, uint8 or float in [0, 1], C = 1, 3 or 4), a list of images (PIL, arrays, paths), or a
-            folder of images. Grey is repeated, transparency laid on white.
+        source: a path, a http(s), file or data URL, bytes, a file object, an array or tensor of frames (`[T, H, W, C]`
+            or `[T, C, H, W]`, integers from 0 to 255 or floats in [0, 1], C = 1, 3 or 4), a list of images (PIL,
+            arrays, paths, URLs), or a folder of images. Animated pictures (GIF, APNG, WebP, AVIF) are videos with their
+            own delays. Pictures are turned upright (EXIF), grey is repeated, transparency laid on white.
         sampling: which frames; None for all of them.
         backend: `"pyav"`, `"decord"`, `"torchcodec"`, or `"auto"`: PyAV if it is installed, else one of the others.
             Measured, PyAV is the fastest and the most exact one (see video_decoding.py).
@@ -140,7 +133,7 @@ def load_video(
         resample, resize_backend: see `resize_frames`.
         allow_partial: whether a damaged video gives the frames that can be read (with a warning), instead of an error.
             Frames are then sampled from the readable ones. decord refuses most damaged files as a whole.
-        fps: frame rate of arrays and images, which have no time of their own; by default 2.
+        fps: frame rate of arrays and still images, which have no time of their own; by default 2.
         num_threads: for decoding; by default torch's number of threads (1 in a DataLoader worker), at most 8.
 
     Raises:
@@ -186,13 +179,16 @@ def video_length(source: Any) -> tuple[int, float]:
     Raises:
         VideoReadError: if the video is missing, no video or empty, as far as that can be seen.
     """
-    is_local = isinstance(source, (str, os.PathLike)) and "://" not in os.fspath(source)
-    if (is_local and os.path.isfile(source)) or isinstance(source, bytes):
-        if choose_backend("auto") == "pyav":
-            name = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
-            num_frames, fps = PyAVReader.read_header(source if isinstance(source, bytes) else name, name)
+    is_path = isinstance(source, (str, os.PathLike)) and not is_url(source) and os.path.isfile(source)
+    if (is_path or isinstance(source, bytes)) and choose_backend("auto") == "pyav":
+        file, name = os.fspath(source) if is_path else source, source_name(source)
+        picture = open_picture(file, name)
+        if picture is None:
+            num_frames, fps = PyAVReader.read_header(file, name)
             if num_frames and fps:
                 return num_frames, fps
+        else:
+            picture.close()
     with _open_reader(source) as reader:
         return len(reader.timestamps), reader.fps
 
@@ -425,171 +421,31 @@ def _open_reader(
     """Opens any source that `load_video` takes; arguments and errors are described there."""
     if backend not in get_args(VideoBackend):
         raise ValueError(f"video backend {backend!r} is not one of {', '.join(get_args(VideoBackend))}")
-    if fps is not None and not fps > 0:
-        raise ValueError(f"fps must be above 0, got {fps}")
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"fps must be a finite number above 0, got {fps}")
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, got {num_threads}")
     num_threads = min(num_threads or torch.get_num_threads(), MAX_THREADS)
 
     with contextlib.ExitStack() as stack:
         if isinstance(source, (np.ndarray, torch.Tensor)):
-            reader = ImageReader(_frames_of_array(source), "<array>", fps)
+            if source.ndim != 4:
+                raise ValueError(
+                    f"an array of frames is [T, H, W, C] or [T, C, H, W], got shape {tuple(source.shape)}"
+                )
+            check_shape(source.shape)
+            reader = ImageReader(source, "<array>", fps)
         elif isinstance(source, (list, tuple)):
             reader = ImageReader(source, "<list of frames>", fps)
-        elif isinstance(source, (bytes, bytearray, memoryview)):
-            reader = _file_reader(bytes(source), "<bytes>", backend, num_threads)
-        elif hasattr(source, "read"):
-            name = getattr(source, "name", None)
-            with contextlib.suppress(io.UnsupportedOperation):
-                source.seek(0)
-            reader = _file_reader(
-                source.read(), name if isinstance(name, str) else "<file object>", backend, num_threads
-            )
-        elif isinstance(source, (str, os.PathLike)):
-            name = os.fspath(source)
-            url = split_url(name)
-            if url.scheme in ("http", "https"):
-                reader = _file_reader(stack.enter_context(downloaded(name)), name, backend, num_threads)
-            else:
-                path = urllib.request.url2pathname(url.path) if url.scheme == "file" else name
-                reader = _path_reader(path, name, backend, fps, num_threads)
+        elif isinstance(source, Image.Image):
+            reader = PictureReader(source, "<image>", fps)
         else:
-            raise TypeError(
-                "a video is a path, URL, bytes, file object, array, tensor or list of images, "
-                f"not {type(source).__name__}"
-            )
+            file, name = stack.enter_context(local_file(source)), source_name(source)
+            if isinstance(file, str) and os.path.isdir(file):
+                reader = ImageReader(images_in(file), name, fps)
+            elif (picture := open_picture(file, name)) is not None:
+                reader = PictureReader(stack.enter_context(picture), name, fps)
+            else:
+                reader = FILE_READERS[choose_backend(backend)](file, name, num_threads)
         stack.callback(reader.close)
         yield reader
-
-
-def _path_reader(path: str, name: str, backend: VideoBackend, fps: float | None, num_threads: int) -> FrameReader:
-    if os.path.isdir(path):
-        return ImageReader(_images_in(path), name, fps)
-    if not os.path.exists(path):
-        raise VideoReadError(name, "no such file")
-    return _file_reader(path, name, backend, num_threads)
-
-
-def _file_reader(file: str | bytes, name: str, backend: VideoBackend, num_threads: int) -> FrameReader:
-    if (len(file) if isinstance(file, bytes) else os.path.getsize(file)) == 0:
-        raise VideoReadError(name, "the file is empty")
-    return FILE_READERS[choose_backend(backend)](file, name, num_threads)
-
-
-def split_url(source: str) -> urllib.parse.SplitResult:
-    """The parts of a URL. What cannot be one ("http://[::1") is a path as a whole, which then is no file."""
-    try:
-        return urllib.parse.urlsplit(source)
-    except ValueError:
-        return urllib.parse.SplitResult("", "", source, "", "")
-
-
-@contextlib.contextmanager
-def downloaded(url: str) -> Iterator[str]:
-    """Path of a temporary copy, since reading out of order over the network would fetch most bytes several times."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, os.path.basename(split_url(url).path) or "video")
-        try:
-            with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, open(path, "wb") as file:
-                shutil.copyfileobj(response, file)
-                announced = int(response.headers.get("Content-Length") or -1)
-        except (HTTPException, OSError, ValueError) as error:
-            raise VideoReadError(url, f"download failed: {error}") from error
-        if announced not in (-1, os.path.getsize(path)):
-            raise VideoReadError(url, f"download stopped after {os.path.getsize(path)} of {announced} bytes")
-        yield path
-
-
-class ImageReader:
-    """Frames that are images already: arrays, PIL images, image paths. Evenly spaced in time."""
-
-    def __init__(self, images: Sequence[Any], name: str, fps: float | None) -> None:
-        if not len(images):
-            raise VideoReadError(name, "it holds no frames")
-        self.name, self.images, self.missing = name, images, 0
-        self.fps = float(fps or IMAGE_FPS)
-        self.timestamps = np.arange(len(images)) / self.fps
-        self.duration = len(images) / self.fps
-
-    def read(self, indices: np.ndarray, emit: Emit) -> set[int]:
-        for index in indices.tolist():
-            emit(index, self._rgb(self.images[index], index))
-        return set()
-
-    def close(self) -> None:
-        pass
-
-    def _rgb(self, image: Any, index: int) -> np.ndarray:
-        if isinstance(image, (str, os.PathLike)):
-            try:
-                with open_image(image) as opened:
-                    return _rgb_of_image(opened)
-            except (OSError, ValueError, SyntaxError) as error:  # the last two are Pillow's for some damaged files
-                raise VideoReadError(self.name, f"frame {index} ({os.fspath(image)}): {error}") from error
-        if isinstance(image, Image.Image):
-            return _rgb_of_image(image)
-        if isinstance(image, (np.ndarray, torch.Tensor)):
-            image = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else image
-            return _rgb_of_array(image[..., None] if image.ndim == 2 else image)
-        raise TypeError(f"frame {index} is a {type(image).__name__}, expected an image, an array or a path")
-
-
-def open_image(path: "str | os.PathLike | BinaryIO") -> Image.Image:
-    """As `Image.open` (of a path or an open file), but by its content one of the usual formats, and no larger than
-    `MAX_FRAME_PIXELS`.
-
-    Raises:
-        OSError: if the file is missing or holds no such image.
-        ValueError: if the image is too large.
-    """
-    try:
-        image = Image.open(path, formats=_IMAGE_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"the image is too large: {error}") from error
-    if image.width * image.height > MAX_FRAME_PIXELS:
-        image.close()
-        raise ValueError(f"the image is {image.width}x{image.height}, more than {MAX_FRAME_PIXELS} pixels")
-    return image
-
-
-def _images_in(folder: str) -> list[Path]:
-    """Image files of a folder, sorted as people count: frame_2 before frame_10."""
-    paths = [path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
-    if not paths:
-        raise VideoReadError(folder, f"the folder holds no images ({' '.join(IMAGE_SUFFIXES)})")
-    return sorted(
-        paths, key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
-    )
-
-
-def _frames_of_array(frames: np.ndarray | torch.Tensor) -> np.ndarray:
-    frames = frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else frames
-    if frames.ndim != 4:
-        raise ValueError(f"an array of frames is [T, H, W, C] or [T, C, H, W], got shape {tuple(frames.shape)}")
-    return frames
-
-
-def _rgb_of_array(frame: np.ndarray) -> np.ndarray:
-    """`[H, W, C]` or `[C, H, W]` (the former, if it could be both), 1, 3 or 4 channels, to `[H, W, 3]` uint8 RGB."""
-    if frame.ndim != 3 or not {frame.shape[0], frame.shape[-1]} & {1, 3, 4}:
-        raise ValueError(f"a frame is [H, W, C] or [C, H, W] with 1, 3 or 4 channels, got shape {tuple(frame.shape)}")
-    if frame.shape[-1] not in (1, 3, 4):
-        frame = frame.transpose(1, 2, 0)
-    if frame.dtype != np.uint8:
-        is_float = np.issubdtype(frame.dtype, np.floating)
-        top = 1 if is_float else 255
-        low, high = frame.min(), frame.max()
-        if not (low >= 0 and high <= top):  # also refuses NaN
-            raise ValueError(f"{frame.dtype} frames must lie in [0, {top}], got [{low}, {high}]")
-        frame = (np.round(frame * 255.0) if is_float else frame).astype(np.uint8)
-    if frame.shape[-1] == 1:
-        return np.repeat(frame, 3, axis=-1)
-    return frame if frame.shape[-1] == 3 else _rgb_of_image(Image.fromarray(np.ascontiguousarray(frame)))
-
-
-def _rgb_of_image(image: Image.Image) -> np.ndarray:
-    """Transparent pictures are laid on white, as transformers does."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return np.asarray(image.convert("RGB"))

@@ -7,36 +7,37 @@ Nothing is dropped: what is no video is an error that names its place.
 Shape letters: T frames, C channels, H x W pixels.
 """
 
-import base64
-import io
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers.image_utils import ChannelDimension, infer_channel_dimension_format, load_image
-from transformers.utils import logging
+from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 from transformers.video_utils import VideoMetadata
 
-from .video_decoding import VideoReadError, choose_backend
-from .video_frames import (
+from ..configuration.key_names import refuse_unknown
+from .media_sources import (
     IMAGE_FPS,
-    IMAGE_SUFFIXES,
-    FrameSampling,
-    VideoFrames,
-    downloaded,
-    load_video,
-    open_image,
-    split_url,
+    PICTURE_ERRORS,
+    check_range,
+    check_shape,
+    decode_base64,
+    is_animation,
+    is_url,
+    load_picture,
+    names_picture,
+    native_picture,
+    num_pictures,
+    rgb_picture,
+    source_name,
+    tensor_of,
 )
-
-logger = logging.get_logger(__name__)
-
-# A list of these is one video of frames. A GIF is more often a video of its own.
-_FRAME_SUFFIXES = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix != ".gif")
+from .video_decoding import VideoReadError, choose_backend
+from .video_frames import FrameSampling, VideoFrames, load_video
 
 
 def flatten_videos(videos: Any) -> "tuple[list[Any], list[int] | int]":
@@ -44,8 +45,8 @@ def flatten_videos(videos: Any) -> "tuple[list[Any], list[int] | int]":
 
     One video is a path, URL, bytes, file object, `VideoFrames`, array or tensor (`[T, H, W, C]` or `[T, C, H, W]`; a
     fifth dimension in front is a batch), or a list of frames (images, arrays, paths of images). A list of videos is a
-    batch, a list of lists of videos groups them by prompt. Strings are videos, unless all in their list name images,
-    or they lie three lists deep.
+    batch, a list of lists of videos groups them by prompt. Strings are videos, unless all in their list name still
+    images, or they lie three lists deep.
 
     Raises:
         ValueError: if there is no video, a list of frames is empty, or an array has another number of dimensions.
@@ -64,8 +65,8 @@ def flatten_metadata(metadata: Any, num_videos: int) -> list[VideoMetadata | Non
     """One entry for each video, None where nothing is given.
 
     Raises:
-        ValueError: if there are more or fewer entries than videos.
-        TypeError: if an entry is no mapping.
+        ValueError: if there are more or fewer entries than videos, or a value makes no sense (see `check_metadata`).
+        TypeError: if an entry is not a mapping.
     """
     if metadata is None:
         return [None] * num_videos
@@ -77,7 +78,44 @@ def flatten_metadata(metadata: Any, num_videos: int) -> list[VideoMetadata | Non
     for entry in flat:
         if not (entry is None or isinstance(entry, Mapping)):
             raise TypeError(f"video_metadata must hold dicts or VideoMetadata, got {type(entry).__name__}")
-    return [None if entry is None else VideoMetadata(**{"total_num_frames": None, **entry}) for entry in flat]
+    return [None if entry is None else check_metadata(entry) for entry in flat]
+
+
+def check_metadata(entry: Mapping[str, Any]) -> VideoMetadata:
+    """Metadata whose frame rate, duration and frames are possible; None, or a missing key, is what is not known.
+
+    Raises:
+        ValueError: for an unknown key; a rate, a duration, a size or a number of frames that is not a finite number
+            above 0; or `frames_indices` that are not whole numbers in order of time and within the video.
+    """
+    known = [field.name for field in fields(VideoMetadata)]
+    refuse_unknown(entry, known, "video_metadata")
+    values = {**dict.fromkeys(known), **entry}
+    for name in ("total_num_frames", "width", "height", "fps", "duration"):
+        value, types = values[name], (int, np.integer) if name not in ("fps", "duration") else (int, float, np.number)
+        if value is None:
+            continue
+        if isinstance(value, (bool, complex)) or not isinstance(value, types) or not 0 < value < math.inf:
+            kind = "finite" if name in ("fps", "duration") else "whole"
+            raise ValueError(f"{name} in video_metadata must be a {kind} number above 0, or None, got {value!r}")
+    places = values["frames_indices"]
+    if places is not None:
+        total = values["total_num_frames"]
+        places = places.cpu().numpy() if isinstance(places, torch.Tensor) else np.asarray(places)
+        if places.ndim != 1 or places.dtype.kind not in "iu" or not len(places):
+            raise ValueError(
+                f"frames_indices in video_metadata must be whole numbers, got {str(places.tolist())[:200]}"
+            )
+        low, high = int(places.min()), int(places.max())
+        if low < 0 or (total is not None and high >= total) or np.any(np.diff(places.astype(np.int64)) < 0):
+            last = "" if total is None else f" to {total - 1}"
+            raise ValueError(
+                f"frames_indices in video_metadata must be in order of time, from 0{last}, got {low} to {high}"
+                + (", not in order" if low >= 0 and (total is None or high < total) else "")
+            )
+        values["frames_indices"] = places.tolist()
+        values["total_num_frames"] = high + 1 if total is None else total
+    return VideoMetadata(**values)
 
 
 @dataclass
@@ -108,7 +146,7 @@ def read_clip(
     sampling: FrameSampling | None,
     *,
     do_convert_rgb: bool | None,
-    do_rescale: bool | None,
+    float_range: tuple[float, float],
     input_data_format: "str | ChannelDimension | None",
     sizes: list[tuple[int, int]] | None,
     **loading: Any,
@@ -119,7 +157,8 @@ def read_clip(
         metadata: of arrays and images, which have no times of their own: without `fps` 2 frames a second, with
             `frames_indices` the places of the given frames in the video that they come from.
         sampling: which frames; None for all of them. A `VideoFrames` is sampled already.
-        do_convert_rgb, do_rescale, input_data_format: as in transformers.
+        do_convert_rgb, input_data_format: as in transformers.
+        float_range: values that arrays of floats may have; infinite where they are not rescaled.
         sizes: (h, w) of each wanted scale; files and images are resized to them as they are decoded.
         loading: arguments of `load_video`: `backend`, `resample`, `resize_backend`, `allow_partial`.
 
@@ -129,45 +168,58 @@ def read_clip(
     """
     if _is_video_frames(source):
         return _clip_of(source, None, is_resized=False)
-    if not isinstance(source, (list, tuple, np.ndarray, torch.Tensor)):
+    if not isinstance(source, (list, np.ndarray, torch.Tensor)):
         video = _load(source, sampling, sizes, loading)
         return _clip_of(video, choose_backend(loading["backend"]), is_resized=sizes is not None)
 
+    if len(source) == 1 and is_url(source[0]) and metadata is None:  # it may be an animation, and is not here yet
+        return _clip_of(_load(source[0], sampling, sizes, loading), None, is_resized=sizes is not None)
     frames, times = _sample_frames(source, metadata, sampling)
-    if do_convert_rgb and isinstance(frames, list) and not all(_is_array(frame) for frame in frames):
-        video = _load([load_images(frame) if _is_url(frame) else frame for frame in frames], None, sizes, loading)
-        return Clip([video.frames, *video.other_scales], *times, is_resized=sizes is not None)
-    return Clip([_to_channels_first(_stacked(frames), do_convert_rgb, do_rescale, input_data_format)], *times)
+    if isinstance(frames, list) and do_convert_rgb and not any(map(_is_array, frames)):  # read one at a time
+        video = _load(frames, None, sizes, loading)
+    else:
+        parts = _channels_first_parts(frames, do_convert_rgb, float_range, input_data_format)
+        if len({part.shape[1:] for part in parts}) == 1:
+            return Clip([parts[0] if len(parts) == 1 else torch.cat(parts)], *times)
+        if not do_convert_rgb or any(part.dtype != torch.uint8 for part in parts):
+            shapes = sorted({tuple(part.shape[1:]) for part in parts})
+            raise ValueError(f"the frames of one video must have one shape, got {shapes} as [C, H, W]")
+        video = _load([part[0].permute(1, 2, 0) for part in parts], None, sizes, loading)
+    return Clip([video.frames, *video.other_scales], *times, is_resized=sizes is not None)
 
 
 def load_images(images: Any) -> Any:
-    """Image files and URLs become RGB images, in any nesting; everything else stays as it is.
+    """Image files, URLs, base64 texts and PIL images become upright RGB images, transparency laid on white, in any
+    nesting. Arrays stay as they are.
 
     Raises:
-        ValueError: if one cannot be loaded, naming it and the cause.
+        ValueError: if one cannot be loaded, naming it and the cause, or an array holds neither integers from 0 to 255
+            nor floats.
     """
     if isinstance(images, (list, tuple)):
         return [load_images(image) for image in images]
-    if not isinstance(images, (str, os.PathLike)):
+    if _is_array(images):
+        tensor_of(images)
         return images
-    source = os.fspath(images)
+    if not isinstance(images, (str, os.PathLike, Image.Image)):
+        return images
     try:
-        if _is_url(source):
-            with downloaded(source) as path, open_image(path) as opened:
-                return load_image(opened)
-        content = source if os.path.isfile(source) else io.BytesIO(_from_base64(source))
-        return load_image(open_image(content))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if isinstance(images, Image.Image):
+            return rgb_picture(images)
+        if isinstance(images, str) and not is_url(images) and not os.path.isfile(images):
+            return load_picture(_from_base64(images))
+        return load_picture(images)
+    except PICTURE_ERRORS as error:
         cause = error.cause if isinstance(error, VideoReadError) else error
-        raise ValueError(f"cannot load image {source[:200]!r}: {cause}") from error
+        name = "of a PIL object" if isinstance(images, Image.Image) else repr(source_name(images))
+        raise ValueError(f"cannot load image {name}: {cause}") from error
 
 
 def _from_base64(text: str) -> bytes:
-    encoded = text.partition(",")[2] if text.startswith("data:image/") else text
     try:
-        return base64.b64decode("".join(encoded.split()), validate=True)
-    except ValueError as error:
-        raise ValueError("there is no such file, and it is no base64") from error
+        return decode_base64(text)
+    except ValueError:
+        raise ValueError("there is no such file, and it is not base64") from None
 
 
 # -- Nesting
@@ -180,9 +232,13 @@ def _flatten(item: Any, depth: int, where: str) -> list[Any]:
                 f"{where}: an array is a video [T, H, W, C] or [T, C, H, W], a batch of videos, or one frame, got "
                 f"shape {tuple(item.shape)}"
             )
+        try:
+            check_shape(item.shape[-4:])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
         return list(item) if item.ndim == 5 else [item if item.ndim == 4 else item[None]]
     if isinstance(item, Image.Image):
-        return [[item]]
+        return [item if num_pictures(item) > 1 else [item]]
     is_content = isinstance(item, (bytes, bytearray, memoryview)) or hasattr(item, "read")
     if is_content or _is_path(item) or _is_video_frames(item):
         return [item]
@@ -201,16 +257,20 @@ def _flatten(item: Any, depth: int, where: str) -> list[Any]:
 
 
 def _is_frame_list(items: Sequence[Any], depth: int) -> bool:
-    if not items:
+    if not items or (len(items) == 1 and isinstance(items[0], Image.Image) and num_pictures(items[0]) > 1):
         return False
     if all(_is_path(item) for item in items):
-        return depth >= 2 or all(_names_image(item) for item in items)
+        return depth >= 2 or (all(_names_still(item) for item in items) and not any(map(is_animation, items)))
     return all(
         isinstance(item, Image.Image)
-        or (_is_array(item) and item.ndim == 3)
-        or (_is_path(item) and _names_image(item))
+        or (_is_array(item) and item.ndim in (2, 3))
+        or (_is_path(item) and _names_still(item))
         for item in items
     )
+
+
+def _names_still(path: "str | os.PathLike") -> bool:
+    return names_picture(path, only_still=True)
 
 
 def _is_array(item: Any) -> bool:
@@ -221,17 +281,9 @@ def _is_path(item: Any) -> bool:
     return isinstance(item, (str, os.PathLike))
 
 
-def _is_url(item: Any) -> bool:
-    return isinstance(item, str) and split_url(item).scheme in ("http", "https")
-
-
 def _is_video_frames(item: Any) -> bool:
     """By its parts, as the class exists twice when the package is loaded from a folder as remote code."""
     return hasattr(item, "frames") and hasattr(item, "timestamps")
-
-
-def _names_image(path: "str | os.PathLike") -> bool:
-    return split_url(os.fspath(path)).path.lower().endswith(_FRAME_SUFFIXES)
 
 
 # -- Files
@@ -299,75 +351,73 @@ def _sample_frames(
     return frames, (torch.from_numpy(places / fps), frame_types, metadata)
 
 
-def _stacked(frames: Any) -> torch.Tensor:
-    """An array, a tensor, or a list of arrays or images as one tensor with four dimensions."""
-    if isinstance(frames, torch.Tensor):
-        return frames.detach()
-    if isinstance(frames, list):
-        tensors = [frame if isinstance(frame, torch.Tensor) else _tensor_of(_opened(frame)) for frame in frames]
-        shapes = {tuple(tensor.shape) for tensor in tensors}
-        if len(shapes) > 1:
-            raise ValueError(f"the frames of one video must have one shape, got {sorted(shapes)}")
-        stacked = torch.stack(tensors)
-        return stacked if stacked.ndim == 4 else stacked[..., None]  # grey images have no channels
-    return _tensor_of(frames)
-
-
-def _opened(frame: Any) -> np.ndarray:
-    if _is_array(frame):
-        return frame
-    if _is_path(frame):
-        frame = load_images(frame) if _is_url(frame) else open_image(frame)
-    return np.array(frame)
-
-
-def _tensor_of(array: np.ndarray) -> torch.Tensor:
-    # torch warns of arrays that must not be written to (nothing is written here) and refuses negative strides
-    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
-        array = array.copy()
-    return torch.from_numpy(array)
-
-
-def _to_channels_first(
-    frames: torch.Tensor,
+def _channels_first_parts(
+    frames: Any,
     do_convert_rgb: bool | None,
-    do_rescale: bool | None,
+    float_range: tuple[float, float],
     input_data_format: "str | ChannelDimension | None",
-) -> torch.Tensor:
-    """`[T, C, H, W]`: uint8 where all values are whole numbers from 0 to 255, else float32."""
-    channels = input_data_format or infer_channel_dimension_format(frames, num_channels=(1, 3, 4))
-    if ChannelDimension(channels) == ChannelDimension.LAST:
-        frames = frames.permute(0, 3, 1, 2)
-    if frames.dtype != torch.uint8:
-        frames = _checked_values(frames, do_rescale)
-    if not do_convert_rgb:
-        return frames
+) -> list[torch.Tensor]:
+    """An array as one `[T, C, H, W]`, a list of arrays and pictures as one `[1, C, H, W]` each: uint8 where all values
+    are whole numbers from 0 to 255, else float32 everywhere.
+
+    Raises:
+        ValueError: for a shape or values that make no sense.
+    """
+    if _is_array(frames):
+        arrays, formats = [tensor_of(frames)], [input_data_format]
+    else:
+        arrays, formats = [], []
+        for frame in frames:
+            is_array = _is_array(frame)
+            pixels = tensor_of(frame if is_array else np.array(_native(frame)))
+            arrays.append((pixels if pixels.ndim == 3 else pixels[..., None])[None])
+            formats.append(input_data_format if is_array else ChannelDimension.LAST)
+    arrays, white = _of_one_scale(arrays, float_range)
+    parts = []
+    for pixels, channels in zip(arrays, formats, strict=True):
+        if channels is None:
+            check_shape(pixels.shape if _is_array(frames) else pixels.shape[1:])
+            channels = infer_channel_dimension_format(pixels, num_channels=(1, 3, 4))
+        pixels = pixels.permute(0, 3, 1, 2) if ChannelDimension(channels) == ChannelDimension.LAST else pixels
+        parts.append(_rgb(pixels, white) if do_convert_rgb else pixels)
+    return parts
+
+
+def _native(frame: Any) -> Image.Image:
+    if isinstance(frame, Image.Image):
+        return native_picture(frame)
+    return load_picture(frame, only_still=True, convert=native_picture)
+
+
+def _of_one_scale(arrays: list[torch.Tensor], float_range: tuple[float, float]) -> tuple[list[torch.Tensor], float]:
+    """(the frames of one video, all uint8 or all float32, the value of white)."""
+    low, high = float_range
+    floats = [array for array in arrays if array.is_floating_point()]
+    if not floats:
+        return arrays, 255.0
+    greatest = max(check_range(array, low, high)[1] for array in floats)
+    if high == math.inf:
+        if len(floats) < len(arrays):
+            raise ValueError("a list of 8-bit frames and frames of floats has no common scale with do_rescale=False")
+        return [array.float() for array in arrays], 1.0 if greatest <= 1 else 255.0
+    if 0 < greatest <= 1:
+        raise ValueError(
+            f"the values of a video given as floats lie in [0, {greatest:g}], and do_rescale=True would divide them by "
+            f"{high:g} once more: set do_rescale=False, or give values up to {high:g}"
+        )
+    if high == 255 and all(bool((array == array.round()).all()) for array in floats):
+        return [array.to(torch.uint8) for array in arrays], 255.0
+    return [array.float() for array in arrays], high
+
+
+def _rgb(frames: torch.Tensor, white: float) -> torch.Tensor:
+    """`[T, C, H, W]` -> `[T, 3, H, W]`; transparency is laid on white, as in transformers."""
     if frames.shape[1] == 1:
         return frames.expand(-1, 3, -1, -1)
-    if frames.shape[1] == 4:  # transparency is laid on white, as in transformers
-        top = 255.0 if frames.dtype == torch.uint8 or frames.max() > 1 else 1.0
-        alpha = frames[:, 3:].float() / top
-        blended = frames[:, :3] * alpha + top * (1 - alpha)
+    if frames.shape[1] == 4:
+        alpha = frames[:, 3:].float() / white
+        blended = frames[:, :3] * alpha + white * (1 - alpha)
         return blended.round().to(torch.uint8) if frames.dtype == torch.uint8 else blended
     if frames.shape[1] != 3:
         raise ValueError(f"a video has 1, 3 or 4 channels, got {list(frames.shape)} as [T, C, H, W]")
     return frames
-
-
-def _checked_values(frames: torch.Tensor, do_rescale: bool | None) -> torch.Tensor:
-    if frames.dtype == torch.bool or frames.is_complex():
-        raise ValueError(f"a video holds uint8 or float values, got {frames.dtype}")
-    low, high = frames.min().item(), frames.max().item()
-    is_8_bit = low >= 0 and high <= 255
-    if not frames.is_floating_point():
-        if not is_8_bit:
-            raise ValueError(f"a video of {frames.dtype} must lie in 0 ... 255, got {low} ... {high}")
-        return frames.to(torch.uint8)
-    if low != low or high != high or abs(low) == float("inf") or high == float("inf"):
-        raise ValueError("a video holds values that are not finite")
-    if do_rescale and low >= 0 and high <= 1:
-        logger.warning_once(
-            "The values of a video given as floats lie in [0, 1] already, and do_rescale=True divides them by 255 "
-            "once more: set do_rescale=False."
-        )
-    return frames.to(torch.uint8) if is_8_bit and bool((frames == frames.round()).all()) else frames.float()

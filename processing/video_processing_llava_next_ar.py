@@ -13,6 +13,7 @@ Shape letters: N videos, T frames of the longest, C channels (3 once converted t
 
 import inspect
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import fields
@@ -36,7 +37,7 @@ from ..hub.pushed_model import travels_with_code
 from .option_checks import check_pixel_options
 from .video_decoding import VideoBackend
 from .video_frames import SAMPLING_POLICIES, FrameSampling, ResizeBackend, resize_frames
-from .video_inputs import Clip, flatten_metadata, flatten_videos, read_clip
+from .video_inputs import Clip, check_metadata, flatten_metadata, flatten_videos, read_clip
 
 _RESAMPLE = {PILImageResampling.BICUBIC: "bicubic", PILImageResampling.BILINEAR: "bilinear"}
 # What a configuration file of another video processor says about pixels holds here too; how it samples does not.
@@ -208,12 +209,16 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
 
     Without `return_tensors` each is a list with one tensor, not padded, for each video.
 
+    A clip of fewer than `num_frames` frames gives all of them, at construction and in a call alike;
+    `sampling="num_frames"` refuses it, as transformers does.
+
     Times come from the file. Arrays and images have none: their `fps` is that of `video_metadata`, or 2.
 
+    Arrays hold integers from 0 to 255, or floats: from 0 to 255 with `do_rescale`, else as given.
+
     Raises:
-        ValueError: on an unknown or contradictory option, if a video cannot be read (naming it and the cause), if
-            `num_frames` is given in the call (without `sampling`) for a clip that has fewer, or if videos of different
-            size are to become one tensor.
+        ValueError: on an unknown or contradictory option, if a video cannot be read (naming it and the cause) or its
+            values are out of range, or if videos of different size are to become one tensor.
 
     Example:
 
@@ -354,8 +359,8 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
         Raises:
             ValueError: as the call does.
         """
+        metadata = check_metadata(metadata)
         given = {"num_frames": num_frames, "fps": fps, **kwargs}
-        _refuse_shorter(metadata.total_num_frames, given)
         sampling = self.sampling_for(**{**given, "do_sample_frames": True})
         return sampling.select(metadata.total_num_frames, metadata.fps).indices
 
@@ -378,7 +383,7 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
                 metadata,
                 sampling,
                 do_convert_rgb=options["do_convert_rgb"],
-                do_rescale=options["do_rescale"],
+                float_range=_float_range(options),
                 input_data_format=options["input_data_format"],
                 sizes=_exact_sizes(options),
                 backend=options["video_backend"],
@@ -386,8 +391,6 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
                 resize_backend=options["resize_backend"],
                 allow_partial=options["allow_partial"],
             )
-            if sampling is not None:
-                _refuse_shorter(clip.metadata.total_num_frames, kwargs)
             clips.append(_resized_and_cropped(clip, options))
         return _collate(clips, options)
 
@@ -420,13 +423,11 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
         return {**super()._standardize_kwargs(default_to_square=square, **kwargs), "default_to_square": square}
 
 
-def _refuse_shorter(total_frames: int, given: Mapping[str, Any]) -> None:
-    """`num_frames` in a call is a request, as in transformers; `sampling="uniform"` beside it takes what there is."""
-    if given.get("sampling") is None and (given.get("num_frames") or 0) > total_frames:
-        raise ValueError(
-            f"num_frames={given['num_frames']} is more than the {total_frames} frames of the video; "
-            "sampling='uniform' beside it takes all frames of a shorter video"
-        )
+def _float_range(options: dict[str, Any]) -> tuple[float, float]:
+    """Values that a video of floats may have: up to white where they are rescaled, else as given."""
+    if options["do_rescale"]:
+        return 0, max(255, round(1 / abs(options["rescale_factor"])))
+    return (0 if options["do_normalize"] else -math.inf), math.inf
 
 
 # -- Resizing

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from ..processing.llava_conversation import llava_conversation_to_messages
-from ..processing.video_frames import IMAGE_SUFFIXES
+from ..processing.media_sources import is_animation, names_picture, source_name
 from .media_paths import path_below
 
 _CHAT_ROLES = {"system": "system", "user": "human", "assistant": "gpt"}  # and what LLaVA calls them
@@ -56,19 +56,17 @@ class MediaFolders:
         if not isinstance(media, str) or not media:
             raise ValueError(f"{kind} must be a path, got {str(media)[:200]!r}")
         root = self.video_root if kind == "video" else self.image_root
-        if kind == "video" and media.lower().endswith(IMAGE_SUFFIXES) and not media.lower().endswith(".gif"):
-            raise ValueError(f"video {media[-200:]!r} is an image; give it under 'image'")
         if "://" in media or media.startswith("data:"):
             if self.allow_outside_root:
                 return media
             raise ValueError(
-                f"{kind} {media[:200]!r} is a URL, expected a path below {root}; allow_outside_root=True accepts it"
+                f"{kind} {source_name(media)!r} is a URL, expected a path below {root}; allow_outside_root=True accepts it"
             )
-        if not self.allow_outside_root:
-            return path_below(root, media, kind)
-        path = os.path.abspath(root / media)
+        path = os.path.abspath(root / media) if self.allow_outside_root else path_below(root, media, kind)
         if not os.path.exists(path):
             raise FileNotFoundError(f"no such file: {path}")
+        if kind == "video" and names_picture(media, only_still=True) and not is_animation(path):
+            raise ValueError(f"video {media[-200:]!r} is an image; give it under 'image'")
         return path
 
 

@@ -15,7 +15,8 @@ import torch
 from PIL import ExifTags, Image
 
 from ..processing.frame_sampling import SampledFrames
-from ..processing.video_frames import VideoFrames, open_image, video_length
+from ..processing.media_sources import open_image, source_name
+from ..processing.video_frames import VideoFrames, video_length
 from ..processing.video_inputs import load_images
 from .bad_samples import BadSampleError
 from .entries import MediaFolders, entry_to_messages, media_names
@@ -165,7 +166,7 @@ class SampleReader:
             fps=fps,
             duration=total / fps,
             total_frames=total,
-            source=str(media)[:200],
+            source=source_name(media),
         )
 
 

@@ -271,6 +271,8 @@ class VideoProcessorTester:
             "image_mean": [0.48, 0.46, 0.41],
             "image_std": [0.27, 0.26, 0.28],
             "do_convert_rgb": True,
+            "sampling": "num_frames",  # refuses clips with fewer frames, as transformers does
+            "num_frames": self.num_frames,
         }
 
     def expected_output_video_shape(self, videos) -> tuple[int, ...]:

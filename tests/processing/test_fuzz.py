@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fuzzing import as_json, check, mutate
-from PIL import Image
+from PIL import Image, features
 from tiny import tiny_config, tiny_model
 from tiny_processor import tiny_processor
 from video_clips import picture, write_clip
@@ -152,7 +152,16 @@ def clips(tmp_path_factory) -> Path:
     write_clip(folder / "sorenson.flv", codec="flv1", options={}, **small)
     write_clip(folder / "vp9.webm", codec="libvpx-vp9", options={"g": "5", "cpu-used": "8"}, **small)
     images = [Image.fromarray(picture(index, 64, 48)) for index in range(6)]
-    images[0].save(folder / "animated.gif", save_all=True, append_images=images[1:], duration=100)
+    for name in (
+        "animated.gif",
+        "animated.png",
+        "animated.webp",
+        *(["animated.avif"] if features.check("avif") else []),
+    ):
+        images[0].save(folder / name, save_all=True, append_images=images[1:], duration=100)
+    images[0].save(
+        folder / "still.jpg", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03" + bytes(8)
+    )
     return folder
 
 

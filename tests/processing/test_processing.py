@@ -415,6 +415,13 @@ def test_visual_tokens_are_never_cut_off(processor):
     [
         ({"num_frame": 4}, "unknown option 'num_frame'.*did you mean 'num_frames'"),
         ({"videos_kwargs": {"framesize": 4}}, "unknown option 'framesize' for videos_kwargs"),
+        ({"video_fps": 4}, "unknown option 'video_fps'.*did you mean 'fps'"),
+        ({"nframes": 4}, "unknown option 'nframes'.*did you mean 'num_frames'"),
+        (
+            {"do_sample": False},
+            "'do_sample' is an option of generate: .* a pipeline as generate_kwargs={'do_sample': ...}",
+        ),
+        ({"temperature": 1.0}, "'temperature' is an option of generate"),
     ],
 )
 def test_unknown_options_are_refused(processor, kwargs, message):

@@ -120,7 +120,7 @@ def test_urls(clip):
 
 
 def test_what_cannot_be_a_url_is_named():
-    with pytest.raises(VideoReadError, match=r"cannot read video http://\[::1: no such file"):
+    with pytest.raises(VideoReadError, match=r"cannot read video http://\[::1: download failed: .*IPv6"):
         load_video("http://[::1")
 
 
@@ -132,6 +132,9 @@ def test_arrays_of_any_layout(pictures):
         "tensor": torch.from_numpy(pictures).permute(0, 3, 1, 2),
         "float": pictures.astype(np.float32) / 255,
         "int64": torch.from_numpy(pictures).long(),
+        "uint16": torch.from_numpy(pictures.astype(np.uint16)),
+        "big endian": pictures.astype(">u4"),
+        "mixed": [pictures[0] / 255, Image.fromarray(pictures[1]), *pictures[2:4], *(pictures[4:] / np.float32(255))],
         "arrays": list(pictures),
         "images": [Image.fromarray(frame) for frame in pictures],
     }
@@ -175,10 +178,17 @@ def test_folders_and_lists_of_images_in_the_order_people_count(pictures, tmp_pat
         ([], VideoReadError, "<list of frames>: it holds no frames"),
         (np.zeros((0, 4, 4, 3), np.uint8), VideoReadError, "<array>: it holds no frames"),
         (np.zeros((4, 4, 3), np.uint8), ValueError, r"\[T, H, W, C\] or \[T, C, H, W\], got shape \(4, 4, 3\)"),
-        (np.zeros((2, 5, 4, 7), np.uint8), ValueError, r"1, 3 or 4 channels, got shape \(5, 4, 7\)"),
-        (np.full((1, 2, 2, 3), 200.0), ValueError, r"float64 frames must lie in \[0, 1\], got \[200.0, 200.0\]"),
+        (np.zeros((2, 5, 6, 7), np.uint8), ValueError, r"1, 3 or 4 channels C, got shape \(2, 5, 6, 7\)"),
+        (np.zeros((3, 8, 6, 7), np.uint8), ValueError, r"got shape \(3, 8, 6, 7\); a video \[C, T, H, W\] needs"),
+        (np.zeros((8, 6, 7), np.uint8), ValueError, r"\[T, H, W, C\] or \[T, C, H, W\], got shape \(8, 6, 7\)"),
+        ([np.zeros((8, 6, 7), np.uint8)], ValueError, r"frame 0: .*got shape \(8, 6, 7\); a grey video \[T, H, W\]"),
+        (np.full((1, 2, 2, 3), 200.0), ValueError, r"float64 frames must lie in \[0, 1\], got \[200, 200\]"),
         (np.full((1, 2, 2, 3), np.nan), ValueError, r"must lie in \[0, 1\]"),
-        (np.full((1, 2, 2, 3), 300), ValueError, r"int64 frames must lie in \[0, 255\]"),
+        (np.full((1, 2, 2, 3), 300), ValueError, r"int64 frames must lie in \[0, 255\], got \[300, 300\]"),
+        (np.full((1, 2, 2, 3), -0.5), ValueError, r"float64 frames must lie in \[0, 1\], got \[-0.5, -0.5\]"),
+        (np.full((1, 2, 2, 3), 300, np.uint16), ValueError, r"uint16 frames must .*divide 16-bit values by 257"),
+        (torch.full((1, 2, 2, 3), 300, dtype=torch.uint16), ValueError, r"uint16 frames must lie in \[0, 255\]"),
+        (np.zeros((1, 2, 2, 3), bool), ValueError, "integers from 0 to 255 or floats, got bool"),
         ([3], TypeError, "frame 0 is a int"),
         (42, TypeError, "a video is a path, URL, .* not int"),
         (["/nowhere/1.png"], VideoReadError, r"frame 0 \(/nowhere/1.png\)"),
@@ -203,7 +213,9 @@ def test_frames_of_different_size_need_a_size(pictures):
 
 def test_arguments_out_of_range(pictures):
     for arguments, message in [
-        ({"fps": 0}, "fps must be above 0, got 0"),
+        ({"fps": 0}, "fps must be a finite number above 0, got 0"),
+        ({"fps": float("nan")}, "fps must be a finite number above 0, got nan"),
+        ({"fps": float("inf")}, "fps must be a finite number above 0, got inf"),
         ({"num_threads": 0}, "num_threads must be at least 1, got 0"),
         ({"size": (0, 4)}, r"size must be .* got \(0, 4\)"),
         ({"size": 8, "resample": "nearest"}, "resample='nearest' is not one of bicubic, bilinear"),

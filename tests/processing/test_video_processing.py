@@ -11,7 +11,7 @@ import torch
 from golden_data import parametrize_golden
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 from transformers.image_transforms import center_crop
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.video_utils import VideoMetadata
@@ -185,7 +185,7 @@ def test_frames_of_a_file_are_resized_alike_whether_while_decoding_or_after(clip
     assert torch.equal(at_once, afterwards)
 
 
-def test_floats_in_unit_range_need_no_rescaling(monkeypatch):
+def test_floats_in_unit_range_need_no_rescaling():
     video = frames()
     scaled = video.astype(np.float32) / 255
     torch.testing.assert_close(
@@ -195,13 +195,78 @@ def test_floats_in_unit_range_need_no_rescaling(monkeypatch):
     smooth = np.add.outer(np.arange(12) * 7, np.arange(16) * 5).astype(np.uint8)[None, ..., None].repeat(3, axis=-1)
     found = pixels(smooth.astype(np.float32) / 255, do_rescale=False)
     torch.testing.assert_close(found, pixels(smooth, resize_backend="pil"), rtol=0, atol=2 / 255)
-    warned = []
-    monkeypatch.setattr(video_inputs.logger, "warning_once", warned.append)
-    pixels(video.astype(np.float32))
-    pixels(scaled, do_rescale=False)
-    assert not warned
-    pixels(scaled)
-    assert len(warned) == 1 and "do_rescale=False" in warned[0]
+    # zeros and ones are whole numbers, but no 8-bit values
+    mask = (smooth > 60).astype(np.float32)
+    found = pixels(mask, do_rescale=False, resample=2)
+    torch.testing.assert_close(found, pixels(mask.astype(np.uint8) * 255, resample=2), rtol=0, atol=4 / 255)
+    for one in (scaled, list(scaled), [scaled[0], Image.fromarray(video[1])]):
+        with pytest.raises(
+            ValueError, match=r"floats lie in \[0, 1\].*divide them by 255 once more.*do_rescale=False"
+        ):
+            pixels(one)
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_values_out_of_range_are_refused(as_list):
+    """[-1, 1] became a constant picture, without a word."""
+    video = np.random.default_rng(0).uniform(-1, 1, (4, 12, 16, 3)).astype(np.float32)
+    given = list(video) if as_list else video
+    with pytest.raises(ValueError, match=r"float32 frames must lie in \[0, 255\], got \[-0.99"):
+        pixels(given)
+    with pytest.raises(ValueError, match=r"must not be negative where they are normalized, got \[-0.99"):
+        pixels(given, do_rescale=False)
+    with pytest.raises(ValueError, match="float32 frames must be finite, got values that are not finite"):
+        pixels(
+            [frame * np.float32(np.inf) for frame in video] if as_list else video * np.float32(np.nan),
+            do_rescale=False,
+            do_normalize=False,
+        )
+    found = pixels(given, do_rescale=False, do_normalize=False, do_resize=False)
+    assert torch.equal(found[0], torch.from_numpy(video).permute(0, 3, 1, 2))
+    with pytest.raises(ValueError, match=r"float32 frames must lie in \[0, 255\], got \[-?\d"):
+        pixels([frame * 300 for frame in video] if as_list else video * 300)
+    wide = np.abs(video) * 65535
+    found = pixels(list(wide) if as_list else wide, rescale_factor=1 / 65535, do_normalize=False, do_resize=False)
+    torch.testing.assert_close(found[0], torch.from_numpy(np.abs(video)).permute(0, 3, 1, 2), rtol=1e-5, atol=1e-6)
+
+
+def test_mixing_kinds_of_frames_does_not_change_their_scale():
+    """With one PIL image among them, frames of floats were taken for [0, 1] instead of [0, 255]."""
+    video = frames(4)
+    whole, fractions = video.astype(np.float32), np.minimum(video + 0.5, 255).astype(np.float32)
+    mixed = [
+        whole[0],
+        Image.fromarray(video[1]),
+        torch.from_numpy(video[2]).permute(2, 0, 1),
+        video[3].astype(np.int32),
+    ]
+    assert torch.equal(pixels(mixed), pixels(video))
+    expected = pixels(np.stack([fractions[0], whole[1]]), do_resize=False)
+    assert torch.equal(pixels([fractions[0], Image.fromarray(video[1])], do_resize=False), expected)
+    with pytest.raises(ValueError, match="no common scale with do_rescale=False"):
+        pixels([whole[0] / 255, Image.fromarray(video[1])], do_rescale=False)
+    # of different size too, grey too
+    grey = [video[0, ..., 0], Image.fromarray(video[1, ..., 1]), frames(1, height=30)[0], video[2, ..., :1]]
+    alone = [pixels([frame])[0, 0] for frame in grey]
+    assert torch.equal(pixels(grey)[0], torch.stack(alone))
+
+
+@pytest.mark.parametrize(
+    "dtype", ["int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", ">u2", ">f4", "float16", "longdouble"]
+)
+def test_numbers_of_any_type(dtype):
+    video = frames() // 2
+    expected = pixels(video)
+    assert torch.equal(pixels(video.astype(dtype)), expected)
+    assert torch.equal(pixels(list(video.astype(dtype))), expected)
+    if dtype[0] != ">" and dtype != "longdouble":
+        assert torch.equal(pixels(torch.from_numpy(video.astype(dtype))), expected)
+    if dtype not in ("int8", ">f4", "float16", "longdouble"):
+        for video in (np.full((2, 12, 16, 3), 300, dtype), list(np.full((2, 12, 16, 3), 300, dtype))):
+            with pytest.raises(
+                ValueError, match=r"int\d+ frames must lie in \[0, 255\], got \[300, 300\].*by 257|>u2"
+            ):
+                pixels(video)
 
 
 def test_transparency_is_laid_on_white_and_grey_repeated(tmp_path):
@@ -248,10 +313,41 @@ def test_images_come_from_files_and_base64_alike(tmp_path):
     ] * 4
 
 
-@pytest.mark.parametrize("text", ["gone.png", "data:image/png;base64,iVBO%", "iVBOR", "data:video/mp4;base64,AAAA"])
-def test_what_is_neither_a_file_nor_base64_is_named(text):
-    with pytest.raises(ValueError, match=f"cannot load image '{text}': there is no such file, and it is no base64"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gone.png", "'gone.png': there is no such file, and it is not base64"),
+        ("iVBOR", "'iVBOR': there is no such file, and it is not base64"),
+        ("data:image/png;base64,iVBO%", r"'data:image/png;base64,... \(27 characters\)': its data is not base64"),
+        ("data:video/mp4;base64,AAAA", r"'data:video/mp4;base64,... \(26 characters\)': cannot identify"),
+    ],
+)
+def test_what_is_neither_a_file_nor_base64_is_named(text, message):
+    with pytest.raises(ValueError, match=f"cannot load image {message}"):
         video_inputs.load_images([text])
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "apng", "webp", "avif"])
+def test_animations_are_videos_in_every_nesting(tmp_path, suffix):
+    """As a chat hands them over, `[["a.webp"]]` was one video of one frame."""
+    if suffix == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    images = [Image.new("RGB", (24, 20), (index * 40, 0, 0)) for index in range(6)]
+    paths = [str(tmp_path / f"{index}.{suffix}") for index in range(2)]
+    options = {"format": "PNG"} if suffix == "apng" else {"quality": 100, "lossless": True} if suffix == "webp" else {}
+    images[0].save(
+        paths[0], save_all=True, append_images=images[1:], duration=[100, 200, 300, 400, 500, 600], **options
+    )
+    images[0].save(paths[1], save_all=True, append_images=images[1:4], duration=100, **options)
+    url = f"data:image/{suffix};base64,{base64.b64encode(Path(paths[0]).read_bytes()).decode()}"
+    processor = LlavaNextARVideoProcessor(size=SIZE)
+    for one in (paths[0], [paths[0]], [[paths[0]]], [[Path(paths[0])]], url, [[url]], [[Image.open(paths[0])]]):
+        batch = processor(one, return_tensors="pt", return_metadata=True)
+        assert batch["pixel_values_videos"].shape[:2] == (1, 6)
+        torch.testing.assert_close(batch["video_timestamps"], torch.tensor([[0, 0.1, 0.3, 0.6, 1.0, 1.5]]))
+        assert batch["video_metadata"][0].duration == pytest.approx(2.1)
+    batch = processor([paths], return_tensors="pt")
+    assert batch["video_frame_mask"].sum(1).tolist() == [6, 4]
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(sum))
@@ -274,6 +370,11 @@ def test_flattening_keeps_every_video_in_order(counts):
         ([[["frame", "frame"]]], [1]),
         ([["http://host/a.png?x=1", "b.png"]], 1),
         (["a.gif", "b.gif"], 2),
+        (["C#/1.png", "C#/2.png"], 1),
+        (["why?/1.png", "50%/2.png"], 1),
+        ([["data:image/png;base64,AA", "data:image/jpeg;base64,AA"]], 1),
+        ([["data:video/mp4;base64,AA", "data:video/mp4;base64,AA"]], [2]),
+        ([np.zeros((4, 4)), np.zeros((4, 4))], 1),
         ([b"", b""], 2),
         (np.zeros((2, 5, 4, 4, 3)), 2),
         (np.zeros((4, 4, 3)), 1),
@@ -308,11 +409,19 @@ def test_what_is_no_video_is_refused_with_its_place(videos, error, message):
 @pytest.mark.parametrize(
     ("video", "message"),
     [
-        (np.zeros((2, 4, 4, 3), dtype=bool), "uint8 or float"),
-        (np.full((2, 4, 4, 3), 300), "must lie in 0 ... 255, got 300 ... 300"),
-        (np.full((2, 4, 4, 3), np.nan), "not finite"),
+        (np.zeros((2, 4, 4, 3), dtype=bool), "integers from 0 to 255 or floats, got bool"),
+        (torch.zeros(2, 4, 4, 3, dtype=torch.complex64), "integers from 0 to 255 or floats, got complex64"),
+        (np.full((2, 4, 4, 3), 300), r"int64 frames must lie in \[0, 255\], got \[300, 300\]; divide 16-bit"),
+        (np.full((2, 4, 4, 3), np.nan), r"float64 frames must lie in \[0, 255\], got values that are not finite"),
+        (
+            np.zeros((16, 48, 64)),
+            r"with 1, 3 or 4 channels C, got shape \(16, 48, 64\); a grey video \[T, H, W\] needs",
+        ),
+        (np.zeros((3, 16, 48, 64)), r"got shape \(3, 16, 48, 64\); a video \[C, T, H, W\] needs"),
+        ([np.zeros((16, 48, 64))] * 2, r"got shape \(16, 48, 64\)"),
+        (np.zeros((2, 16, 48, 64, 2)), r"got shape \(16, 48, 64, 2\)"),
         (np.zeros((0, 4, 4, 3), dtype=np.uint8), "no frames"),
-        ([np.zeros((4, 4, 3)), np.zeros((4, 5, 3))], "must have one shape"),
+        ([np.full((4, 4, 3), 1.5), np.zeros((4, 5, 3))], "must have one shape"),
     ],
 )
 def test_frames_that_make_no_sense_are_refused(video, message):
@@ -391,17 +500,20 @@ def test_settings_name_the_policy_at_construction_too():
         processor(frames())
 
 
-def test_more_frames_than_exist():
-    """Asked for in the call they are an error, as in transformers; as a setting, `uniform` takes what there is."""
+@pytest.mark.parametrize("asked", [7, 6, 16])
+def test_more_frames_than_exist(clip, asked):
+    """A clip gives all of its frames, wherever their number was asked for; only the policy `num_frames` refuses."""
     video = frames(6)
-    with pytest.raises(ValueError, match="num_frames=7 is more than the 6 frames of the video; sampling='uniform'"):
-        pixels(video, num_frames=7)
-    assert pixels(video, num_frames=7, sampling="uniform").shape[1] == 6
-    processor = LlavaNextARVideoProcessor(size=SIZE, num_frames=7)
-    assert processor(video, return_tensors="pt")["pixel_values_videos"].shape[1] == 6
-    with pytest.raises(ValueError, match="num_frames=7 is more than the 6 frames"):
-        processor(video, sampling="num_frames")
-    assert pixels(video, num_frames=7, do_sample_frames=False).shape[1] == 6
+    expected = pixels(video, do_sample_frames=False)
+    for options in ({}, {"sampling": "uniform"}, {"do_sample_frames": False}):
+        assert torch.equal(pixels(video, num_frames=asked, **options), expected)
+    processor = LlavaNextARVideoProcessor(size=SIZE, num_frames=asked)
+    assert torch.equal(processor(video, return_tensors="pt")["pixel_values_videos"], expected)
+    assert pixels(clip, num_frames=asked + 24).shape[1] == 30
+    assert processor.sample_frames(VideoMetadata(total_num_frames=6), num_frames=asked).tolist() == list(range(6))
+    if asked > 6:
+        with pytest.raises(ValueError, match=f"num_frames={asked} is more than the 6 frames"):
+            processor(video, sampling="num_frames")
 
 
 @pytest.mark.parametrize("policy", SAMPLING_POLICIES)
@@ -497,11 +609,41 @@ def test_frames_sampled_elsewhere_keep_their_times():
         ({"total_num_frames": 5}, ValueError, "describes 5 frames, but the video has 6.*frames_indices"),
         ({"total_num_frames": 9, "frames_indices": [1, 2]}, ValueError, "describes 2 frames"),
         (["fps"], TypeError, "dicts or VideoMetadata, got str"),
+        ({"frame_indices": [1]}, ValueError, "unknown option 'frame_indices'.*did you mean 'frames_indices'"),
+        *(
+            (
+                {name: value},
+                ValueError,
+                f"{name} in video_metadata must be a finite number above 0, or None, got {value!r}",
+            )
+            for name in ("fps", "duration")
+            for value in (float("nan"), float("inf"), -1, 0, "3", True)
+        ),
+        *(
+            (
+                {name: value},
+                ValueError,
+                f"{name} in video_metadata must be a whole number above 0, or None, got {value!r}",
+            )
+            for name in ("total_num_frames", "width")
+            for value in (0, -6, 6.5, "6")
+        ),
+        ({"total_num_frames": 9, "frames_indices": [0, 1, 2, 3, 4, 9]}, ValueError, "from 0 to 8, got 0 to 9"),
+        ({"frames_indices": [-1, 0, 1, 2, 3, 4]}, ValueError, "in order of time, from 0, got -1 to 4"),
+        ({"frames_indices": [0, 1, 2, 4, 3, 5]}, ValueError, "got 0 to 5, not in order"),
+        ({"frames_indices": [0, 0.5, 1, 2, 3, 4]}, ValueError, "must be whole numbers, got"),
+        ({"frames_indices": 3}, ValueError, "must be whole numbers, got 3"),
     ],
 )
 def test_metadata_must_fit_the_videos(metadata, error, message):
     with pytest.raises(error, match=message):
         pixels(frames(6), video_metadata=metadata)
+
+
+def test_frames_of_a_longer_video_say_how_long_it_is_at_least():
+    metadata = {"fps": 10.0, "frames_indices": torch.tensor([0, 20, 40, 60, 80, 99])}
+    out = LlavaNextARVideoProcessor(size=SIZE)(frames(6), video_metadata=metadata, return_metadata=True)
+    assert out["video_metadata"][0].total_num_frames == 100 and out["video_metadata"][0].duration == 10.0
 
 
 # -- Sizes and shapes
