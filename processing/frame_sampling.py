@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+_SAME_TIME = 1e-6  # seconds: times and limits are rounded in many ways
 SLOW, FAST = 0, 1  # as `FrameType` in frame_token_layout.py
 
 
@@ -178,6 +179,7 @@ class FrameSampling:
         sample_rate: every how many frames `every_nth` takes one.
         fast_stride, slow_stride, num_fast, num_slow: read by `fast_slow`.
         force_sample: whether `llava_*` repeat frames of short clips.
+        video_start, video_end: seconds; the policy then sees only the frames between them, both included.
 
     Raises:
         ValueError: for a value out of range, a setting that the policy needs and lacks, or one it would ignore.
@@ -193,12 +195,21 @@ class FrameSampling:
     num_fast: int = 8
     num_slow: int = 8
     force_sample: bool = False
+    video_start: float | None = None
+    video_end: float | None = None
 
     def __post_init__(self) -> None:
         if self.policy not in SAMPLING_POLICIES:
             raise ValueError(f"policy={self.policy!r} is not one of {', '.join(SAMPLING_POLICIES)}")
         read = _settings_of(self.policy)
-        for key in (field.name for field in fields(self) if field.name != "policy"):
+        start, end = self.video_start, self.video_end
+        for key, value in (("video_start", start), ("video_end", end)):
+            is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+            if value is not None and not (is_number and 0 <= value < float("inf")):
+                raise ValueError(f"{key}={value!r} must be a finite number of seconds, 0 or more")
+        if end is not None and end < (start or 0):
+            raise ValueError(f"video_end={end!r} lies before video_start={start!r}")
+        for key in (field.name for field in fields(self) if field.name not in ("policy", "video_start", "video_end")):
             value = getattr(self, key)
             if value is None or value is False:
                 if key in read and read[key].default is inspect.Parameter.empty:
@@ -216,18 +227,41 @@ class FrameSampling:
                     f"{key}={value!r} has no effect with policy={self.policy!r}, which reads {', '.join(read)}"
                 )
 
-    def select(self, total_frames: int, native_fps: float | None = None) -> SampledFrames:
+    def select(
+        self, total_frames: int, native_fps: float | None = None, timestamps: np.ndarray | None = None
+    ) -> SampledFrames:
         """Chooses among the frames 0 ... total_frames - 1 of a clip with `native_fps` frames a second.
 
+        Args:
+            timestamps: `[total_frames]` seconds, for `video_start` and `video_end`; evenly spaced if None.
+
         Raises:
-            ValueError: if the clip is empty, or its policy refuses it (see there).
+            ValueError: if the clip is empty, no frame lies between `video_start` and `video_end`, or its policy refuses
+                it (see there).
         """
         if total_frames < 1:
             raise ValueError(f"total_frames={total_frames} must be at least 1")
         settings = {key: getattr(self, key) for key in _settings_of(self.policy)}
-        chosen = SAMPLING_POLICIES[self.policy](total_frames, native_fps, **settings)
+        first, stop = self._window(total_frames, native_fps, timestamps)
+        chosen = SAMPLING_POLICIES[self.policy](stop - first, native_fps, **settings)
         indices, types = chosen if isinstance(chosen, tuple) else (chosen, None)
-        return SampledFrames(indices.astype(np.int64), None if types is None else tuple(types.tolist()))
+        return SampledFrames(indices.astype(np.int64) + first, None if types is None else tuple(types.tolist()))
+
+    def _window(self, total: int, native_fps: float | None, times: np.ndarray | None) -> tuple[int, int]:
+        """The frames from `video_start` to `video_end`: the first one, and the one behind the last."""
+        start, end = self.video_start or 0.0, self.video_end
+        if not start and end is None:
+            return 0, total
+        if times is None:
+            times = np.arange(total) / _known("video_start and video_end", native_fps)
+        first = int(np.searchsorted(times, start - _SAME_TIME))
+        stop = total if end is None else int(np.searchsorted(times, end + _SAME_TIME, side="right"))
+        if first >= stop:
+            raise ValueError(
+                f"no frame lies between video_start={start:g} and video_end={end} seconds: the frames of the video are at "
+                f"{times[0]:g} to {times[-1]:g} seconds"
+            )
+        return first, stop
 
 
 def time_instruction(duration: float, timestamps: Sequence[float]) -> str:

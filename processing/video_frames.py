@@ -207,7 +207,9 @@ def _read_sampled(
     """(which frames, their pixels `[T, 3, h, w]` for each size, which indices could not be decoded)."""
     while True:
         total = len(reader.timestamps)
-        sampled = SampledFrames(np.arange(total)) if sampling is None else sampling.select(total, reader.fps)
+        sampled = SampledFrames(np.arange(total))
+        if sampling is not None:
+            sampled = sampling.select(total, reader.fps, reader.timestamps)
         distinct, place_of = np.unique(sampled.indices, return_inverse=True)  # some policies repeat frames
         stacks = [_FrameStack(len(distinct), size, resample, resize_backend, reader.name) for size in sizes]
 
