@@ -27,6 +27,10 @@ from transformers import GenerationConfig, LlavaOnevisionConfig, PreTrainedConfi
 from transformers.activations import ACT2FN  # noqa: E402
 from transformers.configuration_utils import SubConfigSpec  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
+from transformers.models.auto.modeling_auto import (  # noqa: E402
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging  # noqa: E402
 
 from ..hub.hub_code import AUTO_MAP  # noqa: E402
@@ -35,6 +39,11 @@ from .frame_token_layout import FrameTokenLayout, NewlinePosition, PoolMode  # n
 from .image_token_layout import ImageTokenLayout, UnpadRounding  # noqa: E402
 
 logger = logging.get_logger(__name__)
+
+# `transformers serve` looks a type up here before it imports a model of it, and has answers for it with images and videos.
+# Under our own class's name in the first, it would expect a model that hears the sound of videos too.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("llava_next_ar", "LlavaOnevisionForConditionalGeneration")
+MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.setdefault("llava_next_ar", "LlavaNextARForConditionalGeneration")
 
 # Keys that transformers itself reads from or writes to a config.json without declaring them as fields.
 _TRANSFORMERS_KEYS = {

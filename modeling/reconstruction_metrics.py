@@ -4,15 +4,17 @@
 Shape letters: M predicted frames (all but the first of each clip), T frames of one clip, P patches, Dv features.
 """
 
+import importlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, is_matplotlib_available
 
 
-@dataclass
+@dataclass(repr=False)
 class NextFramePrediction:
     """Next-frame predictions for one video. Entry i is about frame `frame_index[i]`, predicted from the frames before it.
 
@@ -21,7 +23,9 @@ class NextFramePrediction:
         predictions, targets, copies: for each predicted frame `[P, Dv]` float32: predicted, true, and the frame before.
         grids: `(h, w)` of each predicted frame.
         frame_metrics: name -> `[M]` float32: `mse`, `copy_mse`, `cosine`, `temporal_consistency`.
-        metrics: their means over frames, and `skill = 1 - mse / copy_mse` (horizon 1).
+        metrics: their means over frames, and `skill = 1 - mse / copy_mse` (horizon 1): 1 for a perfect prediction, 0 for one
+            as good as copying the last frame, below 0 for a worse one. NaN for a static clip: where no feature changes,
+            `copy_mse` is 0 and there is nothing to be better than.
         video_index: which video of the batch this is.
     """
 
@@ -33,6 +37,38 @@ class NextFramePrediction:
     frame_metrics: dict[str, torch.Tensor]
     metrics: dict[str, float]
     video_index: int = 0
+
+    def __repr__(self) -> str:
+        sizes = sorted({tuple(prediction.shape) for prediction in self.predictions})
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
+        static = " (static clip: no feature changes)" if self.metrics.get("copy_mse") == 0 else ""
+        return (
+            f"{type(self).__name__}(video {self.video_index}: {len(self.predictions)} frames of "
+            f"{' or '.join(str(list(size)) for size in sizes)} features, {metrics}{static})"
+        )
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draws the error of each frame beside that of copying the frame before it.
+
+        Args:
+            ax: the axes of matplotlib to draw into; new ones if None.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
+        if ax is None:
+            if not is_matplotlib_available():
+                raise ImportError("plot() needs matplotlib: pip install matplotlib")
+            ax = importlib.import_module("matplotlib.pyplot").subplots(figsize=(8, 3), layout="constrained")[1]
+        frames = self.frame_index.cpu().numpy()
+        for name, label in (("copy_mse", "copying the last frame"), ("mse", "prediction")):
+            ax.plot(frames, self.frame_metrics[name].cpu().numpy(), marker=".", label=label)
+        ax.set(xlabel="frame", ylabel="mean squared error", ylim=(0, None), title=f"skill {self.metrics['skill']:.3f}")
+        ax.legend()
+        return ax
 
 
 @dataclass

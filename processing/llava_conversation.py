@@ -62,7 +62,7 @@ _MEDIA_NAMES = {name for names in (*_MEDIA_KEYS.values(), *PART_OPTIONS.values()
 _ALIASES = {"nframes": "num_frames", "start": "video_start", "end": "video_end"}
 
 
-def prepare_messages(conversation: Any, template: str, *, with_media: bool) -> list[Any]:
+def prepare_messages(conversation: Any, template: str, options: Mapping[str, Any]) -> list[Any]:
     """A validated copy of a conversation, or of a batch of conversations, in the one form that chat templates read.
 
     Keys whose value is None are absent: every row of a table has the keys of all rows. `image_url` and `video_url` parts
@@ -71,12 +71,17 @@ def prepare_messages(conversation: Any, template: str, *, with_media: bool) -> l
     Args:
         conversation: as for `apply_chat_template`.
         template: the chat template, which may read further keys of messages and parts.
-        with_media: whether the media are going to be read, so that a video part needs one. A medium with options of its
-            own then becomes a `MediaRequest`.
+        options: of `apply_chat_template`. With `tokenize`, the media are going to be read: a video part needs one, and a
+            medium with options of its own becomes a `MediaRequest`.
 
     Raises:
-        ValueError: naming the place, what was found there and what was expected; also for a key that nothing reads.
+        ValueError: naming the place, what was found there and what was expected; also for a key or option that nothing
+            reads.
     """
+    for name in ("tools", "documents"):
+        if options.get(name) and not template_reads(template, name):
+            raise ValueError(f"the chat template does not read {name!r} and would drop it: give one that does")
+    with_media = bool(options.get("tokenize"))
     if not isinstance(conversation, (list, tuple)) or not conversation:
         raise ValueError(f"conversation must be a list of messages that is not empty, got {_shown(conversation)}")
     if not all(isinstance(item, (list, tuple)) for item in conversation):

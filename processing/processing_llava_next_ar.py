@@ -31,7 +31,7 @@ from ..configuration.transformers_compat import MARKED_CONTROL_TOKEN
 from ..hub.hub_code import AUTO_MAP
 from ..hub.pushed_model import travels_with_code
 from .frame_sampling import llava_video_times, time_instruction
-from .llava_conversation import DEFAULT_CHAT_TEMPLATE, IMAGE_TOKEN, VIDEO_TOKEN, check_placeholders, prepare_messages, template_reads
+from .llava_conversation import DEFAULT_CHAT_TEMPLATE, IMAGE_TOKEN, VIDEO_TOKEN, check_placeholders, prepare_messages
 from .option_checks import (
     SETTINGS,
     check_image_processor,
@@ -333,10 +333,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         """
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         template = templates.get(chat_template or "default", chat_template)
-        conversation = prepare_messages(conversation, template or "", with_media=bool(kwargs.get("tokenize")))
-        for name in ("tools", "documents"):
-            if kwargs.get(name) and not template_reads(template or "", name):
-                raise ValueError(f"the chat template does not read {name!r} and would drop it: give one that does")
+        conversation = prepare_messages(conversation, template or "", kwargs)
         if return_assistant_tokens_mask and template and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             raise ValueError(
                 "return_assistant_tokens_mask=True needs a chat template with {% generation %} around the assistant's "
