@@ -40,6 +40,7 @@ from .video_language_model import (
     check_media_given,
     init_own_weights,
     warn_beyond_positions,
+    with_frames_first,
 )
 
 logger = logging.get_logger(__name__)
@@ -153,6 +154,7 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         Raises:
             ValueError: if placeholders have no image or video, or the cache leaves no token of the prompts to read.
         """
+        kwargs = with_frames_first(kwargs)
         caches = [kwargs[name] for name in _CACHE_ARGUMENTS if kwargs.get(name) is not None]
         num_cached = int(caches[0].get_seq_length()) if caches else 0
         ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")

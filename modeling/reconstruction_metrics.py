@@ -6,7 +6,7 @@ Shape letters: M predicted frames (all but the first of each clip), T frames of 
 
 import importlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -14,8 +14,25 @@ from torch import nn
 from transformers.utils import ModelOutput, is_matplotlib_available
 
 
+class ShortRepr:
+    """A dataclass whose repr shows shapes in the place of tensors, and lists as their length and distinct entries."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{one.name}={_short(getattr(self, one.name))}' for one in fields(self))})"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return str(list(value.shape))
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_short(entry)}" for name, entry in value.items()) + "}"
+    if isinstance(value, list):
+        return f"{len(value)} x {' or '.join(sorted(set(map(_short, value))))}"
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)
+
+
 @dataclass(repr=False)
-class NextFramePrediction:
+class NextFramePrediction(ShortRepr):
     """Next-frame predictions for one video. Entry i is about frame `frame_index[i]`, predicted from the frames before it.
 
     Attributes:
@@ -37,15 +54,6 @@ class NextFramePrediction:
     frame_metrics: dict[str, torch.Tensor]
     metrics: dict[str, float]
     video_index: int = 0
-
-    def __repr__(self) -> str:
-        sizes = sorted({tuple(prediction.shape) for prediction in self.predictions})
-        metrics = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
-        static = " (static clip: no feature changes)" if self.metrics.get("copy_mse") == 0 else ""
-        return (
-            f"{type(self).__name__}(video {self.video_index}: {len(self.predictions)} frames of "
-            f"{' or '.join(str(list(size)) for size in sizes)} features, {metrics}{static})"
-        )
 
     def plot(self, ax: Any = None) -> Any:
         """Draws the error of each frame beside that of copying the frame before it.

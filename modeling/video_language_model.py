@@ -343,6 +343,16 @@ def warn_beyond_positions(config: LlavaNextARConfig, before: int, after: int) ->
         )
 
 
+def with_frames_first(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with the padding of their videos at the end: transformers' pipelines pad all on the side of the text."""
+    mask = inputs.get("video_frame_mask")
+    if mask is None or not (mask[:, 1:].bool() & ~mask[:, :-1].bool()).any():
+        return inputs
+    order = mask.long().argsort(dim=1, descending=True, stable=True)
+    names = [name for name in MEDIA_INPUTS["video"][:4] if inputs.get(name) is not None]
+    return {**inputs, **{name: inputs[name][torch.arange(len(mask))[:, None], order] for name in names}}
+
+
 def video_lengths(pixel_values_videos: torch.Tensor, video_frame_mask: torch.Tensor | None) -> list[int]:
     """How many real frames each of the videos `[N, T, 3, H, W]` has; `video_frame_mask` as in `get_video_features`.
 

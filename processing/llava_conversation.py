@@ -4,6 +4,7 @@
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 from .video_inputs import MediaRequest
@@ -169,7 +170,7 @@ def _media_part(place: str, part: dict[str, Any], with_media: bool) -> dict[str,
         options[name] = part[key]
         if with_media and given:
             del part[key]
-    if options and with_media and given:
+    if with_media and given and (options or is_dataclass(part[given[0]])):
         part[given[0]] = MediaRequest(part[given[0]], options, place)
     return part
 

@@ -12,7 +12,7 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,19 +40,19 @@ logger = logging.get_logger(__name__)
 _FRAME_SUFFIXES = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix != ".gif")
 
 
-@dataclass(frozen=True)
 class MediaRequest:
     """A video or image with options of its own, as a content part gives them.
 
-    Attributes:
+    Not a dataclass: transformers 5.24 makes dicts of those in messages.
+
+    Args:
         source: the video or image.
         options: of `PART_OPTIONS` in llava_conversation.py.
         place: of the content part, for messages.
     """
 
-    source: Any
-    options: dict[str, Any]
-    place: str
+    def __init__(self, source: Any, options: dict[str, Any], place: str) -> None:
+        self.source, self.options, self.place = source, options, place
 
     @property
     def pixel_limits(self) -> tuple[int, float]:
@@ -228,7 +228,7 @@ def _flatten(item: Any, depth: int, where: str) -> list[Any]:
         inner = _flatten(item.source, 2, item.place)  # a list in a content part is one video
         if len(inner) != 1:
             raise ValueError(f"{item.place} must hold one video, got {len(inner)}")
-        return [replace(item, source=inner[0])]
+        return [MediaRequest(inner[0], item.options, item.place)]
     if _is_array(item):
         if not 3 <= item.ndim <= 5:
             raise ValueError(

@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging as transformers_logging
 
+from llava_next_ar.configuration.transformers_compat import CACHE_ARGUMENT
 from llava_next_ar.modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration, LlavaNextARModel
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": PAD_TOKEN}
@@ -138,7 +139,7 @@ def test_one_cached_video_serves_two_questions(layout):
         whole = torch.cat([ids[:, :prefix], torch.tensor([question])], dim=1)
         asked = {**inputs, "input_ids": whole, "attention_mask": torch.ones_like(whole)}
         expected_new, expected_logits, _ = generate(model, asked)
-        new, logits, seen = generate(model, asked, past_key_values=copy.deepcopy(cache))
+        new, logits, seen = generate(model, asked, **{CACHE_ARGUMENT: copy.deepcopy(cache)})
         assert torch.equal(new, expected_new)
         assert seen == 0
         torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-5)
