@@ -162,7 +162,7 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         if getattr(config, "is_assistant", False):  # drafts for another model, which transformers gives no media
             return super().generate(inputs, *args, **kwargs)
         if not num_cached:
-            self._check_media(ids, kwargs.get("inputs_embeds"), kwargs, kwargs.get("mm_encoder_outputs") or {})
+            self._check_media(ids, kwargs.get("inputs_embeds"), {**kwargs, **(kwargs.get("mm_encoder_outputs") or {})})
         elif ids is not None:
             is_whole = mask is None or mask.shape[1] == ids.shape[1]  # else the mask alone has the cached part too
             if is_whole and num_cached >= ids.shape[1]:
@@ -290,7 +290,7 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         cache = next((kwargs[name] for name in _CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
         has_cache = cache is not None
         if not has_cache:
-            self._check_media(input_ids, inputs_embeds, {"pixel_values": pixel_values}, encoded)
+            self._check_media(input_ids, inputs_embeds, {"pixel_values": pixel_values, **encoded})
         if labels is None:
             self._check_length(inputs_embeds if input_ids is None else input_ids, cache, position_ids)
         is_packed = position_ids is not None and attention_mask is None and not has_cache
@@ -366,28 +366,22 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         )
 
     def _check_media(
-        self,
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.Tensor | None,
-        inputs: dict[str, Any],
-        encoded: dict[str, Any],
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None, inputs: dict[str, Any]
     ) -> None:
-        """Raises ValueError for prompts with placeholders, but neither pixels among `inputs` nor features `encoded`."""
-        has_media = {
-            kind: inputs.get(names[0]) is not None or encoded.get(kind) is not None
-            for kind, names in MEDIA_INPUTS.items()
-        }
-        if all(has_media.values()) or torch.compiler.is_compiling():
+        """Raises ValueError for placeholders of a kind that has neither pixels nor, under its own name, features."""
+        missing = [
+            kind for kind, names in MEDIA_INPUTS.items() if inputs.get(names[0]) is None and inputs.get(kind) is None
+        ]
+        if not missing or torch.compiler.is_compiling():
             return
         if input_ids is not None and input_ids.numel():
-            masks = [input_ids == self.config.image_token_id, input_ids == self.config.video_token_id]
+            masks = {kind: input_ids == getattr(self.config, f"{kind}_token_id") for kind in MEDIA_INPUTS}
         elif inputs_embeds is not None:
-            masks = [mask[..., 0] for mask in self.model.get_placeholder_mask(None, inputs_embeds)]
+            masks = dict(zip(MEDIA_INPUTS, self.model.get_placeholder_mask(None, inputs_embeds), strict=True))
         else:
             return
-        for kind, mask in zip(MEDIA_INPUTS, masks, strict=True):
-            if not has_media[kind]:
-                check_media_given(kind, int(mask.sum()))
+        for kind in missing:
+            check_media_given(kind, int(masks[kind].sum()))
 
     def _check_length(self, prompts: torch.Tensor, cache: Any, position_ids: torch.LongTensor | None) -> None:
         """Warns of prompts that are too long."""

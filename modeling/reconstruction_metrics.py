@@ -56,16 +56,10 @@ class NextFramePrediction(ShortRepr):
     video_index: int = 0
 
     def plot(self, ax: Any = None) -> Any:
-        """Draws the error of each frame beside that of copying the frame before it.
-
-        Args:
-            ax: the axes of matplotlib to draw into; new ones if None.
-
-        Returns:
-            The axes.
+        """Draws the error of each frame beside that of copying the frame before, into axes of matplotlib, and returns these.
 
         Raises:
-            ImportError: if matplotlib is not installed.
+            ImportError: if no axes are given and matplotlib is not installed.
         """
         if ax is None:
             if not is_matplotlib_available():

@@ -39,14 +39,7 @@ for _name, _origin in (
 # Inputs of `generate` for each kind of media, the pixels first.
 MEDIA_INPUTS = {
     "image": ("pixel_values", "image_sizes", "batch_num_images"),
-    "video": (
-        "pixel_values_videos",
-        "video_frame_mask",
-        "video_frame_types",
-        "video_timestamps",
-        "video_layout",
-        "image_sizes_videos",
-    ),
+    "video": ("pixel_values_videos", "video_frame_mask", "video_frame_types", "video_timestamps", "video_layout"),
 }
 
 
@@ -199,14 +192,8 @@ class LlavaNextARModel(LlavaOnevisionModel):
     def drop_cached_media(
         self, input_ids: torch.LongTensor, num_cached: int, inputs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Inputs of `generate` without the images and videos whose placeholders are in the cache already.
-
-        Of a medium that is cached in part, the features of the other part remain, as `mm_encoder_outputs`.
-
-        Args:
-            input_ids: `[B, S]`, the whole prompts.
-            num_cached: how many of the S positions are in the cache.
-            inputs: the other inputs.
+        """Inputs of `generate` without the images and videos whose placeholders are among the first `num_cached` positions of
+        `input_ids` `[B, S]`. Of a medium that is cached in part, the features of the rest remain, as `mm_encoder_outputs`.
 
         Raises:
             ValueError: if there are placeholders behind the cached part, but no medium of their kind.
@@ -234,10 +221,8 @@ class LlavaNextARModel(LlavaOnevisionModel):
     def _with_new_videos(
         self, videos: dict[str, torch.Tensor], is_new: torch.Tensor
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Of the videos of a batch those with a placeholder that `is_new` `[L]`, and `is_new` of their placeholders.
-
-        All of them where they are the videos of the new placeholders alone.
-        """
+        """Of the videos of a batch those with a placeholder that `is_new` `[L]`, and `is_new` of their placeholders; all,
+        where they are the videos of the new placeholders alone."""
         types = videos.get("video_frame_types")
         lengths = video_lengths(videos["pixel_values_videos"], videos.get("video_frame_mask"))
         num_tokens = [
