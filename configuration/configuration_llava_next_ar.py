@@ -40,8 +40,7 @@ from .image_token_layout import ImageTokenLayout, UnpadRounding  # noqa: E402
 
 logger = logging.get_logger(__name__)
 
-# `transformers serve` looks a type up here before it imports a model of it, and has answers for it with images and videos.
-# Under our own class's name in the first, it would expect a model that hears the sound of videos too.
+# Where `transformers serve` looks a type up. Our own class in the first would be taken for one that hears sound too.
 MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("llava_next_ar", "LlavaOnevisionForConditionalGeneration")
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.setdefault("llava_next_ar", "LlavaNextARForConditionalGeneration")
 

@@ -155,8 +155,8 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             ValueError: if placeholders have no image or video, or the cache leaves no token of the prompts to read.
         """
         kwargs = with_frames_first(kwargs)
-        caches = [kwargs[name] for name in _CACHE_ARGUMENTS if kwargs.get(name) is not None]
-        num_cached = int(caches[0].get_seq_length()) if caches else 0
+        cache = next((kwargs[name] for name in _CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
+        num_cached = 0 if cache is None else int(cache.get_seq_length())
         ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
         config = args[0] if args else kwargs.get("generation_config")
         if getattr(config, "is_assistant", False):  # drafts for another model, which transformers gives no media

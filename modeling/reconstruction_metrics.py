@@ -40,9 +40,8 @@ class NextFramePrediction(ShortRepr):
         predictions, targets, copies: for each predicted frame `[P, Dv]` float32: predicted, true, and the frame before.
         grids: `(h, w)` of each predicted frame.
         frame_metrics: name -> `[M]` float32: `mse`, `copy_mse`, `cosine`, `temporal_consistency`.
-        metrics: their means over frames, and `skill = 1 - mse / copy_mse` (horizon 1): 1 for a perfect prediction, 0 for one
-            as good as copying the last frame, below 0 for a worse one. NaN for a static clip: where no feature changes,
-            `copy_mse` is 0 and there is nothing to be better than.
+        metrics: their means over frames, and `skill = 1 - mse / copy_mse` (horizon 1): 0 is as good as copying the last
+            frame. NaN for a static clip: no feature changes, `copy_mse` is 0, and there is nothing to be better than.
         video_index: which video of the batch this is.
     """
 

@@ -204,8 +204,7 @@ class FrameSampling:
         read = _settings_of(self.policy)
         start, end = self.video_start, self.video_end
         for key, value in (("video_start", start), ("video_end", end)):
-            is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-            if value is not None and not (is_number and 0 <= value < float("inf")):
+            if value is not None and (isinstance(value, (bool, str)) or not 0 <= value < float("inf")):
                 raise ValueError(f"{key}={value!r} must be a finite number of seconds, 0 or more")
         if end is not None and end < (start or 0):
             raise ValueError(f"video_end={end!r} lies before video_start={start!r}")
@@ -232,12 +231,10 @@ class FrameSampling:
     ) -> SampledFrames:
         """Chooses among the frames 0 ... total_frames - 1 of a clip with `native_fps` frames a second.
 
-        Args:
-            timestamps: `[total_frames]` seconds, for `video_start` and `video_end`; evenly spaced if None.
+        `video_start` and `video_end` go by its `timestamps` `[total_frames]`, which are evenly spaced if None.
 
         Raises:
-            ValueError: if the clip is empty, no frame lies between `video_start` and `video_end`, or its policy refuses
-                it (see there).
+            ValueError: if the clip or what is between its limits is empty, or its policy refuses it (see there).
         """
         if total_frames < 1:
             raise ValueError(f"total_frames={total_frames} must be at least 1")

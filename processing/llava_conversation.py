@@ -67,17 +67,12 @@ def prepare_messages(conversation: Any, template: str, options: Mapping[str, Any
     """A validated copy of a conversation, or of a batch of conversations, in the one form that chat templates read.
 
     Keys whose value is None are absent: every row of a table has the keys of all rows. `image_url` and `video_url` parts
-    become `image` and `video` parts. Roles and kinds of parts other than the usual ones are left to the template.
-
-    Args:
-        conversation: as for `apply_chat_template`.
-        template: the chat template, which may read further keys of messages and parts.
-        options: of `apply_chat_template`. With `tokenize`, the media are going to be read: a video part needs one, and a
-            medium with options of its own becomes a `MediaRequest`.
+    become `image` and `video` parts. With `tokenize` among the `options` of `apply_chat_template`, a video part needs a
+    video, and a medium with options of its own becomes a `MediaRequest`. Other roles and kinds of parts are left to the
+    template.
 
     Raises:
-        ValueError: naming the place, what was found there and what was expected; also for a key or option that nothing
-            reads.
+        ValueError: naming the place, what was found there and what was expected; also for what nothing reads.
     """
     for name in ("tools", "documents"):
         if options.get(name) and not template_reads(template, name):
@@ -85,12 +80,14 @@ def prepare_messages(conversation: Any, template: str, options: Mapping[str, Any
     with_media = bool(options.get("tokenize"))
     if not isinstance(conversation, (list, tuple)) or not conversation:
         raise ValueError(f"conversation must be a list of messages that is not empty, got {_shown(conversation)}")
-    if not all(isinstance(item, (list, tuple)) for item in conversation):
-        return _messages("conversation", conversation, template, with_media)
-    for number, one in enumerate(conversation):
-        if not one:
-            raise ValueError(f"conversation[{number}] is empty")
-    return [_messages(f"conversation[{n}]", one, template, with_media) for n, one in enumerate(conversation)]
+    is_batch = all(isinstance(item, (list, tuple)) for item in conversation)
+    prepared = []
+    for number, messages in enumerate(conversation if is_batch else [conversation]):
+        where = f"conversation[{number}]" if is_batch else "conversation"
+        if not messages:
+            raise ValueError(f"{where} is empty")
+        prepared.append([_message(f"{where}[{n}]", one, template, with_media) for n, one in enumerate(messages)])
+    return prepared if is_batch else prepared[0]
 
 
 def template_reads(template: str, name: str) -> bool:
@@ -98,17 +95,11 @@ def template_reads(template: str, name: str) -> bool:
     return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 
-def _messages(where: str, messages: Sequence[Any], template: str, with_media: bool) -> list[dict[str, Any]]:
-    return [_message(f"{where}[{number}]", one, template, with_media) for number, one in enumerate(messages)]
-
-
 def _message(where: str, message: Any, template: str, with_media: bool) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(f"{where} must be a dict with a string as 'role' and with 'content', got {_shown(message)}")
     content = message.get("content")
-    message = {
-        key: value for key, value in message.items() if value is not None and not _is_empty(value) or key == "content"
-    }
+    message = {key: value for key, value in message.items() if value not in (None, "", [], {}) or key == "content"}
     for key, value in message.items():
         if key not in ("role", "content") and not template_reads(template, key):
             raise ValueError(
@@ -162,21 +153,14 @@ def _media_part(place: str, part: dict[str, Any], with_media: bool) -> dict[str,
         raise ValueError(
             f"{place} is of type 'video' and must have one of 'video', 'url' and 'path', got {_shown(part)}"
         )
-    options: dict[str, Any] = {}
-    for key in [key for key in part if _ALIASES.get(key, key) in PART_OPTIONS[kind]]:
-        name = _ALIASES.get(key, key)
-        if name in options:
+    named = {key: _ALIASES.get(key, key) for key in part if _ALIASES.get(key, key) in PART_OPTIONS[kind]}
+    for key, name in named.items():
+        if key != name and name in named:
             raise ValueError(f"{place} has {name!r} twice, once as {key!r}")
-        options[name] = part[key]
-        if with_media and given:
-            del part[key]
-    if with_media and given and (options or is_dataclass(part[given[0]])):
-        part[given[0]] = MediaRequest(part[given[0]], options, place)
-    return part
-
-
-def _is_empty(value: Any) -> bool:
-    return isinstance(value, (str, list, tuple, Mapping)) and not value
+    if not (with_media and given and (named or is_dataclass(part[given[0]]))):
+        return part
+    request = MediaRequest(part[given[0]], {name: part[key] for key, name in named.items()}, place)
+    return {**{key: value for key, value in part.items() if key not in named}, given[0]: request}
 
 
 def _shown(value: Any) -> str:

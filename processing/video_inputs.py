@@ -41,14 +41,9 @@ _FRAME_SUFFIXES = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix != ".gif")
 
 
 class MediaRequest:
-    """A video or image with options of its own, as a content part gives them.
+    """A video or image with options of `PART_OPTIONS` of its own; `place` is that of its content part, for messages.
 
     Not a dataclass: transformers 5.24 makes dicts of those in messages.
-
-    Args:
-        source: the video or image.
-        options: of `PART_OPTIONS` in llava_conversation.py.
-        place: of the content part, for messages.
     """
 
     def __init__(self, source: Any, options: dict[str, Any], place: str) -> None:

@@ -377,7 +377,7 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
 
     def _requested(
         self, request: MediaRequest, metadata: VideoMetadata | None, kwargs: dict[str, Any]
-    ) -> tuple[VideoMetadata | None, FrameSampling | None, dict[str, Any], dict[str, Any]]:
+    ) -> tuple[Any, ...]:
         """(metadata, sampling, options, further arguments of `read_clip`); `fps` is that of frames without times."""
         source, loading = request.source, {}
         own = {name: value for name, value in request.options.items() if not name.endswith("_pixels")}
