@@ -46,7 +46,6 @@ from .video_language_model import (
 logger = logging.get_logger(__name__)
 
 _CACHE_ARGUMENTS = ("past_key_values", "cache")  # the latter since transformers 5.24
-_VLLM_ATTENTION = ("vllm", "vllm_mla")
 # Parts that are small beside the language model: the targets of the head are features of the tower.
 _NOT_QUANTIZED = ("lm_head", "autoregressive_module", "model.vision_tower")
 
@@ -144,7 +143,7 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
     @classmethod
     def _from_config(cls, config: LlavaNextARConfig, **kwargs: Any) -> Any:
         """As in transformers; for vLLM, which has heads of its own and takes what `AutoModel` makes, the base model."""
-        base = config.text_config._attn_implementation in _VLLM_ATTENTION
+        base = config.text_config._attn_implementation in ("vllm", "vllm_mla")
         return LlavaNextARModel._from_config(config, **kwargs) if base else super()._from_config(config, **kwargs)
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -194,6 +194,7 @@ class LlavaNextARModel(LlavaOnevisionModel):
     ) -> dict[str, Any]:
         """Inputs of `generate` without the images and videos whose placeholders are among the first `num_cached` positions of
         `input_ids` `[B, S]`. Of a medium that is cached in part, the features of the rest remain, as `mm_encoder_outputs`.
+        With 0, the ids are those behind the cached part, and media without placeholders among them belong to that part.
 
         Raises:
             ValueError: if there are placeholders behind the cached part, but no medium of their kind.
@@ -209,8 +210,8 @@ class LlavaNextARModel(LlavaOnevisionModel):
                 check_media_given(kind, int(is_new.sum()))
             if kind == "video" and features is None and is_new.any():
                 media, is_new = self._with_new_videos(media, is_new)
-            if features is None and is_new.all():  # also where there is none
-                inputs |= media if len(is_new) else {}
+            if features is None and is_new.all():  # also where there is none: then `forward` refuses the media
+                inputs |= media if len(is_new) or num_cached else {}
             elif is_new.any():
                 features = features or getattr(self, f"get_{kind}_features")(**media, return_dict=True)
                 rows = torch.cat(list(features.pooler_output))

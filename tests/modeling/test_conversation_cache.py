@@ -194,10 +194,21 @@ def test_the_text_of_a_cached_conversation_alone_goes_on():
     length = ids.shape[1] - 2
     whole = model.generate(ids, past_key_values=cache_of(model, inputs, length), **GREEDY)
     assert torch.equal(whole[:, -4:], expected)
-    rest = model.generate(
-        ids[:, length:], attention_mask=mask, past_key_values=cache_of(model, inputs, length), **GREEDY
-    )
-    assert torch.equal(rest[:, -4:], expected)
+    rest = {**inputs, "input_ids": ids[:, length:]}
+    for new_inputs in ({"input_ids": ids[:, length:], "attention_mask": mask}, rest):
+        new, _, seen = generate(model, new_inputs, past_key_values=cache_of(model, inputs, length))
+        assert torch.equal(new, expected)
+        assert seen == 0
+
+
+def test_a_video_without_placeholders_is_an_error_beside_a_cache_too():
+    model = tiny_model()
+    inputs = prompts(model, [[4]])
+    text = torch.tensor([[5, 6, 7, 8, 9]])
+    whole = {**inputs, "input_ids": text, "attention_mask": torch.ones_like(text)}
+    cache = cache_of(model, {"input_ids": text, "attention_mask": torch.ones_like(text)}, 3)
+    with pytest.raises(ValueError, match="tokens: 0"):
+        generate(model, whole, past_key_values=cache)
 
 
 def test_a_placeholder_that_the_model_itself_writes_is_no_error():
