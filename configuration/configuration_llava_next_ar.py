@@ -28,12 +28,20 @@ from transformers import GenerationConfig, LlavaOnevisionConfig, PreTrainedConfi
 from transformers.activations import ACT2FN  # noqa: E402
 from transformers.configuration_utils import SubConfigSpec  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
+from transformers.models.auto.modeling_auto import (  # noqa: E402
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from ..hub.hub_code import AUTO_MAP  # noqa: E402
 from ..hub.pushed_model import travels_with_code  # noqa: E402
 from .frame_token_layout import FrameTokenLayout, NewlinePosition, PoolMode  # noqa: E402
 from .image_token_layout import ImageTokenLayout, UnpadRounding  # noqa: E402
 from .key_names import keep_unknown, refuse_misspelt, refuse_unknown, warn_unknown  # noqa: E402
+
+# Where `transformers serve` looks a type up. Our own class in the first would be taken for one that hears sound too.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("llava_next_ar", "LlavaOnevisionForConditionalGeneration")
+MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.setdefault("llava_next_ar", "LlavaNextARForConditionalGeneration")
 
 # Keys that transformers itself reads from or writes to a config.json without declaring them as fields.
 _TRANSFORMERS_KEYS = {

@@ -155,7 +155,8 @@ class AutoregressiveReconstructionModule(nn.Module):
 
     def run_tower(self, tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
         """Features of frames `[F, 3, H, W]` at the layer that the projector reads: `[F, P, Dv]`."""
-        dtype = next(tower.parameters()).dtype
+        # Quantized weights are integers, but never those of all layers.
+        dtype = next(parameter.dtype for parameter in tower.parameters() if parameter.is_floating_point())
         # Naming the layer keeps the tower from storing the hidden states of all the others.
         kept = hidden_states_to_keep(self.vision_feature_layer)
         outputs = tower(pixel_values.to(dtype), output_hidden_states=kept, return_dict=True)
@@ -223,7 +224,7 @@ class AutoregressiveReconstructionModule(nn.Module):
 
     def _embed(self, hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """`[num_patches, hidden]` and their `_place_features` -> what the first block reads, `[num_patches, E]`."""
-        dtype = self.input_projection.weight.dtype
+        dtype = self.input_norm.weight.dtype  # the projection may be quantized
         x = self.input_projection(self.input_norm(hidden_states.to(dtype)))
         return x + self.place_projection(places.to(dtype))
 

@@ -18,7 +18,7 @@ from ..configuration.frame_token_layout import FrameTokenLayout, FrameType
 from ..configuration.key_names import refuse_unknown
 from .frame_predictor import stack_padded
 from .frame_stream import FramePrediction, FrameStream, as_times
-from .reconstruction_metrics import Reconstruction, straight_line
+from .reconstruction_metrics import Reconstruction, ShortRepr, straight_line
 from .video_language_model import video_lengths
 
 LAYER_NORM_EPS = 1e-5  # of the targets' normalisation
@@ -34,8 +34,8 @@ INPUTS = (
 )
 
 
-@dataclass
-class ImaginedFrames:
+@dataclass(repr=False)
+class ImaginedFrames(ShortRepr):
     """Frames of one video that the model has not seen. All lists have K entries; features are normalised as targets are.
 
     All tensors are on the device of the features.

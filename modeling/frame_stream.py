@@ -22,6 +22,7 @@ from ..configuration.frame_token_layout import FrameType
 from ..configuration.transformers_compat import CACHE_ARGUMENT
 from .autoregressive_reconstruction import seconds_since
 from .frame_predictor import resample_states
+from .video_language_model import warn_beyond_positions
 
 
 @dataclass
@@ -108,6 +109,8 @@ class FrameStream:
 
     def _run_language_model(self, embeddings: torch.Tensor) -> torch.Tensor:
         """The next tokens `[L, hidden_size]` -> their last hidden states, of the same shape."""
+        num_read = int(self._cache.get_seq_length())
+        warn_beyond_positions(self._model.config, num_read, num_read + len(embeddings))
         cache = {CACHE_ARGUMENT: self._cache}
         output = self._model.model.language_model(inputs_embeds=embeddings[None], use_cache=True, **cache)
         return output.last_hidden_state[0]

@@ -23,13 +23,13 @@ import torch
 
 from .autoregressive_reconstruction import seconds_since
 from .frame_stream import FrameStream
-from .reconstruction_metrics import Reconstruction
+from .reconstruction_metrics import Reconstruction, ShortRepr
 
 SURPRISE_FLOOR = 0.1
 
 
-@dataclass
-class VideoSurprise:
+@dataclass(repr=False)
+class VideoSurprise(ShortRepr):
     """Surprise of each frame that could be predicted: all of a video but the first.
 
     Attributes:

@@ -6,6 +6,8 @@ here is only what is new: videos of different length in one batch, every layout 
 head and its loss, and a loss over the supervised positions alone.
 """
 
+import copy
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +33,21 @@ from .frame_rollout import ImaginedFrames, imagine_videos
 from .frame_surprise import SURPRISE_FLOOR, SurpriseStream, VideoSurprise, surprise_of_videos
 from .loss_functions import reduce_video_losses, summed_cross_entropy
 from .reconstruction_metrics import NextFramePrediction, Reconstruction
-from .video_language_model import LlavaNextARModel, VideoFeatures, init_own_weights
+from .video_language_model import (
+    MEDIA_INPUTS,
+    LlavaNextARModel,
+    VideoFeatures,
+    check_media_given,
+    init_own_weights,
+    warn_beyond_positions,
+    with_frames_first,
+)
 
 logger = logging.get_logger(__name__)
+
+_CACHE_ARGUMENTS = ("past_key_values", "cache")  # the latter since transformers 5.24
+# Parts that are small beside the language model: the targets of the head are features of the tower.
+_NOT_QUANTIZED = ("lm_head", "autoregressive_module", "model.vision_tower")
 
 
 @dataclass
@@ -108,12 +122,15 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
     def from_pretrained(
         cls, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> "LlavaNextARForConditionalGeneration":
-        """As in transformers.
+        """As in transformers. A `quantization_config` that names no modules to leave out (`llm_int8_skip_modules`,
+        `modules_to_not_convert`) leaves out the heads and the vision tower, which is the head's teacher.
 
         Raises:
             ValueError: if the configuration promises a separate teacher that the checkpoint does not hold: it would be a
                 random one.
         """
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _without_heads(kwargs["quantization_config"])
         model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = [key for key in loading_info["missing_keys"] if key.startswith("autoregressive_module.teacher.")]
         if missing:
@@ -122,6 +139,37 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
                 f"{len(missing) - 1} more are missing): load with autoregressive_config={{'separate_teacher': False}}"
             )
         return (model, loading_info) if output_loading_info else model
+
+    @classmethod
+    def _from_config(cls, config: LlavaNextARConfig, **kwargs: Any) -> Any:
+        """As in transformers; for vLLM, which has heads of its own and takes what `AutoModel` makes, the base model."""
+        base = config.text_config._attn_implementation in ("vllm", "vllm_mla")
+        return LlavaNextARModel._from_config(config, **kwargs) if base else super()._from_config(config, **kwargs)
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. With a cache of the beginning of the prompts, images and videos are those of the whole prompts
+        or of the rest; what is cached is not encoded again.
+
+        Raises:
+            ValueError: if placeholders have no image or video, or the cache leaves no token of the prompts to read.
+        """
+        kwargs = with_frames_first(kwargs)
+        cache = next((kwargs[name] for name in _CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
+        num_cached = 0 if cache is None else int(cache.get_seq_length())
+        ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
+        config = args[0] if args else kwargs.get("generation_config")
+        if getattr(config, "is_assistant", False):  # drafts for another model, which transformers gives no media
+            return super().generate(inputs, *args, **kwargs)
+        if not num_cached:
+            self._check_media(ids, kwargs.get("inputs_embeds"), {**kwargs, **(kwargs.get("mm_encoder_outputs") or {})})
+        elif ids is not None:
+            is_whole = mask is None or mask.shape[1] == ids.shape[1]  # else the mask alone has the cached part too
+            if is_whole and num_cached >= ids.shape[1]:
+                raise ValueError(
+                    f"the cache holds {num_cached} tokens and the prompts {ids.shape[1]}: at least one must not be cached"
+                )
+            kwargs = self.model.drop_cached_media(ids, num_cached if is_whole else 0, kwargs)
+        return super().generate(inputs, *args, **kwargs)
 
     def check(self) -> None:
         """Validates both configurations, also values that were assigned after construction.
@@ -238,7 +286,12 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             if input_ids is not None:  # an early, speaking error for the likeliest mistake
                 num_tokens = [len(tokens) for tokens in encoded["video"].video_tokens]
                 split_video_positions(input_ids == self.config.video_token_id, num_tokens)
-        has_cache = any(kwargs.get(name) is not None for name in ("past_key_values", "cache"))
+        cache = next((kwargs[name] for name in _CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
+        has_cache = cache is not None
+        if not has_cache:
+            self._check_media(input_ids, inputs_embeds, {"pixel_values": pixel_values, **encoded})
+        if labels is None:
+            self._check_length(inputs_embeds if input_ids is None else input_ids, cache, position_ids)
         is_packed = position_ids is not None and attention_mask is None and not has_cache
         is_packed = is_packed and bool((position_ids.diff() != 1).any())
         if is_packed:
@@ -310,6 +363,34 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             reconstruction=reconstruction if return_reconstruction else None,
             **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
         )
+
+    def _check_media(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None, inputs: dict[str, Any]
+    ) -> None:
+        """Raises ValueError for placeholders of a kind that has neither pixels nor, under its own name, features."""
+        missing = [
+            kind for kind, names in MEDIA_INPUTS.items() if inputs.get(names[0]) is None and inputs.get(kind) is None
+        ]
+        if not missing or torch.compiler.is_compiling():
+            return
+        if input_ids is not None and input_ids.numel():
+            masks = {kind: input_ids == getattr(self.config, f"{kind}_token_id") for kind in MEDIA_INPUTS}
+        elif inputs_embeds is not None:
+            masks = dict(zip(MEDIA_INPUTS, self.model.get_placeholder_mask(None, inputs_embeds), strict=True))
+        else:
+            return
+        for kind in missing:
+            check_media_given(kind, int(masks[kind].sum()))
+
+    def _check_length(self, prompts: torch.Tensor, cache: Any, position_ids: torch.LongTensor | None) -> None:
+        """Warns of prompts that are too long."""
+        if prompts.shape[1] == 1 or torch.compiler.is_compiling():  # one token is decoded
+            return
+        before = 0 if cache is None else int(cache.get_seq_length())
+        after = before + prompts.shape[1]
+        if after > getattr(self.config.text_config, "max_position_embeddings", math.inf):
+            after = after if position_ids is None else int(position_ids.max()) + 1  # without padding
+            warn_beyond_positions(self.config, before, after)
 
     def _touch_vision(self, has_videos: bool, has_images: bool) -> torch.Tensor:
         """A zero that came through the vision parts that a batch leaves out.
@@ -463,6 +544,17 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         if outputs.reconstruction is None:
             raise ValueError("there is nothing to predict: this needs at least one video with two frames or more")
         return outputs.reconstruction
+
+
+def _without_heads(quantization_config: Any) -> Any:
+    """The same configuration, with `_NOT_QUANTIZED` left out if it names nothing else to leave out."""
+    config = copy.deepcopy(quantization_config)
+    values = config if isinstance(config, dict) else vars(config)
+    by_bitsandbytes = "llm_int8_skip_modules" in values or values.keys() & {"load_in_8bit", "load_in_4bit"}
+    name = "llm_int8_skip_modules" if by_bitsandbytes else "modules_to_not_convert"
+    if values.get(name) is None:
+        values[name] = list(_NOT_QUANTIZED)
+    return config
 
 
 def _has_several_ranks() -> bool:

@@ -4,16 +4,35 @@
 Shape letters: M predicted frames (all but the first of each clip), T frames of one clip, P patches, Dv features.
 """
 
+import importlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, is_matplotlib_available
 
 
-@dataclass
-class NextFramePrediction:
+class ShortRepr:
+    """A dataclass whose repr shows shapes in the place of tensors, and lists as their length and distinct entries."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{one.name}={_short(getattr(self, one.name))}' for one in fields(self))})"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return str(list(value.shape))
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_short(entry)}" for name, entry in value.items()) + "}"
+    if isinstance(value, list):
+        return f"{len(value)} x {' or '.join(sorted(set(map(_short, value))))}"
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)
+
+
+@dataclass(repr=False)
+class NextFramePrediction(ShortRepr):
     """Next-frame predictions for one video. Entry i is about frame `frame_index[i]`, predicted from the frames before it.
 
     Attributes:
@@ -21,7 +40,8 @@ class NextFramePrediction:
         predictions, targets, copies: for each predicted frame `[P, Dv]` float32: predicted, true, and the frame before.
         grids: `(h, w)` of each predicted frame.
         frame_metrics: name -> `[M]` float32: `mse`, `copy_mse`, `cosine`, `temporal_consistency`.
-        metrics: their means over frames, and `skill = 1 - mse / copy_mse` (horizon 1).
+        metrics: their means over frames, and `skill = 1 - mse / copy_mse` (horizon 1): 0 is as good as copying the last
+            frame. NaN for a static clip: no feature changes, `copy_mse` is 0, and there is nothing to be better than.
         video_index: which video of the batch this is.
     """
 
@@ -33,6 +53,23 @@ class NextFramePrediction:
     frame_metrics: dict[str, torch.Tensor]
     metrics: dict[str, float]
     video_index: int = 0
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draws the error of each frame beside that of copying the frame before, into axes of matplotlib, and returns these.
+
+        Raises:
+            ImportError: if no axes are given and matplotlib is not installed.
+        """
+        if ax is None:
+            if not is_matplotlib_available():
+                raise ImportError("plot() needs matplotlib: pip install matplotlib")
+            ax = importlib.import_module("matplotlib.pyplot").subplots(figsize=(8, 3), layout="constrained")[1]
+        frames = self.frame_index.cpu().numpy()
+        for name, label in (("copy_mse", "copying the last frame"), ("mse", "prediction")):
+            ax.plot(frames, self.frame_metrics[name].cpu().numpy(), marker=".", label=label)
+        ax.set(xlabel="frame", ylabel="mean squared error", ylim=(0, None), title=f"skill {self.metrics['skill']:.3f}")
+        ax.legend()
+        return ax
 
 
 @dataclass

@@ -36,6 +36,13 @@ for _name, _origin in (
     register_checkpoint_conversion_mapping(_name, get_checkpoint_conversion_mapping(_origin), overwrite=True)
 
 
+# Inputs of `generate` for each kind of media, the pixels first.
+MEDIA_INPUTS = {
+    "image": ("pixel_values", "image_sizes", "batch_num_images"),
+    "video": ("pixel_values_videos", "video_frame_mask", "video_frame_types", "video_timestamps", "video_layout"),
+}
+
+
 @dataclass
 class VideoFeatures(BaseModelOutputWithPooling):
     """What the model knows of the videos of a batch before the language model.
@@ -63,6 +70,8 @@ class LlavaNextARModel(LlavaOnevisionModel):
 
     config: LlavaNextARConfig
     config_class = LlavaNextARConfig
+    # Of a checkpoint with heads. vLLM has an lm_head of its own, which must not be named here: it would be left out.
+    _keys_to_ignore_on_load_unexpected = [r"^autoregressive_module\."]
     # All other flags are OneVision's, and tests/test_generation.py shows each of them on videos. These two do not hold: a
     # forward with pixels has graph breaks (one that decodes has none), and a part of the sequence has not all of a video.
     _can_compile_fullgraph = False
@@ -179,6 +188,54 @@ class LlavaNextARModel(LlavaOnevisionModel):
             frame_types=frame_types,
         )
 
+    @torch.no_grad()
+    def drop_cached_media(
+        self, input_ids: torch.LongTensor, num_cached: int, inputs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Inputs of `generate` without the images and videos whose placeholders are among the first `num_cached` positions of
+        `input_ids` `[B, S]`. Of a medium that is cached in part, the features of the rest remain, as `mm_encoder_outputs`.
+        With 0, the ids are those behind the cached part, and media without placeholders among them belong to that part.
+
+        Raises:
+            ValueError: if there are placeholders behind the cached part, but no medium of their kind.
+        """
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        encoded = dict(inputs.pop("mm_encoder_outputs", {}))
+        for kind, names in MEDIA_INPUTS.items():
+            is_placeholder = input_ids == getattr(self.config, f"{kind}_token_id")
+            is_new = is_placeholder.nonzero()[:, 1] >= num_cached  # of each placeholder of the batch
+            media = {name: inputs.pop(name) for name in names if name in inputs}
+            features = encoded.pop(kind, None)
+            if names[0] not in media and features is None:
+                check_media_given(kind, int(is_new.sum()))
+            if kind == "video" and features is None and is_new.any():
+                media, is_new = self._with_new_videos(media, is_new)
+            if features is None and is_new.all():  # also where there is none: then `forward` refuses the media
+                inputs |= media if len(is_new) or num_cached else {}
+            elif is_new.any():
+                features = features or getattr(self, f"get_{kind}_features")(**media, return_dict=True)
+                rows = torch.cat(list(features.pooler_output))
+                rows = rows[is_new.to(rows.device)] if len(rows) == len(is_new) else rows
+                encoded[kind] = BaseModelOutputWithPooling(pooler_output=[rows])
+        return {**inputs, "mm_encoder_outputs": encoded} if encoded else inputs
+
+    def _with_new_videos(
+        self, videos: dict[str, torch.Tensor], is_new: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Of the videos of a batch those with a placeholder that `is_new` `[L]`, and `is_new` of their placeholders; all,
+        where they are the videos of the new placeholders alone."""
+        types = videos.get("video_frame_types")
+        lengths = video_lengths(videos["pixel_values_videos"], videos.get("video_frame_mask"))
+        num_tokens = [
+            self.token_layout.num_tokens(length, None if types is None else types[video, :length].tolist())
+            for video, length in enumerate(lengths)
+        ]
+        if sum(num_tokens) != len(is_new):
+            return videos, is_new[is_new]
+        parts = is_new.split(num_tokens)
+        kept = [video for video, part in enumerate(parts) if part.any()]
+        return {name: values[kept] for name, values in videos.items()}, torch.cat([parts[video] for video in kept])
+
     @can_return_tuple
     def forward(
         self,
@@ -250,6 +307,36 @@ class LlavaNextARModel(LlavaOnevisionModel):
             mm_encoder_outputs=encoded,
             **kwargs,
         )
+
+
+def check_media_given(kind: str, num_placeholders: int) -> None:
+    """Raises ValueError for placeholders without images or videos: the answer would not be about them."""
+    if num_placeholders:
+        raise ValueError(
+            f"the prompts hold {num_placeholders} {kind} placeholders, but no {kind} was given. Pass on all that the "
+            "processor returns: inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, "
+            'return_tensors="pt", ...), then model.generate(**inputs)'
+        )
+
+
+def warn_beyond_positions(config: LlavaNextARConfig, before: int, after: int) -> None:
+    """Warns where a sequence that grows from `before` to `after` tokens leaves the positions of the language model."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and before <= limit < after:
+        logger.warning(
+            f"the sequence has {after} tokens, but the language model was made for {limit} (max_position_embeddings): "
+            "what it answers beyond is unreliable. Sample fewer frames"
+        )
+
+
+def with_frames_first(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with the padding of their videos at the end: transformers' pipelines pad all on the side of the text."""
+    mask = inputs.get("video_frame_mask")
+    if mask is None or not (mask[:, 1:].bool() & ~mask[:, :-1].bool()).any():
+        return inputs
+    order = mask.long().argsort(dim=1, descending=True, stable=True)
+    names = [name for name in MEDIA_INPUTS["video"][:4] if inputs.get(name) is not None]
+    return {**inputs, **{name: inputs[name][torch.arange(len(mask))[:, None], order] for name in names}}
 
 
 def video_lengths(pixel_values_videos: torch.Tensor, video_frame_mask: torch.Tensor | None) -> list[int]:

@@ -19,9 +19,13 @@ That is the default of one policy, `num_frames`, which samples as transformers d
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
+_SAME_TIME = 1e-6  # seconds: times and limits are rounded in many ways
+# Settings that every policy takes.
+_OF_ANY_POLICY = ("policy", "short_clip", "video_start", "video_end")
 SLOW, FAST = 0, 1  # as `FrameType` in frame_token_layout.py
 
 
@@ -217,6 +221,7 @@ class FrameSampling:
         force_sample: whether `llava_*` repeat frames of short clips.
         short_clip: `"all"` or `"error"`: result for a clip from which the policy takes fewer frames than `num_frames`,
             or than `max_frames` for policies that read that. None is `"error"` for policy `num_frames`, else `"all"`.
+        video_start, video_end: seconds; the policy then sees only the frames between them, both included.
 
     Raises:
         ValueError: for a value out of range, a setting that the policy needs and lacks, or one it would ignore.
@@ -233,6 +238,8 @@ class FrameSampling:
     num_slow: int = 8
     force_sample: bool = False
     short_clip: str | None = None
+    video_start: float | None = None
+    video_end: float | None = None
 
     def __post_init__(self) -> None:
         if self.policy not in SAMPLING_POLICIES:
@@ -240,7 +247,13 @@ class FrameSampling:
         read = _settings_of(self.policy)
         if self.short_clip not in (None, *SHORT_CLIPS):
             raise ValueError(f"short_clip={self.short_clip!r} is not one of {', '.join(SHORT_CLIPS)}")
-        for key in (field.name for field in fields(self) if field.name not in ("policy", "short_clip")):
+        start, end = self.video_start, self.video_end
+        for key, value in (("video_start", start), ("video_end", end)):
+            if value is not None and (isinstance(value, (bool, str)) or not 0 <= value < float("inf")):
+                raise ValueError(f"{key}={value!r} must be a finite number of seconds, 0 or more")
+        if end is not None and end < (start or 0):
+            raise ValueError(f"video_end={end!r} lies before video_start={start!r}")
+        for key in (field.name for field in fields(self) if field.name not in _OF_ANY_POLICY):
             value = getattr(self, key)
             if value is None or value is False:
                 if key in read and read[key].default is inspect.Parameter.empty:
@@ -271,26 +284,47 @@ class FrameSampling:
 
         Args:
             native_fps: frames per second, for policies that go by it.
-            times: `[total_frames]` seconds, not decreasing, for policies by time. None: evenly spaced at `native_fps`.
+            times: `[total_frames]` seconds, not decreasing, for policies by time and for
+                `video_start` and `video_end`. None: evenly spaced at `native_fps`.
 
         Raises:
-            ValueError: if the clip is empty, if the policy lacks rate or times, or fails as its docstring says, or if
-                the clip is too short for `short_clip="error"`.
+            ValueError: if the clip or what is between its limits is empty, if the policy lacks rate or times, or fails as
+                its docstring says, or if the clip is too short for `short_clip="error"`.
         """
         if total_frames < 1:
             raise ValueError(f"total_frames={total_frames} must be at least 1")
         settings = {key: getattr(self, key) for key in _settings_of(self.policy)}
-        clip = _times_of(self.policy, total_frames, native_fps, times) if _goes_by_time(self.policy) else native_fps
-        chosen = SAMPLING_POLICIES[self.policy](total_frames, clip, **settings)
+        first, stop = self._window(total_frames, native_fps, times)
+        length = stop - first
+        clip: Any = native_fps
+        if _goes_by_time(self.policy):
+            clip = _times_of(self.policy, total_frames, native_fps, times)[first:stop]
+        chosen = SAMPLING_POLICIES[self.policy](length, clip, **settings)
         indices, types = chosen if isinstance(chosen, tuple) else (chosen, None)
         is_error = self.short_clip == "error" or (self.short_clip is None and self.policy == "num_frames")
         if is_error and len(indices) < self._asked():
             key = "num_frames" if "num_frames" in settings else "max_frames"
             raise ValueError(
-                f"{key}={self._asked()} is more than the {total_frames} frames of the video, from which "
+                f"{key}={self._asked()} is more than the {length} frames of the video, from which "
                 f"policy={self.policy!r} takes {len(indices)}; short_clip='all' returns these"
             )
-        return SampledFrames(indices.astype(np.int64), None if types is None else tuple(types.tolist()))
+        return SampledFrames(indices.astype(np.int64) + first, None if types is None else tuple(types.tolist()))
+
+    def _window(self, total: int, native_fps: float | None, times: np.ndarray | None) -> tuple[int, int]:
+        """The frames from `video_start` to `video_end`: the first one, and the one behind the last."""
+        start, end = self.video_start or 0.0, self.video_end
+        if not start and end is None:
+            return 0, total
+        if times is None:
+            times = np.arange(total) / _known("video_start and video_end", native_fps)
+        first = int(np.searchsorted(times, start - _SAME_TIME))
+        stop = total if end is None else int(np.searchsorted(times, end + _SAME_TIME, side="right"))
+        if first >= stop:
+            raise ValueError(
+                f"no frame lies between video_start={start:g} and video_end={end} seconds: the frames of the video are at "
+                f"{times[0]:g} to {times[-1]:g} seconds"
+            )
+        return first, stop
 
 
 def time_instruction(duration: float, timestamps: Sequence[float]) -> str:

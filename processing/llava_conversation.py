@@ -1,9 +1,13 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
 """LLaVA's conversations: how they are written for the language model, and how its data become chat messages."""
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any
+
+from .video_inputs import MediaRequest
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
 _LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
@@ -51,61 +55,112 @@ DEFAULT_CHAT_TEMPLATE = (
 
 # Where a content part of each kind may have its medium, in the order in which transformers looks.
 _MEDIA_KEYS = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
+_PIXEL_LIMITS = ("min_pixels", "max_pixels")
+_SAMPLING_OPTIONS = ("fps", "num_frames", "max_frames", "sample_rate", "sampling", "video_start", "video_end")
+# Options of one medium, that a content part may hold beside it, and other names of them in public data.
+PART_OPTIONS = {"image": _PIXEL_LIMITS, "video": (*_SAMPLING_OPTIONS, *_PIXEL_LIMITS)}
+_MEDIA_NAMES = {name for names in (*_MEDIA_KEYS.values(), *PART_OPTIONS.values()) for name in names}
+_ALIASES = {"nframes": "num_frames", "start": "video_start", "end": "video_end"}
 
 
-def check_messages(conversation: Any, *, with_media: bool) -> None:
-    """Refuses what is no conversation, or batch of conversations, before a chat template stumbles over it.
+def prepare_messages(conversation: Any, template: str, options: Mapping[str, Any]) -> list[Any]:
+    """A validated copy of a conversation, or of a batch of conversations, in the one form that chat templates read.
 
-    Roles and kinds of parts other than the usual ones are left to the template.
-
-    Args:
-        conversation: as for `apply_chat_template`.
-        with_media: whether the media are going to be read, so that a video part needs one.
+    Keys whose value is None are absent: every row of a table has the keys of all rows. `image_url` and `video_url` parts
+    become `image` and `video` parts. With `tokenize` among the `options` of `apply_chat_template`, a video part needs a
+    video, and a medium with options of its own becomes a `MediaRequest`. Other roles and kinds of parts are left to the
+    template.
 
     Raises:
-        ValueError: naming the place, what was found there and what was expected.
+        ValueError: naming the place, what was found there and what was expected; also for what nothing reads.
     """
+    for name in ("tools", "documents"):
+        if options.get(name) and not template_reads(template, name):
+            raise ValueError(f"the chat template does not read {name!r} and would drop it: give one that does")
+    with_media = bool(options.get("tokenize"))
     if not isinstance(conversation, (list, tuple)) or not conversation:
         raise ValueError(f"conversation must be a list of messages that is not empty, got {_shown(conversation)}")
-    if all(isinstance(item, (list, tuple)) for item in conversation):
-        for number, one in enumerate(conversation):
-            if not one:
-                raise ValueError(f"conversation[{number}] is empty")
-        batch = [(f"conversation[{number}]", one) for number, one in enumerate(conversation)]
-    else:
-        batch = [("conversation", conversation)]
-    for where, messages in batch:
-        for number, message in enumerate(messages):
-            _check_message(f"{where}[{number}]", message, with_media)
+    is_batch = all(isinstance(item, (list, tuple)) for item in conversation)
+    prepared = []
+    for number, messages in enumerate(conversation if is_batch else [conversation]):
+        where = f"conversation[{number}]" if is_batch else "conversation"
+        if not messages:
+            raise ValueError(f"{where} is empty")
+        prepared.append([_message(f"{where}[{n}]", one, template, with_media) for n, one in enumerate(messages)])
+    return prepared if is_batch else prepared[0]
 
 
-def _check_message(where: str, message: Any, with_media: bool) -> None:
+def template_reads(template: str, name: str) -> bool:
+    """Whether a chat template names a variable or key."""
+    return re.search(rf"\b{re.escape(name)}\b", template) is not None
+
+
+def _message(where: str, message: Any, template: str, with_media: bool) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(f"{where} must be a dict with a string as 'role' and with 'content', got {_shown(message)}")
     content = message.get("content")
-    if content is None and "tool_calls" in message:
-        return
-    if isinstance(content, str):
-        return
-    if not isinstance(content, (list, tuple)):
-        raise ValueError(f"{where}['content'] must be a string or a list of parts, got {_shown(content)}")
-    for number, part in enumerate(content):
-        place = f"{where}['content'][{number}]"
-        if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
-            raise ValueError(f"{place} must be a dict with a string as 'type', got {_shown(part)}")
-        kind = part["type"]
-        if kind == "text" and not isinstance(part.get("text"), str):
-            raise ValueError(f"{place} is of type 'text' and must have a string as 'text', got {_shown(part)}")
-        for key in _MEDIA_KEYS.get(kind, ()):
-            # Media themselves are seen to by who reads them. A video may be a list of frames, an image may not.
-            if isinstance(part.get(key), (bool, int, float, Mapping, *((list, tuple) if kind == "image" else ()))):
-                raise ValueError(
-                    f"{place}['{key}'] must be a path, a URL or the {kind} itself, got {_shown(part[key])}"
-                )
-        if kind == "video" and with_media and all(part.get(key) is None for key in _MEDIA_KEYS[kind]):
+    message = {key: value for key, value in message.items() if value not in (None, "", [], {}) or key == "content"}
+    for key, value in message.items():
+        if key not in ("role", "content") and not template_reads(template, key):
             raise ValueError(
-                f"{place} is of type 'video' and must have one of 'video', 'url' and 'path', got {_shown(part)}"
+                f"{where} has {key!r}, but the chat template does not read it and would drop {_shown(value)}: give a "
+                "chat_template that reads it, or write it into the content"
             )
+    if content is None and "tool_calls" in message:
+        del message["content"]
+    elif isinstance(content, (list, tuple)):
+        message["content"] = [
+            _part(f"{where}['content'][{number}]", part, template, with_media) for number, part in enumerate(content)
+        ]
+    elif not isinstance(content, str):
+        raise ValueError(f"{where}['content'] must be a string or a list of parts, got {_shown(content)}")
+    return message
+
+
+def _part(place: str, part: Any, template: str, with_media: bool) -> dict[str, Any]:
+    if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+        raise ValueError(f"{place} must be a dict with a string as 'type', got {_shown(part)}")
+    part = {key: value for key, value in part.items() if value is not None}
+    kind = part["type"]
+    if kind in ("image_url", "video_url") and kind in part:  # as OpenAI's clients write them
+        url = part.pop(kind)
+        kind = kind.removesuffix("_url")
+        part = {**part, **(dict(url) if isinstance(url, Mapping) else {"url": url}), "type": kind}
+    if kind == "text" and not isinstance(part.get("text"), str):
+        raise ValueError(f"{place} is of type 'text' and must have a string as 'text', got {_shown(part)}")
+    media, options = _MEDIA_KEYS.get(kind, ()), PART_OPTIONS.get(kind, ())
+    known = {"text"} if kind == "text" else {*media, *options, *(key for key in _ALIASES if _ALIASES[key] in options)}
+    for key in sorted(part.keys() - known - {"type"}) if kind == "text" or media else ():
+        if key in _MEDIA_NAMES or not template_reads(template, key):
+            near = difflib.get_close_matches(key.removeprefix("video_"), sorted(known), n=1, cutoff=0.0)
+            raise ValueError(
+                f"{place} is of type {kind!r} and has the unknown key {key!r}; did you mean {near[0]!r}? It may have "
+                f"{', '.join(sorted(known))}"
+            )
+    return _media_part(place, part, with_media) if media else part
+
+
+def _media_part(place: str, part: dict[str, Any], with_media: bool) -> dict[str, Any]:
+    kind, media = part["type"], _MEDIA_KEYS[part["type"]]
+    given = [key for key in media if key in part]
+    for key in given:
+        # Media themselves are seen to by who reads them. A video may be a list of frames, an image may not.
+        if isinstance(part[key], (bool, int, float, Mapping, *((list, tuple) if kind == "image" else ()))):
+            raise ValueError(f"{place}['{key}'] must be a path, a URL or the {kind} itself, got {_shown(part[key])}")
+    if len(given) > 1:
+        raise ValueError(f"{place} must have one {kind}, but has one as {' and one as '.join(map(repr, given))}")
+    if kind == "video" and with_media and not given:
+        raise ValueError(
+            f"{place} is of type 'video' and must have one of 'video', 'url' and 'path', got {_shown(part)}"
+        )
+    named = {key: _ALIASES.get(key, key) for key in part if _ALIASES.get(key, key) in PART_OPTIONS[kind]}
+    for key, name in named.items():
+        if key != name and name in named:
+            raise ValueError(f"{place} has {name!r} twice, once as {key!r}")
+    if not (with_media and given and (named or is_dataclass(part[given[0]]))):
+        return part
+    request = MediaRequest(part[given[0]], {name: part[key] for key, name in named.items()}, place)
+    return {**{key: value for key, value in part.items() if key not in named}, given[0]: request}
 
 
 def _shown(value: Any) -> str:

@@ -33,7 +33,7 @@ from ..configuration.transformers_compat import MARKED_CONTROL_TOKEN
 from ..hub.hub_code import AUTO_MAP
 from ..hub.pushed_model import travels_with_code
 from .frame_sampling import llava_video_times, time_instruction
-from .llava_conversation import DEFAULT_CHAT_TEMPLATE, IMAGE_TOKEN, VIDEO_TOKEN, check_messages, check_placeholders
+from .llava_conversation import DEFAULT_CHAT_TEMPLATE, IMAGE_TOKEN, VIDEO_TOKEN, check_placeholders, prepare_messages
 from .option_checks import (
     SETTINGS,
     check_image_processor,
@@ -62,6 +62,8 @@ class LlavaNextARProcessorKwargs(ProcessingKwargs, total=False):
 @travels_with_code
 class LlavaNextARProcessor(LlavaOnevisionProcessor):
     r"""Turns prompts with images and videos into model inputs.
+
+    Batches are padded on the left, as generation needs it, unless the tokenizer was built with a `padding_side`.
 
     Args:
         image_processor, tokenizer: as in `LlavaOnevisionProcessor`.
@@ -138,6 +140,8 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         if chat_template is None:
             template = DEFAULT_CHAT_TEMPLATE.replace(IMAGE_TOKEN, self.image_token)
             self.chat_template = template.replace(VIDEO_TOKEN, self.video_token)
+        if "padding_side" not in tokenizer.init_kwargs:
+            tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
         check_image_processor(self.image_processor)
         if self.frame_token_layout is not None:
             self._image_layout(tile_size=1)  # validates itself, whatever the size
@@ -184,6 +188,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
             image_mean=list(video_processor.image_mean),
             image_std=list(video_processor.image_std),
         )
+        tokenizer.init_kwargs.pop("padding_side", None)
         for name, default in (("image", IMAGE_TOKEN), ("video", VIDEO_TOKEN)):
             token = getattr(tokenizer, f"{name}_token", None) or default
             if token not in tokenizer.get_vocab():
@@ -237,10 +242,10 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         saved_type = ((processor_dict or {}).get("image_processor") or {}).get("image_processor_type", "")
         if saved_type.endswith("Pil"):
             image_kwargs.setdefault("backend", "pil")  # same pixels and same file whether or not torchvision is there
-        tokenizer_kwargs = text_kwargs
+        tokenizer_kwargs = {"padding_side": "left", **text_kwargs}  # see the class
         if "auto_map" in (processor_dict or {}) and not text_kwargs.get("trust_remote_code"):
             # AutoTokenizer would read the model's configuration, which has code of its own, and ask to trust it.
-            tokenizer_kwargs = {"config": PreTrainedConfig(), **text_kwargs}
+            tokenizer_kwargs = {"config": PreTrainedConfig(), **tokenizer_kwargs}
         return [
             AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **image_kwargs),
             cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **tokenizer_kwargs),
@@ -322,15 +327,19 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         """Messages to a prompt, or with `tokenize=True, return_dict=True` to model inputs, as in transformers.
 
         A message's content is a string or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image", ...}`
-        and `{"type": "video", "path" | "url" | "video": ...}`.
+        and `{"type": "video", "path" | "url" | "video": ...}`. A part may hold options for its medium alone, which win
+        over those of the call: `fps`, `num_frames` (`nframes`), `max_frames`, `sample_rate`, `sampling`, `video_start` and
+        `video_end` (`start`, `end`; seconds, both included), `min_pixels` and `max_pixels`. For a list of frames, which
+        have no times, `fps` is their own rate.
 
         Raises:
-            ValueError: if the conversation is malformed (naming the place), the template refuses it, assistant masks are
-                asked of a template that marks no `{% generation %}`, or an option is unknown; and what a call raises.
+            ValueError: if the conversation is malformed (naming the place), it or an argument holds what the template does
+                not read (`tools`, `tool_calls`, an unknown key), the template refuses it, assistant masks are asked of a
+                template that marks no `{% generation %}`, or an option is unknown; and what a call raises.
         """
-        check_messages(conversation, with_media=bool(kwargs.get("tokenize")))
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         template = templates.get(chat_template or "default", chat_template)
+        conversation = prepare_messages(conversation, template or "", kwargs)
         if return_assistant_tokens_mask and template and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             raise ValueError(
                 "return_assistant_tokens_mask=True needs a chat template with {% generation %} around the assistant's "

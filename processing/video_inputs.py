@@ -40,6 +40,48 @@ from .video_decoding import VideoReadError, choose_backend
 from .video_frames import FrameSampling, VideoFrames, load_video
 
 
+class MediaRequest:
+    """A video or image with options of `PART_OPTIONS` of its own; `place` is that of its content part, for messages.
+
+    Not a dataclass: transformers 5.24 makes dicts of those in messages.
+    """
+
+    def __init__(self, source: Any, options: dict[str, Any], place: str) -> None:
+        self.source, self.options, self.place = source, options, place
+
+    @property
+    def pixel_limits(self) -> tuple[int, float]:
+        """`min_pixels` and `max_pixels`. Raises ValueError if they are no numbers of pixels, or contradict each other."""
+        for name in {"min_pixels", "max_pixels"} & self.options.keys():
+            value = self.options[name]
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(f"{self.place}: {name}={value!r} must be an integer of at least 1")
+        low, high = self.options.get("min_pixels", 1), self.options.get("max_pixels", math.inf)
+        if low > high:
+            raise ValueError(f"{self.place}: min_pixels={low} is more than max_pixels={high}")
+        return low, high
+
+    def check_pixels(self, height: int, width: int) -> None:
+        """Raises ValueError for frames beyond the limits: their size is that of the vision tower, which is fixed."""
+        low, high = self.pixel_limits
+        if not low <= height * width <= high:
+            name = "min_pixels" if low > height * width else "max_pixels"
+            raise ValueError(
+                f"{self.place}: {name}={self.options[name]}, but every frame becomes {height}x{width}, {height * width} "
+                f"pixels, as the vision tower takes it; leave {name} out"
+            )
+
+    def fit_image(self, image: Any) -> Image.Image:
+        """The picture, enlarged or reduced to the limits, its proportions kept."""
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"{self.place}: {', '.join(self.options)} need a picture, got {type(image).__name__}")
+        (low, high), size = self.pixel_limits, image.width * image.height
+        scale = math.sqrt(min(max(size, low), high) / size)
+        rounded = math.floor if scale < 1 else math.ceil  # never beyond the limit
+        sides = [max(1, rounded(side * scale)) for side in image.size]
+        return image if scale == 1 else image.resize(sides, Image.BICUBIC)
+
+
 def flatten_videos(videos: Any) -> "tuple[list[Any], list[int] | int]":
     """The videos in `videos`, in order, and how many each prompt has, where they are nested so, else their number.
 
@@ -201,6 +243,8 @@ def load_images(images: Any) -> Any:
     if _is_array(images):
         tensor_of(images)
         return images
+    if is_request(images):
+        return images.fit_image(load_images(images.source))
     if not isinstance(images, (str, os.PathLike, Image.Image)):
         return images
     try:
@@ -226,6 +270,11 @@ def _from_base64(text: str) -> bytes:
 
 
 def _flatten(item: Any, depth: int, where: str) -> list[Any]:
+    if is_request(item):
+        inner = _flatten(item.source, 2, item.place)  # a list in a content part is one video
+        if len(inner) != 1:
+            raise ValueError(f"{item.place} must hold one video, got {len(inner)}")
+        return [MediaRequest(inner[0], item.options, item.place)]
     if _is_array(item):
         if not 3 <= item.ndim <= 5:
             raise ValueError(
@@ -281,6 +330,11 @@ def _is_path(item: Any) -> bool:
     return isinstance(item, (str, os.PathLike))
 
 
+def is_request(item: Any) -> bool:
+    """Whether it is a `MediaRequest`; by its parts, as in `_is_video_frames`."""
+    return hasattr(item, "source") and hasattr(item, "options")
+
+
 def _is_video_frames(item: Any) -> bool:
     """By its parts, as the class exists twice when the package is loaded from a folder as remote code."""
     return hasattr(item, "frames") and hasattr(item, "timestamps")
@@ -332,7 +386,8 @@ def _sample_frames(
     if sampling is not None:
         # The default rate is good enough for times, but frames are not chosen by a rate that nobody knows.
         native_fps = metadata.fps * num_frames / total if metadata.fps else None
-        sampled = sampling.select(num_frames, native_fps)
+        times = (np.arange(num_frames) if places is None else np.asarray(places)) / (metadata.fps or IMAGE_FPS)
+        sampled = sampling.select(num_frames, native_fps, times)
         if not np.array_equal(chosen, sampled.indices):
             chosen = sampled.indices
             frames = [frames[i] for i in chosen] if isinstance(frames, list) else frames[chosen]

@@ -37,7 +37,7 @@ from ..hub.pushed_model import travels_with_code
 from .option_checks import check_pixel_options
 from .video_decoding import VideoBackend
 from .video_frames import SAMPLING_POLICIES, FrameSampling, ResizeBackend, resize_frames
-from .video_inputs import Clip, check_metadata, flatten_metadata, flatten_videos, read_clip
+from .video_inputs import Clip, MediaRequest, check_metadata, flatten_metadata, flatten_videos, is_request, read_clip
 
 _RESAMPLE = {PILImageResampling.BICUBIC: "bicubic", PILImageResampling.BILINEAR: "bilinear"}
 # What a configuration file of another video processor says about pixels holds here too; how it samples does not.
@@ -59,7 +59,8 @@ _PIXEL_KEYS = {
 _FILE_KEYS = {"auto_map", "processor_class", "video_processor_type"}
 
 # Of `FrameSampling`: all settings, those that are off by default, those of slow and fast frames, policies that read fps.
-_SETTINGS = tuple(field.name for field in fields(FrameSampling) if field.name != "policy")
+_LIMITS = ("video_start", "video_end")  # of one video, not of a processor
+_SETTINGS = tuple(field.name for field in fields(FrameSampling) if field.name not in ("policy", *_LIMITS))
 _OPTIONAL_SETTINGS = tuple(name for name in _SETTINGS if not getattr(FrameSampling, name))
 _FAST_SLOW_SETTINGS = tuple(inspect.getfullargspec(SAMPLING_POLICIES["fast_slow"]).kwonlyargs)
 _READ_FPS = tuple(name for name, read in SAMPLING_POLICIES.items() if "fps" in inspect.getfullargspec(read).kwonlyargs)
@@ -121,7 +122,25 @@ def choose_sampling(stored: Mapping[str, Any], given: Mapping[str, Any]) -> Fram
     for name in _FAST_SLOW_SETTINGS if policy != "fast_slow" else ():
         if name in given:
             raise ValueError(f"{name}={given[name]!r} has no effect with sampling={policy!r}")
-    return FrameSampling(policy=policy, **{**settings, **{name: given[name] for name in _SETTINGS if name in given}})
+    given = {name: given[name] for name in (*_SETTINGS, *_LIMITS) if name in given}
+    return FrameSampling(policy=policy, **{**settings, **given})
+
+
+def with_own_options(stored: Mapping[str, Any], call: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call (see `choose_sampling`) for a video with sampling options of its own, which win. Its
+    `max_frames` is an upper limit whatever the policy."""
+    given = {name: value for name, value in call.items() if value is not None}
+    if own.keys() & {"sampling", "fps", "num_frames", "sample_rate"}:
+        given = {name: given[name] for name in given.keys() - {"sampling", "use_fast_slow_frames", *_SETTINGS}}
+        given["do_sample_frames"] = True
+    elif own and not given.get("do_sample_frames", stored["do_sample_frames"]):
+        given |= {"do_sample_frames": True, "sampling": "every_nth", "sample_rate": 1}
+    given |= own
+    if "max_frames" in own and choose_policy(stored["sampling"], given) in ("uniform", "num_frames"):
+        FrameSampling(policy="every_nth", sample_rate=1, max_frames=own["max_frames"])  # validates it
+        limit = min(given.pop("max_frames"), given.get("num_frames", stored["num_frames"]))
+        given |= {"num_frames": limit, "sampling": given.get("sampling", "uniform")}
+    return given
 
 
 def head_sampling(config: Any) -> dict[str, Any]:
@@ -378,10 +397,14 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
         sources, _ = flatten_videos(videos)
         clips = []
         for source, metadata in zip(sources, flatten_metadata(options["video_metadata"], len(sources)), strict=True):
+            request, own_sampling, own_kwargs, loading = None, sampling, kwargs, {}
+            if is_request(source):
+                request, source = source, source.source
+                metadata, own_sampling, own_kwargs, loading = self._requested(request, metadata, kwargs)
             clip = read_clip(
                 source,
                 metadata,
-                sampling,
+                own_sampling,
                 do_convert_rgb=options["do_convert_rgb"],
                 float_range=_float_range(options),
                 input_data_format=options["input_data_format"],
@@ -390,9 +413,32 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
                 resample=_RESAMPLE.get(options["resample"], "bicubic"),
                 resize_backend=options["resize_backend"],
                 allow_partial=options["allow_partial"],
+                **loading,
             )
             clips.append(_resized_and_cropped(clip, options))
+            if request is not None:
+                request.check_pixels(*clips[-1].scales[0].shape[-2:])
         return _collate(clips, options)
+
+    def _requested(
+        self, request: MediaRequest, metadata: VideoMetadata | None, kwargs: dict[str, Any]
+    ) -> tuple[Any, ...]:
+        """(metadata, sampling, options, further arguments of `read_clip`); `fps` is that of frames without times."""
+        source, loading = request.source, {}
+        own = {name: value for name, value in request.options.items() if not name.endswith("_pixels")}
+        if own and hasattr(source, "timestamps"):
+            raise ValueError(f"{request.place}: {', '.join(own)} cannot be applied to frames that are sampled already")
+        try:
+            self._check_types({name: own[name] for name in own.keys() & self.valid_kwargs.__annotations__})
+            if "fps" in own and isinstance(source, (list, tuple, np.ndarray, torch.Tensor)):
+                FrameSampling(policy="fps", fps=own["fps"])  # validates it
+                metadata = VideoMetadata(**{"total_num_frames": None, **(metadata or {}), "fps": own.pop("fps")})
+            elif "fps" in own and isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
+                loading["fps"] = own.pop("fps")
+            own_kwargs = with_own_options(self._stored(), kwargs, own)
+            return metadata, self.sampling_for(**own_kwargs), own_kwargs, loading
+        except ValueError as error:
+            raise ValueError(f"{request.place}: {error}") from error
 
     def _stored(self) -> dict[str, Any]:
         return {name: getattr(self, name, None) for name in self.valid_kwargs.__annotations__}
