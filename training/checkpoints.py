@@ -8,7 +8,9 @@ that broke off, or from a checkpoint that a plain Trainer left half-written. So 
 their sizes, and `last_complete_checkpoint` passes over one that is not all there.
 """
 
+import contextlib
 import copy
+import gc
 import json
 import os
 import re
@@ -21,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import nested_gather
 from transformers.utils import logging
@@ -30,6 +33,7 @@ from .collator import first_batches_unread
 
 logger = logging.get_logger(__name__)
 
+_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 UNFINISHED = "_unfinished"  # Trainer's own uploads leave out what starts with an underscore
 FILE_LIST = "checkpoint_files.json"  # {name of the file: bytes}
 TRAINER_STATE = "trainer_state.json"
@@ -174,6 +178,27 @@ def _rotate(final: Path, limit: int | None, best: str | None) -> None:
         shutil.rmtree(removed)
 
 
+@contextlib.contextmanager
+def release_process_group() -> Iterator[None]:
+    """Context in which the default process group can be destroyed without a hang.
+
+    Each DistributedDataParallel of this process holds the group too. Left to itself, the last of them frees it, with the
+    interpreter's lock held, and the group's destructor then waits for gloo's threads. One of those may wait for that lock
+    to free the tensors of the last collective, and both wait forever (https://github.com/pytorch/pytorch/issues/56297).
+    """
+    gc.collect()  # wrappers that only a cycle keeps alive
+    for wrapper in [found for found in gc.get_objects() if issubclass(type(found), DistributedDataParallel)]:
+        for name in ("process_group", "logger", "reducer"):
+            vars(wrapper).pop(name, None)
+    backends = []
+    if torch.distributed.is_initialized() and _TORCH < (2, 8):
+        group = torch.distributed.group.WORLD
+        backends = [group._get_backend(device) for device in group._device_types]
+        del group
+    yield
+    del backends  # before torch 2.8 only these wait for the threads without the interpreter's lock
+
+
 # ------------------------------------------------------------------------------------------------------------- trainer
 
 
@@ -279,6 +304,11 @@ class ResumableTrainer(Trainer):
             replace_model(staged, folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def end(self) -> None:
+        """As in Trainer. The trainer and its wrapped model cannot be used afterwards."""
+        with release_process_group():
+            super().end()
 
     # ---- resuming ---------------------------------------------------------------------------------------------------
 

@@ -3,10 +3,9 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import safetensors.torch
 import torch
@@ -60,14 +59,6 @@ def options(work: Path, output: str, *more: str, config: str = "demo", model: st
     return [*chosen, *more]
 
 
-def run(*command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL
-    )
-    assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
-
-
 def history(folder: Path) -> list[dict]:
     return [
         entry for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in entry
@@ -81,7 +72,7 @@ def batch_of(work: Path, processor) -> dict[str, torch.Tensor]:
 
 def test_a_recipe_trains_and_the_folder_loads_anywhere(work):
     data = str(work / "data" / "train.json")
-    output = run(
+    output = processes.run_python(
         str(SCRIPTS / "train.py"),
         *options(work, "out", "--eval_data", data, "--loss_weight", "0.5", "--num_frames", "5"),
     )
@@ -101,7 +92,7 @@ def test_a_recipe_trains_and_the_folder_loads_anywhere(work):
     code += "processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
     code += "assert not any(name.split('.')[0] == 'llava_next_ar' for name in sys.modules)\n"
     code += "print(type(model).__name__, processor.video_processor.num_frames)"
-    assert run("-c", code, str(work / "out")).split()[-2:] == ["LlavaNextARForConditionalGeneration", "5"]
+    assert processes.run_python("-c", code, str(work / "out")).split()[-2:] == ["LlavaNextARForConditionalGeneration", "5"]
 
 
 def test_packing_trains_the_same(work):
@@ -148,7 +139,7 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(work):
     train.main(options(work, "whole", *steps))
     (work / "part").mkdir()
     (work / "whole" / "checkpoint-2").rename(work / "part" / "checkpoint-2")
-    run(str(SCRIPTS / "train.py"), *options(work, "part", *steps, "--resume_from_checkpoint", "true"))
+    processes.run_python(str(SCRIPTS / "train.py"), *options(work, "part", *steps, "--resume_from_checkpoint", "true"))
     one, other = (safetensors.torch.load_file(work / name / "model.safetensors") for name in ("whole", "part"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     losses = [[entry["loss"] for entry in history(work / name)] for name in ("whole", "part")]
@@ -156,7 +147,7 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(work):
 
 
 def test_two_processes(work):
-    output = run(
+    output = processes.run_python(
         *("-m", "accelerate.commands.launch", "--config_file", str(SCRIPTS / "accelerate" / "cpu.yaml")),
         *("--main_process_port", "0", str(SCRIPTS / "train.py")),
         *options(work, "ranks", "--per_device_train_batch_size", "2", "--max_steps", "1"),

@@ -7,11 +7,10 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import peft
+import processes
 import pytest
 import resume_runs
 import torch
@@ -33,9 +32,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 def check_kills(folder: Path, number: int, seed: int) -> None:
-    command = [sys.executable, str(TESTS / "resume_runs.py"), str(folder), str(number), "--seed", str(seed)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    processes.run_python(TESTS / "resume_runs.py", folder, number, "--seed", seed, timeout=240 + 60 * number)
     results = json.loads((folder / "results.json").read_text())
     assert sum(run["killed"] for run in results["runs"]) >= number
     for case, whole in results["whole"].items():
