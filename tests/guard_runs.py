@@ -15,6 +15,7 @@ from tiny import make_sample, tiny_model
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
+from llava_next_ar.training import throughput
 from llava_next_ar.training.trainer import (
     AutoregressiveTrainer,
     BadStepError,
@@ -38,6 +39,15 @@ def named_samples(config: Any, number: int, bad: int | None = None) -> list[dict
             made["video_timestamps"] = sample["times"][0][None]
         samples.append(made)
     return samples
+
+
+def losses_logged(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries of training steps, without what is measured and so never the same again."""
+    return [
+        {name: value for name, value in entry.items() if name not in throughput.ENTRIES}
+        for entry in log_history
+        if "loss" in entry
+    ]
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,7 @@ def train(
         return {
             "weights": model.state_dict(),
             "optimizer": trainer.optimizer.state_dict()["state"],
-            "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+            "log": losses_logged(trainer.state.log_history),
             "result": trainer.state.log_history[-1],
             "ledger": [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else [],
             "error": error,

@@ -20,7 +20,7 @@ import torch
 # no interpreter lock for it, so that a process that hangs with the lock held writes them too.
 FAULTHANDLER = {"PYTHONFAULTHANDLER": "1"}
 _MAX_SHOWN = 20_000  # characters
-_SECONDS_TO_DUMP = 5.0
+_SECONDS_TO_END = 5.0
 
 
 class TimedOutError(AssertionError):
@@ -111,8 +111,7 @@ class Program:
         try:
             self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            for process in _with_descendants([psutil.Process(self.process.pid)]):
-                _send(process, "kill")
+            _kill(_with_descendants([psutil.Process(self.process.pid)]))
             self.process.wait()
 
     def _describe(self) -> str:
@@ -157,11 +156,8 @@ def abort(processes: Sequence[psutil.Process]) -> None:
     for process in every:
         _send(process, "send_signal", SIGABRT)
         _send(process, "resume")
-        end = time.monotonic() + _SECONDS_TO_DUMP
-        while _is_alive(process) and time.monotonic() < end:
-            time.sleep(0.02)
-    for process in every:
-        _send(process, "kill")
+        _wait(process)
+    _kill(every)
 
 
 def _with_descendants(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
@@ -175,11 +171,23 @@ def _with_descendants(processes: Sequence[psutil.Process]) -> list[psutil.Proces
     return found
 
 
-def _is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        _send(process, "kill")
+    for process in processes:
+        _wait(process)
+
+
+def _wait(process: psutil.Process) -> None:
+    """Waits until a process has ended; not until its parent has noticed, which may be stopped."""
+    end = time.monotonic() + _SECONDS_TO_END
+    while time.monotonic() < end:
+        try:
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return
+        except psutil.NoSuchProcess:
+            return
+        time.sleep(0.02)
 
 
 def _send(process: psutil.Process, method: str, *args: Any) -> None:

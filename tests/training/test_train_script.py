@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from guard_runs import losses_logged
 from tiny import tiny_model, tiny_onevision
 from tiny_processor import tiny_processor
 from tiny_tokenizer import character_tokenizer
@@ -60,9 +61,7 @@ def options(work: Path, output: str, *more: str, config: str = "demo", model: st
 
 
 def history(folder: Path) -> list[dict]:
-    return [
-        entry for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in entry
-    ]
+    return losses_logged(json.loads((folder / "trainer_state.json").read_text())["log_history"])
 
 
 def batch_of(work: Path, processor) -> dict[str, torch.Tensor]:
