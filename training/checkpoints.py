@@ -53,7 +53,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     A checkpoint that records no run, as those of a plain Trainer, counts as one of the last run.
     """
     run = _read_json(Path(output_dir, RUN_FILE)).get("run")
-    for folder in reversed(_checkpoints(Path(output_dir))):
+    for folder in reversed(list_checkpoints(Path(output_dir))):
         problem = checkpoint_problem(folder)
         recorded = _read_json(folder / "progress_0.json").get("run")
         if problem is None and run is not None and recorded is not None and recorded != run:
@@ -155,8 +155,13 @@ def _is_entry(name: str) -> bool:
     return match is not None and match[2] is None
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """`checkpoint-N` in the order of N: times of files change when they are copied."""
+def holds_weights(folder: Path) -> bool:
+    """Returns whether a folder holds a model or an adapter that could be loaded."""
+    return folder.is_dir() and any(_is_entry(path.name) for path in folder.iterdir())
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Returns the folders `checkpoint-N`, complete or not, in the order of N: times of files change when they are copied."""
     found = [path for path in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=_step)
 
@@ -204,7 +209,7 @@ def _rotate(final: Path, limit: int | None, best: str | None, run: str) -> None:
     """
     if limit is None or limit <= 0:
         return
-    older = [path for path in _checkpoints(final.parent) if _step(path) < _step(final)]
+    older = [path for path in list_checkpoints(final.parent) if _step(path) < _step(final)]
     older = [path for path in older if checkpoint_problem(path) is None]
     older = [path for path in older if _read_json(path / "progress_0.json").get("run", run) == run]
     surplus = len(older) + 1 - limit

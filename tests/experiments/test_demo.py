@@ -65,13 +65,6 @@ def test_color_questions_are_thinned_out_and_no_others():
     assert [e["id"] for e in mix if e["question_type"] == "color"] == [0, 4]
 
 
-def test_logs_are_told_from_other_output():
-    line = "{'loss': '0.5', 'main_loss': '0.25', 'autoregressive_loss': '0.1', 'epoch': '0.5'}\n"
-    assert demo._logged(line) == {"loss": 0.5, "main_loss": 0.25, "autoregressive_loss": 0.1, "epoch": 0.5}
-    for other in ("saved to x", "{'train_loss': '1'}", "{'main_loss': broken", "main_loss 3"):
-        assert demo._logged(other) is None
-
-
 @pytest.mark.slow
 def test_the_quick_demo_runs_from_clips_to_report(tmp_path):
     output = tmp_path / "out"
