@@ -51,7 +51,7 @@ class StepFlops:
     A product of an `[m, k]` and a `[k, n]` matrix has `2 m k n`. Counted are the linear layers and the attention of the
     language model, the tower and the projector, the linear layers of the head, and the vocabulary projection of the targets;
     with the backward pass where a part has one. Attention counts in full, masked or not, as in PaLM's model FLOP
-    utilisation. Not counted are activations that are recomputed and a separate teacher.
+    utilisation. Activations that are recomputed do not count.
 
     Args:
         model: with `config` and the parts of `LlavaNextARForConditionalGeneration`, wrapped by PEFT or not.
@@ -76,12 +76,14 @@ class StepFlops:
         width = text.num_attention_heads * getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
         # Scores and weighted values are products with two inputs, each of which has a gradient.
         self.per_square = 4 * width * text.num_hidden_layers * (3 if passes_text else 1)
-        tower_attention = 4 * vision.hidden_size * vision.num_hidden_layers * patches**2 * (3 if passes_tower else 1)
-        self.per_frame = patches * _linear_flops(tower, passes_tower) + tower_attention
-        self.per_frame += patches * _linear_flops(projector, passes_projector)
+        tower_attention = 4 * vision.hidden_size * vision.num_hidden_layers * patches**2
+        self.per_frame = patches * (_linear_flops(tower, passes_tower) + _linear_flops(projector, passes_projector))
+        self.per_frame += tower_attention * (3 if passes_tower else 1)
         if has_head:
             height, width = layout.frame_grid()
             self.per_frame += height * width * _linear_flops(base.autoregressive_module, True)
+            if passes_tower:  # the teacher is a copy of it, or the tower without its adapters
+                self.per_frame += patches * _linear_flops(tower, False, with_weights=False) + tower_attention
         vocabulary = base.get_output_embeddings().weight
         self.per_target = 2 * text.vocab_size * text.hidden_size * (1 + passes_text + vocabulary.requires_grad)
 
@@ -96,14 +98,15 @@ def _is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _linear_flops(module: nn.Module, is_passed: bool) -> int:
+def _linear_flops(module: nn.Module, is_passed: bool, with_weights: bool = True) -> int:
     """FLOP of each row that passes the linear layers of a module: forward; gradient of the input; of the weight."""
     flops = 0
     for name, part in module.named_modules():
         # A frozen copy of the tower is not a layer of the head, nor the original that PEFT keeps of a part one of the part.
         if isinstance(part, nn.Linear) and not {"teacher", "original_module"} & set(name.split(".")):
             # By its attributes: weights may be packed in 4 bits, or sharded.
-            flops += 2 * part.in_features * part.out_features * (1 + is_passed + part.weight.requires_grad)
+            products = 1 + is_passed + (with_weights and part.weight.requires_grad)
+            flops += 2 * part.in_features * part.out_features * products
     return flops
 
 

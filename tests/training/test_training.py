@@ -5,13 +5,14 @@ import json
 import sys
 from pathlib import Path
 
+import guard_runs
 import processes
 import psutil
 import pytest
 import torch
 import torch.distributed.nn  # imported later, its functions would keep the process group of that time
 from PIL import Image
-from tiny import tiny_model, tiny_onevision
+from tiny import VIDEO_TOKEN, tiny_model, tiny_onevision
 from tiny_processor import tiny_processor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -364,6 +365,40 @@ def test_ranks_skip_the_step_that_one_of_them_spoils(steps):
 def test_ranks_stop_together_and_say_why(steps):
     error = steps["guards"]["stop"]["error"]
     assert error["step"] == 2 and "batch 1 of rank 1 (loss nan): clip 7." in error["message"]
+
+
+def test_ranks_that_see_different_norms_decide_alike(steps):
+    """Each judged by itself, and the one that found a problem waited in vain for the other to say what it had trained on."""
+    disagreeing = steps["guards"]["disagree"]
+    assert (disagreeing["processes"], disagreeing["steps"]) == (2, 3)
+    (line,) = disagreeing["ledger"]
+    assert (line["step"], line["action"], line["grad_norm"]) == (2, "skip", "nan") and len(line["batches"]) == 4
+    absent = steps["guards"]["absent"]
+    assert all(torch.equal(disagreeing["weights"][name], value) for name, value in absent["weights"].items())
+
+
+def test_guards_and_signals_need_one_reduction_a_step(steps):
+    run, number = steps["guards"]["reductions"]
+    assert run["processes"] == 2 and run["steps"] == 3
+    assert number == 3 + 1  # and one for the losses of the log entry
+
+
+def test_throughput_is_of_all_ranks_and_all_batches_of_a_step(steps):
+    """Ratios of rates are those of counts, whatever the time: 2 ranks, 2 batches of one sample each, 3 steps."""
+    samples = guard_runs.named_samples(tiny_model().config, 12)
+    measured = steps["guards"]["whole run"]["measured"]
+    assert len(measured) == 3
+    for step, entry in enumerate(measured):
+        ids = [sample["input_ids"] for sample in samples[4 * step : 4 * step + 4]]
+        num_tokens = sum(map(len, ids))
+        num_visual = sum(int((row == VIDEO_TOKEN).sum()) for row in ids)
+        assert num_visual > 0
+        assert entry["tokens_per_second"] / entry["samples_per_second"] == pytest.approx(num_tokens / 4)
+        assert entry["visual_tokens_per_second"] / entry["tokens_per_second"] == pytest.approx(num_visual / num_tokens)
+        text = entry["tokens_per_second"] - entry["visual_tokens_per_second"]
+        assert entry["text_tokens_per_second"] == pytest.approx(text)
+        assert 0 < entry["data_wait_share"] < 1 and entry["peak_memory_gib"] > 0.01
+        assert "model_flops_utilization" not in entry  # the peak of a CPU is not known
 
 
 # Stopped after step 5 of 6, in the second epoch, accelerate would go on in the order of the first.

@@ -178,7 +178,7 @@ def test_an_evaluation_within_a_step_leaves_the_step_alone(tmp_path):
             max_steps=2,
             logging_steps=1,
             gradient_accumulation_steps=2,
-            eval_dataset=make_samples(tiny_model().config, ([7, 2, 3],)),
+            eval_dataset=make_samples(tiny_model().config, ([7, 2, 3, 2],)),
             callbacks=callbacks,
         )
         Evaluating.trainer = trainer
