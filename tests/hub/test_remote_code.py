@@ -4,7 +4,6 @@ import filecmp
 import json
 from pathlib import Path
 
-import processes
 import pytest
 import torch
 from elsewhere import run_elsewhere
