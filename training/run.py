@@ -218,9 +218,11 @@ def check_sharding(training_args: TrainingArguments, accelerator: Any) -> None:
 
 
 def quiet_other_ranks(training_args: TrainingArguments) -> None:
-    """Silences warnings on all processes of a machine but the first: they are the same there."""
+    """Silences warnings and progress bars on all processes of a machine but the first: they are the same there."""
     if training_args.local_process_index != 0:
+        training_args.log_level_replica = "error"  # which a Trainer sets
         logging.set_verbosity_error()
+        logging.disable_progress_bar()
         warnings.simplefilter("ignore")
 
 

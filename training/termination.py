@@ -48,6 +48,7 @@ class StopOnSigterm(TrainerCallback):
         self._requested: dict[int, float] = {}  # signal -> time of its arrival
         self._agreed: list[float] | None = None
         self._previous: dict[int, Any] = {}
+        self._process = os.getpid()
         self._says_so = False
         self._launcher: subprocess.Popen | None = None
 
@@ -63,6 +64,7 @@ class StopOnSigterm(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stopped, self._agreed = 0, None
         self._requested.clear()
+        self._process = os.getpid()
         self._says_so = state.is_local_process_zero
         # Still installed where a plain Trainer broke off, or starts again with smaller batches. Only the main thread may.
         if self._previous or threading.current_thread() is not threading.main_thread():
@@ -85,6 +87,8 @@ class StopOnSigterm(TrainerCallback):
             self._launcher = None
 
     def _request(self, signum: int, frame: Any) -> None:
+        if os.getpid() != self._process:
+            return  # a forked worker of a DataLoader gets the terminal's signal too, and is ended by its trainer
         now = time.monotonic()
         if signum == signal.SIGINT:
             if now - self._requested.get(signum, now) > _SAME_KEY_PRESS:

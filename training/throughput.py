@@ -7,7 +7,6 @@ count. Over ranks, counts add up, and the slowest rank gives the time.
 """
 
 import re
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
 
 # Dense matrix products in bfloat16 or float16 with float32 sums, FLOP/s, by the maker's data sheets; the first match counts.
 PEAK_FLOPS = {
@@ -196,8 +200,8 @@ class ThroughputMeter:
         Returns:
             `samples_per_second`, `tokens_per_second`, `visual_tokens_per_second`, `text_tokens_per_second`, of all ranks
             together; `data_wait_share` of the time, of the rank that waits longest; `peak_memory_gib` of the process so
-            far, on the device or, without one, resident, of the rank with the most; `model_flops_utilization`, if
-            the peak is known. Empty if no step was timed.
+            far, on the device or, without one, resident, of the rank with the most, if that is known;
+            `model_flops_utilization`, if the peak of the device is known. Empty if no step was timed.
         """
         device = accelerator.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -216,17 +220,20 @@ class ThroughputMeter:
             "visual_tokens_per_second": sums["visual_tokens"] / seconds,
             "text_tokens_per_second": sums["text_tokens"] / seconds,
             "data_wait_share": waited / seconds,
-            "peak_memory_gib": memory / _GIB,
         }
+        if memory > 0:
+            entries["peak_memory_gib"] = memory / _GIB
         if self.flops is not None and self.peak is not None:
             entries["model_flops_utilization"] = self.flops(sums) / (seconds * self.peak * len(rows))
         return entries
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device's allocator at most so far, or of the process where there is no such device."""
+    """Bytes: of the device's allocator at most so far, or of the process where there is no such device; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "xpu":
         return torch.xpu.max_memory_allocated(device)
+    if resource is None:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -114,6 +114,16 @@ def test_ranks_add_up_and_the_slowest_gives_the_time(monkeypatch):
     assert entries["peak_memory_gib"] == 5 and entries["model_flops_utilization"] == 4 / (4 * 2)
 
 
+def test_memory_that_is_not_known_is_not_logged(monkeypatch):
+    """Windows has no module `resource`."""
+    monkeypatch.setattr(throughput, "resource", None)
+    meter = ThroughputMeter(flops=None, peak=None)
+    meter.begin_step()
+    meter.end_step()
+    entries = meter.pop(ACCELERATOR)
+    assert set(throughput.ENTRIES) - set(entries) == {"peak_memory_gib", "model_flops_utilization"}
+
+
 @pytest.mark.parametrize(
     ("name", "flops"),
     [

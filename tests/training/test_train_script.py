@@ -6,8 +6,10 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import processes
+import psutil
 import pytest
 import safetensors.torch
 import torch
@@ -463,6 +465,20 @@ def test_a_key_press_that_comes_twice_is_one(work, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         train.main(options(work, "passed_on"))
     assert ended.value.code == 130 and (work / "passed_on" / "checkpoint-1").is_dir()
+
+
+def test_a_worker_that_the_terminal_interrupts_too_says_and_does_nothing(capfd, monkeypatch):
+    stop, state = termination.StopOnSigterm(), SimpleNamespace(is_local_process_zero=True)
+    stop.on_train_begin(None, state, None)
+    try:
+        monkeypatch.setattr(termination.os, "getpid", lambda: -1)  # as in a fork
+        os.kill(psutil.Process().pid, signal.SIGINT)
+        assert stop.requests == [0, 0] and capfd.readouterr().err == ""
+        monkeypatch.undo()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requests == [0, 1] and "Ctrl-C: saving" in capfd.readouterr().err
+    finally:
+        stop.restore()
 
 
 def test_ctrl_c_before_the_training_ends_in_one_line(work, monkeypatch, capsys):
