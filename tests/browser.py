@@ -5,11 +5,12 @@ import json
 import os
 import select
 import shutil
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import processes
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -43,11 +44,8 @@ class Browser:
 
         # Chromium reads its commands from descriptor 3 and answers on 4, whatever numbers the pipes have here.
         shell = f'exec 3<&{command_end} 4>&{answer_end}; exec "$@"'
-        self._process = subprocess.Popen(
-            ["bash", "-c", shell, "bash", program, *options],
-            pass_fds=(command_end, answer_end),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+        self._program = processes.Program(
+            ["bash", "-c", shell, "bash", program, *options], pass_fds=(command_end, answer_end)
         )
         os.close(command_end)
         os.close(answer_end)
@@ -61,11 +59,7 @@ class Browser:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._write)  # the end of its commands is the end of the browser
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._program.end(timeout=10)
         os.close(self._read)
         self._profile.cleanup()
 

@@ -25,6 +25,7 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="Agg",
+    PYTHONFAULTHANDLER="1",  # see processes.py
     OMP_NUM_THREADS="1",  # the models are tiny: more threads only get in each other's way
 )
 

@@ -1,10 +1,10 @@
 """Code run as strangers run it: in a fresh process in which this package and what is optional are not installed."""
 
 import json
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
+
+import processes
 
 # Runs before the code under test: this package and what is optional look as if they were not installed.
 WITHOUT_PACKAGE = """
@@ -29,8 +29,5 @@ torch.set_num_threads(1)
 def run_elsewhere(code: str, *arguments: object, cwd: Path) -> dict:
     """Runs code in a fresh process that lacks this package; it prints one line of JSON last."""
     program = WITHOUT_PACKAGE + textwrap.dedent(code)
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    printed = processes.run_python("-c", program, *arguments, cwd=cwd, timeout=300)
+    return json.loads(printed.strip().splitlines()[-1])

@@ -15,6 +15,7 @@ from tiny import make_sample, tiny_model
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
+from llava_next_ar.training import throughput
 from llava_next_ar.training.trainer import (
     AutoregressiveTrainer,
     BadStepError,
@@ -38,6 +39,15 @@ def named_samples(config: Any, number: int, bad: int | None = None) -> list[dict
             made["video_timestamps"] = sample["times"][0][None]
         samples.append(made)
     return samples
+
+
+def losses_logged(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries of training steps, without what is measured and so never the same again."""
+    return [
+        {name: value for name, value in entry.items() if name not in throughput.ENTRIES}
+        for entry in log_history
+        if "loss" in entry
+    ]
 
 
 @dataclass(frozen=True)
@@ -104,8 +114,13 @@ def train(
         return {
             "weights": model.state_dict(),
             "optimizer": trainer.optimizer.state_dict()["state"],
-            "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+            "log": losses_logged(trainer.state.log_history),
             "result": trainer.state.log_history[-1],
+            "measured": [
+                {name: entry[name] for name in throughput.ENTRIES if name in entry}
+                for entry in trainer.state.log_history
+                if "loss" in entry
+            ],
             "ledger": [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else [],
             "error": error,
             "processes": trainer.accelerator.num_processes,
@@ -122,6 +137,35 @@ class Terminated(AutoregressiveTrainer):
         if self.state.global_step == self.args.max_steps - 2 and self.args.process_index == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return super().training_step(*args, **kwargs)
+
+
+class Disagreeing(AutoregressiveTrainer):
+    """The second rank alone sees a gradient norm that is not finite, in the second step."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        clip = self.accelerator.clip_grad_norm_
+
+        def clip_grad_norm(*args: Any, **kwargs: Any) -> torch.Tensor:
+            is_bad = self.state.global_step == 1 and self.args.process_index == 1
+            return clip(*args, **kwargs) * (float("nan") if is_bad else 1)
+
+        self.accelerator.clip_grad_norm_ = clip_grad_norm
+
+
+def count_reductions(*args: Any, **kwargs: Any) -> tuple[dict[str, Any], int]:
+    """A training, and how many times Python reduced a tensor over the ranks."""
+    calls, reduce = [], torch.distributed.all_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return reduce(*args, **kwargs)
+
+    torch.distributed.all_reduce = counted
+    try:
+        return train(*args, **kwargs), len(calls)
+    finally:
+        torch.distributed.all_reduce = reduce
 
 
 def whole_and_in_parts(
@@ -143,8 +187,11 @@ def run_on_ranks(folder: Path) -> dict[str, Any]:
     spoiled, good = named_samples(config, 12, bad=7), named_samples(config, 12)
     return {
         "skip": train(spoiled, 3, BadStepPolicy("skip")),
+        "disagree": train(good, 3, BadStepPolicy("skip"), Disagreeing),
+        "reductions": count_reductions(good, 3, logging_steps=3),
         "absent": train(good[:4] + good[8:], 2),
         "stop": train(spoiled, 3),
+        "whole run": train(good, 3),
         "in order": whole_and_in_parts(good, 3, folder / "in_order"),
         "at random": whole_and_in_parts(good, 6, folder / "random", train_sampling_strategy="random"),
         "stream": whole_and_in_parts(Stream(good), 3, folder / "stream"),

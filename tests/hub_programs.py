@@ -10,11 +10,12 @@ import importlib
 import importlib.abc
 import json
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import processes
 
 ROWS = ("model", "sharded-model", "adapter", "merged", "processor")
 PACKAGE = "llava_next_ar"
@@ -47,8 +48,7 @@ def run_program(
     environment |= {"HF_TOKEN": token} if token else {}
     environment |= {"HF_HUB_OFFLINE": "1"} if offline else {}
     command = [sys.executable, __file__, name, json.dumps(arguments), *(["--hide"] if hide_package else [])]
-    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    done = processes.run(command, cwd=home, env=environment, timeout=300)
     return Finished(json.loads(done.stdout.strip().splitlines()[-1]), done.stderr)
 
 

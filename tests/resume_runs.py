@@ -23,6 +23,7 @@ from typing import Any
 import peft
 import safetensors.torch
 import torch
+from guard_runs import losses_logged
 from tiny import tiny_model
 from tiny_processor import tiny_processor
 from torch.utils.data import IterableDataset
@@ -101,7 +102,7 @@ def run(folder: Path, case: str, save_model: bool = True) -> list[dict[str, Any]
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
     if save_model:
         trainer.save_model()
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    return losses_logged(trainer.state.log_history)
 
 
 # --------------------------------------------------------------------------------------------------------------- kills

@@ -4,13 +4,13 @@ import ast
 import importlib.metadata
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import processes
 import pytest
 from modules import IMPORTS, MODULES, ROOT, name_of
 from packaging.requirements import Requirement
@@ -46,9 +46,7 @@ IMPORT_NAMES = {"pyyaml": "yaml", "pillow": "PIL", "opencv-python-headless": "cv
 
 
 def run(*command: object, cwd: Path) -> str:
-    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    return processes.run(command, cwd=cwd, timeout=600).stdout
 
 
 @pytest.fixture(scope="module")

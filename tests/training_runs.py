@@ -16,6 +16,7 @@ from tiny import collate, make_sample, tiny_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llava_next_ar.configuration.transformers_compat import ACTIVATION_CHECKPOINTING
+from llava_next_ar.training.checkpoints import release_process_group
 from llava_next_ar.training.trainer import AutoregressiveTrainer, LlavaVideoCollator
 
 # Frames of the videos of each sample: unequal, several, of one frame (nothing to predict), none.
@@ -147,7 +148,8 @@ def run_on_ranks(path: str) -> None:
     results["guards"] = guard_runs.run_on_ranks(Path(path).parent)
     if torch.distributed.get_rank() == 0:
         torch.save(results, path)
-    torch.distributed.destroy_process_group()
+    with release_process_group():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -8,31 +8,38 @@ that broke off, or from a checkpoint that a plain Trainer left half-written. So 
 their sizes, and `last_complete_checkpoint` passes over one that is not all there.
 """
 
+import contextlib
 import copy
+import gc
 import json
+import math
 import os
 import re
 import shutil
-import signal
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import nested_gather
 from transformers.utils import logging
 
 from ..hub.pushed_model import stale_files
 from .collator import first_batches_unread
+from .termination import StopOnSigterm
 
 logger = logging.get_logger(__name__)
 
+_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 UNFINISHED = "_unfinished"  # Trainer's own uploads leave out what starts with an underscore
 FILE_LIST = "checkpoint_files.json"  # {name of the file: bytes}
 TRAINER_STATE = "trainer_state.json"
+RUN_FILE = "run.json"  # {"run": identifier of the run that was started last in a folder}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = re.compile(r"(pytorch_model|model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
@@ -41,13 +48,38 @@ _WEIGHTS = re.compile(r"(pytorch_model|model|adapter_model)(-\d+-of-\d+)?\.(safe
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest checkpoint in a folder that is all there, or None; warns about newer ones that are not."""
-    for folder in reversed(_checkpoints(Path(output_dir))):
+    """Returns the newest complete checkpoint of the last run in a folder, or None; warns about newer ones passed over.
+
+    A checkpoint that records no run, as those of a plain Trainer, counts as one of the last run.
+    """
+    run = _read_json(Path(output_dir, RUN_FILE)).get("run")
+    for folder in reversed(list_checkpoints(Path(output_dir))):
         problem = checkpoint_problem(folder)
-        if problem is None:
+        recorded = _read_json(folder / "progress_0.json").get("run")
+        if problem is None and run is not None and recorded is not None and recorded != run:
+            logger.warning(f"{folder} belongs to another run; looking for an older checkpoint")
+        elif problem is None:
             return str(folder)
-        logger.warning(f"{folder} is incomplete ({problem}); looking for an older checkpoint")
+        else:
+            logger.warning(f"{folder} is incomplete ({problem}); looking for an older checkpoint")
     return None
+
+
+def resume_problem(folder: str | os.PathLike) -> str | None:
+    """Returns the reason why training cannot go on from a checkpoint, complete or not; None if there is none."""
+    problem = checkpoint_problem(folder)
+    if problem is not None:
+        return problem
+    names = {path.name for path in Path(folder).iterdir()}
+    if any(name.startswith("global_step") for name in names):
+        return None  # DeepSpeed keeps all states in a folder
+    missing = [kind for kind in ("optimizer", "scheduler") if not any(re.search(rf"\b{kind}", name) for name in names)]
+    if not missing:
+        return None
+    return (
+        f"it holds the model without the state of the {' and '.join(missing)} (save_only_model), so that the learning rate "
+        "and the moments of the optimizer would start again. Start a new run from its weights instead: pass it as the model"
+    )
 
 
 def checkpoint_problem(folder: str | os.PathLike) -> str | None:
@@ -73,6 +105,14 @@ def checkpoint_problem(folder: str | os.PathLike) -> str | None:
         if path.stat().st_size < size:
             return f"{name} has {path.stat().st_size} of {size} bytes"
     return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Returns the content of a file, empty if it is missing or cut off."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def replace_model(new: str | os.PathLike, folder: str | os.PathLike) -> None:
@@ -115,8 +155,13 @@ def _is_entry(name: str) -> bool:
     return match is not None and match[2] is None
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """`checkpoint-N` in the order of N: times of files change when they are copied."""
+def holds_weights(folder: Path) -> bool:
+    """Returns whether a folder holds a model or an adapter that could be loaded."""
+    return folder.is_dir() and any(_is_entry(path.name) for path in folder.iterdir())
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Returns the folders `checkpoint-N`, complete or not, in the order of N: times of files change when they are copied."""
     found = [path for path in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=_step)
 
@@ -156,15 +201,17 @@ def _publish(staged: Path, final: Path) -> None:
     _flush_one(final.parent)
 
 
-def _rotate(final: Path, limit: int | None, best: str | None) -> None:
+def _rotate(final: Path, limit: int | None, best: str | None, run: str) -> None:
     """Deletes complete checkpoints that are older than `final`, the oldest first, until `limit` are left.
 
-    What is newer or incomplete does not count: it was not made by this run, and must not push out what was.
+    Newer, incomplete and other runs' checkpoints do not count: this run did not make them, and they must not push out those
+    that it made.
     """
     if limit is None or limit <= 0:
         return
-    older = [path for path in _checkpoints(final.parent) if _step(path) < _step(final)]
+    older = [path for path in list_checkpoints(final.parent) if _step(path) < _step(final)]
     older = [path for path in older if checkpoint_problem(path) is None]
+    older = [path for path in older if _read_json(path / "progress_0.json").get("run", run) == run]
     surplus = len(older) + 1 - limit
     for path in [path for path in older if best is None or path != Path(best)][: max(surplus, 0)]:
         # Renamed first: half a checkpoint must not be seen under the name of one.
@@ -172,6 +219,27 @@ def _rotate(final: Path, limit: int | None, best: str | None) -> None:
         removed.parent.mkdir(exist_ok=True)
         os.replace(path, removed)
         shutil.rmtree(removed)
+
+
+@contextlib.contextmanager
+def release_process_group() -> Iterator[None]:
+    """Context in which the default process group can be destroyed without a hang.
+
+    Each DistributedDataParallel of this process holds the group too. Left to itself, the last of them frees it, with the
+    interpreter's lock held, and the group's destructor then waits for gloo's threads. One of those may wait for that lock
+    to free the tensors of the last collective, and both wait forever (https://github.com/pytorch/pytorch/issues/56297).
+    """
+    gc.collect()  # wrappers that only a cycle keeps alive
+    for wrapper in [found for found in gc.get_objects() if issubclass(type(found), DistributedDataParallel)]:
+        for name in ("process_group", "logger", "reducer"):
+            vars(wrapper).pop(name, None)
+    backends = []
+    if torch.distributed.is_initialized() and _TORCH < (2, 8):
+        group = torch.distributed.group.WORLD
+        backends = [group._get_backend(device) for device in group._device_types]
+        del group
+    yield
+    del backends  # before torch 2.8 only these wait for the threads without the interpreter's lock
 
 
 # ------------------------------------------------------------------------------------------------------------- trainer
@@ -190,6 +258,9 @@ class ResumableTrainer(Trainer):
     - Batches of a stream that were trained on before are not read again: see `first_batches_unread`.
     - `save_model` replaces the model in a folder without mixing the two, see `replace_model`.
     - A run that was complete but for its last save takes no further step when resumed.
+    - A checkpoint records its run. A run that is not resumed gets a new identifier, so that checkpoints of an earlier run
+      in the same folder are neither resumed from nor deleted.
+    - A checkpoint without optimizer or scheduler, or of steps with another number of samples, is an error.
 
     With `ignore_data_skip`, as in Trainer, the data starts again at the beginning of an epoch: nothing is exact then.
 
@@ -199,22 +270,24 @@ class ResumableTrainer(Trainer):
     _is_staging = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer; however it ends, SIGTERM means then what it meant before.
+        """As in Trainer. However it ends, the signal handlers are then those from before.
 
         Raises:
-            ValueError: if there is no complete checkpoint to resume from.
+            ValueError: if there is no complete checkpoint to resume from; if it lacks the state of the optimizer or the
+                scheduler; if its steps had another number of samples.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"there is no complete checkpoint in {self.args.output_dir} to resume from")
-        elif resume_from_checkpoint:
-            problem = checkpoint_problem(resume_from_checkpoint)
+        if resume_from_checkpoint:
+            problem = resume_problem(resume_from_checkpoint)
             if problem is not None:
                 raise ValueError(f"cannot resume from {resume_from_checkpoint}: {problem}")
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(resume_from_checkpoint or None, *args, **kwargs)
         finally:
+            self.is_in_train = False  # Trainer leaves it where training broke off
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, StopOnSigterm):
                     callback.restore()
@@ -238,7 +311,7 @@ class ResumableTrainer(Trainer):
         finally:
             self._is_staging = False
         if not self.args.save_only_model:
-            progress = {"world_size": self.args.world_size, **self._progress()}
+            progress = {"run": self._run, **self._step_size(), **self._progress()}
             (staged / f"progress_{self.args.process_index}.json").write_text(json.dumps(progress), encoding="utf-8")
         if self.state.best_global_step:
             best = run / f"checkpoint-{self.state.best_global_step}"
@@ -248,7 +321,7 @@ class ResumableTrainer(Trainer):
         if self.args.should_save:
             self.state.save_to_json(str(staged / TRAINER_STATE))  # names the best checkpoint where it will be
             _publish(staged, final)
-            _rotate(final, self.args.save_total_limit, self.state.best_model_checkpoint)
+            _rotate(final, self.args.save_total_limit, self.state.best_model_checkpoint, self._run)
             shutil.rmtree(run / UNFINISHED, ignore_errors=True)
         self.accelerator.wait_for_everyone()  # all may rely on it
         if self.args.push_to_hub:
@@ -280,6 +353,11 @@ class ResumableTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def end(self) -> None:
+        """As in Trainer. The trainer and its wrapped model cannot be used afterwards."""
+        with release_process_group():
+            super().end()
+
     # ---- resuming ---------------------------------------------------------------------------------------------------
 
     def _progress(self) -> dict[str, Any]:
@@ -303,12 +381,47 @@ class ResumableTrainer(Trainer):
             return None  # of a plain Trainer
         progress = json.loads(path.read_text(encoding="utf-8"))
         if progress["world_size"] != self.args.world_size:
-            logger.warning(
-                f"{checkpoint} was saved by {progress['world_size']} processes and is resumed by {self.args.world_size}: "
-                "the first log entry is of the steps from here on, and random states are not restored"
-            )
+            if self.is_world_process_zero():
+                logger.warning(
+                    f"{checkpoint} was saved by {progress['world_size']} processes and is resumed by "
+                    f"{self.args.world_size}: the first log entry is of the steps from here on, and random states are not "
+                    "restored"
+                )
             return None
         return progress
+
+    def _step_size(self) -> dict[str, int]:
+        """Factors of the number of samples of an optimizer step."""
+        return {
+            "batch_size": self._train_batch_size,
+            "accumulation": self.args.gradient_accumulation_steps,
+            "world_size": self.args.world_size,
+        }
+
+    def _check_step_size(self, checkpoint: str) -> None:
+        """Raises ValueError if the steps before a checkpoint had another number of samples than those to come.
+
+        The position in the data and the learning rate are counted in steps: part of the samples would come again or never.
+        """
+        saved, now = _read_json(Path(checkpoint, "progress_0.json")), self._step_size()
+        if not now.keys() <= saved.keys():
+            return  # of a plain Trainer, or older
+        before, after = (math.prod(size[name] for name in now) for size in (saved, now))
+        if before == after:
+            return
+        texts = (
+            f"{size['batch_size']} per device x {size['accumulation']} accumulated x {size['world_size']} processes"
+            for size in (saved, now)
+        )
+        per_micro_step = now["batch_size"] * now["world_size"]
+        hint = "Choose the batch size so that a step has as many samples"
+        if before % per_micro_step == 0:
+            hint = f"Set gradient_accumulation_steps to {before // per_micro_step}"
+        raise ValueError(
+            f"cannot resume from {checkpoint}: its steps had {before} samples ({next(texts)}), these would have {after} "
+            f"({next(texts)}), so that the position in the data and the learning rate would be others. {hint}, or start a "
+            "new run from its weights: pass it as the model"
+        )
 
     def _init_training_state(
         self,
@@ -318,6 +431,9 @@ class ResumableTrainer(Trainer):
         resume_from_checkpoint: str | None,
         trial: Any,
     ) -> tuple[int, int]:
+        if resume_from_checkpoint is not None:
+            self._check_step_size(resume_from_checkpoint)
+        self._begin_run(resume_from_checkpoint)
         epochs, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
@@ -326,6 +442,15 @@ class ResumableTrainer(Trainer):
         if progress is not None and num_train_epochs == sys.maxsize:
             epochs, batches = progress["epoch"], 0 if self.args.ignore_data_skip else progress["batches"]
         return epochs, batches
+
+    def _begin_run(self, checkpoint: str | None) -> None:
+        """Identifies the run that begins, also with smaller batches after one that ran out of memory."""
+        recorded = None if checkpoint is None else _read_json(Path(checkpoint, "progress_0.json")).get("run")
+        self._run = recorded or uuid.uuid4().hex
+        if self.args.should_save:
+            folder = Path(self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / RUN_FILE).write_text(json.dumps({"run": self._run}), encoding="utf-8")
 
     def _run_epoch(
         self, *, epoch: int, epochs_trained: int, resume_from_checkpoint: str | None, **kwargs: Any
@@ -381,58 +506,3 @@ class ResumableTrainer(Trainer):
         if not isinstance(self.model, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_best_model()
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-class StopOnSigterm(TrainerCallback):
-    """On SIGTERM, training saves a checkpoint at the end of the step and stops, on all ranks after the same step.
-
-    Works with any Trainer. `stopped` tells whether it happened: the model is then not at the end of its training. An
-    evaluation is finished first. torchrun passes the signal on to the ranks and kills them 30 seconds later. The handler
-    that was there before is back when training ends; after an exception too in a `ResumableTrainer`, and by `restore` in
-    any other.
-
-    Transformers' own `enable_jit_checkpoint` saves in the middle of a step, where random states and losses have moved on
-    already, and each rank by itself.
-    """
-
-    def __init__(self) -> None:
-        self.stopped = False
-        self._requested = False
-        self._is_installed = False
-        self._previous: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stopped = self._requested = False
-        if not self._is_installed:  # it still is where a plain Trainer broke off, or starts again with smaller batches
-            self._previous = signal.signal(signal.SIGTERM, self._request)
-            self._is_installed = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.restore()
-
-    def restore(self) -> None:
-        """Puts back the handler from before training, if it is not back already."""
-        if self._is_installed:
-            # None: it was not set from Python, and cannot be set again from here.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if self._previous is None else self._previous)
-            self._is_installed = False
-
-    def _request(self, signum: int, frame: Any) -> None:
-        # Launchers may send it again while a checkpoint is being written.
-        self._requested = True
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        requested = self._requested
-        if args.world_size > 1:
-            anywhere = torch.tensor(float(requested), device=args.device)
-            torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
-            requested = bool(anywhere.item())
-        if requested and not control.should_training_stop:
-            if state.is_world_process_zero:
-                logger.warning(f"SIGTERM: saving a checkpoint after step {state.global_step} and stopping")
-            self.stopped = control.should_save = control.should_training_stop = True
-            control.should_evaluate = False  # there may be no time
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stopped:
-            control.should_save = control.should_evaluate = False  # it is saved already

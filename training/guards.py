@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .bad_samples import is_bad_sample
 from .collator import read_samples
 from .samples import SAMPLE_NAME
 
@@ -79,7 +80,7 @@ class BadStepPolicy:
 
 
 class StepGuard:
-    """Judges each optimizer step before it is made. All ranks see the same numbers, so they judge alike."""
+    """Judges each optimizer step before it is made. All ranks must give it the same numbers, so that they judge alike."""
 
     def __init__(self, policy: BadStepPolicy, output_dir: str) -> None:
         self.policy = policy
@@ -87,13 +88,21 @@ class StepGuard:
         self._in_a_row = 0
         self._norms: deque[float] = deque(maxlen=policy.explosion_window)
         self._ledger = Path(output_dir) / BAD_STEPS
-        self._names: list[list[str | None] | None] = []
+        self._names: list[list[str | None] | None] = []  # of each batch
         self._losses: list[torch.Tensor] = []
 
-    def begin(self, batches: Sequence[dict[str, Any]]) -> None:
-        """Of a step: takes the names of the samples out of its batches, which the model would not know."""
+    def begin(self, batches: Sequence[dict[str, Any]]) -> list[int]:
+        """Begins a step: takes the names of the samples out of its batches, whose model does not take them.
+
+        Returns:
+            the number of samples of each batch.
+        """
         self._names = [batch.pop(SAMPLE_NAMES, None) for batch in batches]
         self._losses = []
+        return [
+            len(batch["input_ids"]) if names is None else len(names)
+            for batch, names in zip(batches, self._names, strict=True)
+        ]
 
     def add(self, loss: torch.Tensor) -> None:
         """The loss of one batch; stays on the device unless the step turns out to be bad."""
@@ -102,7 +111,7 @@ class StepGuard:
     @property
     def loss(self) -> torch.Tensor:
         """Of the batches of this rank so far, scalar."""
-        return torch.stack(self._losses).sum()
+        return torch.stack(self._losses).sum() if self._losses else torch.zeros(())
 
     def judge(self, norm: float, loss: float | None = None) -> str | None:
         """What is wrong with a step, or None. `loss` takes the place of the norm where that may be infinite."""
@@ -173,7 +182,7 @@ class StepGuard:
 class NamingCollator:
     """Puts the names of the samples into the batch that another collator makes.
 
-    A sample's name is its entry `sample_name`, or None.
+    A sample's name is its entry `sample_name`, or None. Bad samples, which the other collator leaves out, are not named.
     """
 
     def __init__(self, collator: Callable[[Sequence[Any]], dict[str, Any]]) -> None:
@@ -181,7 +190,10 @@ class NamingCollator:
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         samples = read_samples(samples)
-        return {**self.collator(samples), SAMPLE_NAMES: list(map(_name, samples))}
+        return {
+            **self.collator(samples),
+            SAMPLE_NAMES: [_name(sample) for sample in samples if not is_bad_sample(sample)],
+        }
 
 
 class ShareWatch:
@@ -221,7 +233,7 @@ class ShareWatch:
 
 
 def _name(sample: Any) -> str | None:
-    return sample.get(SAMPLE_NAME) if isinstance(sample, Mapping) else None  # a bad sample has none
+    return sample.get(SAMPLE_NAME) if isinstance(sample, Mapping) else None
 
 
 def _number(value: float) -> float | str:

@@ -4,6 +4,7 @@
 Both depend on seed and epoch alone, so that a run that goes on from a checkpoint sees what an uninterrupted one sees.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -120,11 +121,16 @@ class EpochSampler(Sampler):
 
 
 class FollowEpoch(TrainerCallback):
-    """Tells a sampler the epoch. accelerate does not reach it on several ranks behind the batches that a resumed run
-    skips."""
+    """Sets the epoch of samplers, for as long as they are in use. accelerate does not reach them on several ranks behind
+    the batches that a resumed run skips."""
 
-    def __init__(self, sampler: EpochSampler) -> None:
-        self.sampler = sampler
+    def __init__(self) -> None:
+        self._samplers: weakref.WeakSet[EpochSampler] = weakref.WeakSet()
+
+    def add(self, sampler: EpochSampler) -> None:
+        """Takes on a sampler, to be in the same epoch from now on."""
+        self._samplers.add(sampler)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.sampler.set_epoch(int(state.epoch))
+        for sampler in self._samplers:
+            sampler.set_epoch(int(state.epoch))

@@ -139,7 +139,14 @@ class GuardArguments:
         default=BadStepPolicy.explosion_window, metadata={"help": "Steps whose median norm is the usual one."}
     )
     save_on_sigterm: bool = field(
-        default=True, metadata={"help": "On SIGTERM, save a checkpoint after the step and end with status 143."}
+        default=True,
+        metadata={
+            "help": "On SIGTERM and on the first Ctrl-C, save a checkpoint after the step and end with status 143 or 130."
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Replace the run that output_dir holds; its checkpoints are deleted at the start."},
     )
 
     def bad_step_policy(self) -> BadStepPolicy:

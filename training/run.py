@@ -20,19 +20,28 @@ scripts/configs/prototype_basic.yaml) is read as well.
 
 The model may be a checkpoint of this package or of LLaVA-OneVision, which gets a new head. `output_dir` becomes a
 complete Hub folder: model (or adapter), processor, code and card. `--push_to_hub true` pushes it, scripts/push_to_hub.py
-later.
+later. A folder that holds a run already is an error, unless that run is resumed (`--resume_from_checkpoint true`) or
+replaced (`--overwrite_output_dir true`).
+
+Exit status: 0 at the end, 1 on an error or a bad step, 143 after SIGTERM, 130 after Ctrl-C. SIGTERM and the first Ctrl-C save
+a checkpoint at the end of the step; a second Ctrl-C ends the run at once. Under `accelerate launch` and `torchrun` these are
+the statuses of the ranks; the launcher itself ends with status 1 and a traceback that names SignalException. A launcher
+kills its ranks 30 seconds after it has passed SIGTERM on. While they save a checkpoint it is stopped, so that a longer save
+is complete. A step that takes longer needs `TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600` (seconds; torch 2.13 has it).
 """
 
 import dataclasses
+import os
 import shutil
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import AutoProcessor, AutoTokenizer, TrainingArguments, set_seed
+from transformers.utils import logging
 
 from ..configuration.configuration_llava_next_ar import LlavaNextARConfig
 from ..hub.model_card import write_card
@@ -40,12 +49,15 @@ from ..processing.llava_conversation import DEFAULT_CHAT_TEMPLATE
 from ..processing.processing_llava_next_ar import LlavaNextARProcessor, layout_options
 from ..processing.video_processing_llava_next_ar import LlavaNextARVideoProcessorKwargs, head_sampling
 from .bad_samples import BadSampleLedger
-from .checkpoints import UNFINISHED, StopOnSigterm, last_complete_checkpoint, replace_model
+from .checkpoints import UNFINISHED, replace_model
 from .collator import LlavaVideoCollator
 from .data import load_training_data
 from .guards import BadStepError
+from .output_folder import checkpoint_to_resume, remove_run, write_recipe
 from .preflight import Findings, examine
-from .recipes import DataArguments, ModelArguments, make_parser, parse_arguments
+from .progress import show_progress
+from .recipes import DataArguments, GuardArguments, ModelArguments, make_parser, parse_arguments
+from .termination import StopOnSigterm
 from .trained_model import (
     BRIDGE,
     check_adapter_base,
@@ -203,35 +215,142 @@ def check_sharding(training_args: TrainingArguments, accelerator: Any) -> None:
             )
 
 
-def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
-    """`resume_from_checkpoint: true` means the last complete one in `output_dir`, if there is any."""
-    wanted = training_args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() in ("false", "none"):
-        return None
-    if str(wanted).lower() != "true":
-        return wanted
-    return last_complete_checkpoint(training_args.output_dir)
+def quiet_other_ranks(training_args: TrainingArguments) -> None:
+    """Silences warnings and progress bars on all processes of a machine but the first: they are the same there."""
+    if training_args.local_process_index != 0:
+        training_args.log_level_replica = "error"  # which a Trainer sets
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        warnings.simplefilter("ignore")
+
+
+def make_trainer(
+    args: ModelArguments,
+    data_args: DataArguments,
+    guard_args: GuardArguments,
+    training_args: TrainingArguments,
+    config: Any,
+    processor: Any,
+    enable_autoregressive: bool,
+) -> AutoregressiveTrainer:
+    """Loads data and model and returns the trainer of both."""
+    ledger = open_ledger(data_args, training_args)
+    train_data = load_data(
+        data_args.train_data, data_args, training_args, processor, ledger, streaming=data_args.streaming
+    )
+    eval_data = None
+    if data_args.eval_data:
+        eval_data = load_data(data_args.eval_data, data_args, training_args, processor, ledger)
+    model = choose_trainable(load_model(args, config, training_args), args, training_args)
+    trainer = AutoregressiveTrainer(
+        model,
+        training_args,
+        train_data,
+        eval_dataset=eval_data,
+        processing_class=processor,
+        data_collator=LlavaVideoCollator(processor, packing=data_args.packing),
+        enable_autoregressive=enable_autoregressive,
+        head_learning_rate=args.head_learning_rate,
+        bad_steps=guard_args.bad_step_policy(),
+        callbacks=[StopOnSigterm()] if guard_args.save_on_sigterm else None,
+    )
+    show_progress(trainer)
+    check_sharding(training_args, trainer.accelerator)
+    return trainer
+
+
+def train(trainer: AutoregressiveTrainer, checkpoint: str | None) -> None:
+    """Trains. Ends the process if a bad step or a signal stops it, on all ranks alike."""
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except BadStepError as error:
+        trainer.end()
+        sys.exit(f"train.py: {error}")
+    stopped = max((c.stopped for c in trainer.callback_handler.callbacks if isinstance(c, StopOnSigterm)), default=0)
+    if stopped:
+        if trainer.is_world_process_zero():
+            print(
+                f"stopped after step {trainer.state.global_step}; go on with --resume_from_checkpoint true", flush=True
+            )
+        trainer.end()
+        sys.exit(128 + stopped)
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+
+
+def save(trainer: AutoregressiveTrainer, merge_lora: bool) -> None:
+    """Saves the model and its card to the output folder, and pushes them if the run is to."""
+    training_args, is_main = trainer.args, trainer.is_world_process_zero()
+    folder = Path(training_args.output_dir)
+    if merge_lora:
+        if is_main:
+            merged = folder / UNFINISHED
+            shutil.rmtree(merged, ignore_errors=True)
+            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(merged)
+            trainer.processing_class.save_pretrained(merged)
+            replace_model(merged, folder)
+    else:
+        if trainer.is_fsdp_enabled:  # whatever checkpoints hold, the final folder loads as it is
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        trainer.save_model(_internal_call=True)  # pushed below, with its card
+    if is_main:
+        write_card(folder, trainer.hub_model_id or f"user/{folder.resolve().name}")
+    trainer.accelerator.wait_for_everyone()
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def next_commands(folder: Path, data_args: DataArguments) -> str:
+    """Returns the commands that a user may want after a training."""
+    data = (data_args.eval_data or ["<test.json>"])[0]
+    commands = (
+        ("evaluate", f"scripts/evaluate.py --model {folder} --data {data} --output {folder.name}_results.json"),
+        (
+            "look at a clip",
+            f"scripts/visualize.py --model {folder} --video <clip.mp4> --output {folder.name}_pictures",
+        ),
+        ("share", f"scripts/push_to_hub.py {folder} <user>/{folder.resolve().name} --dry-run"),
+    )
+    return "\n".join(["next:", *(f"  {what + ':':<16}python {command}" for what, command in commands)])
 
 
 def main(argv: list[str]) -> None:
+    """Runs the command line. Ctrl-C ends it with status 130, during training once a checkpoint is saved."""
+    try:
+        run(argv)
+    except KeyboardInterrupt:
+        print("\ntrain.py: stopped by Ctrl-C", file=sys.stderr, flush=True)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            os._exit(128 + signal.SIGINT)  # other ranks may wait for this one, and then so would it at its end
+        sys.exit(128 + signal.SIGINT)
+
+
+def run(argv: list[str]) -> None:
+    """Reads the recipe, checks it, trains and saves; with `check`, only checks."""
     if "--help" in argv or "-h" in argv:
         make_parser(__doc__).print_help()
         return
     try:
         args, data_args, guard_args, training_args, sections, values = parse_arguments(argv)
+        folder = Path(training_args.output_dir)
+        overwrite = guard_args.overwrite_output_dir
+        checkpoint = checkpoint_to_resume(folder, training_args.resume_from_checkpoint, overwrite, values)
+        check_quantization(args)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     is_main = training_args.process_index == 0
+    quiet_other_ranks(training_args)
     if training_args.ddp_find_unused_parameters is None:
         training_args.ddp_find_unused_parameters = False  # the model touches every parameter in every batch
     # What is not finite never gets as far as the log, and the filter waits for the device after every batch.
     training_args.logging_nan_inf_filter = False
     if args.merge_lora and sharding_asked_for(training_args):
         sys.exit("train.py: merge_lora needs the whole model in each process, which FSDP and DeepSpeed split")
-    try:
-        check_quantization(args)
-    except ValueError as error:
-        sys.exit(f"train.py: {error}")
     if args.merge_lora and training_args.push_to_hub:
         sys.exit("train.py: push_to_hub would upload the adapter; push the merged model with scripts/push_to_hub.py")
     set_seed(training_args.seed)  # the head of a LLaVA-OneVision checkpoint is new
@@ -246,73 +365,20 @@ def main(argv: list[str]) -> None:
         findings = check(args, data_args, training_args, config, processor)
         print(findings, flush=True)
         sys.exit(bool(findings.failures))
-    ledger = open_ledger(data_args, training_args)
-    train_data = load_data(
-        data_args.train_data, data_args, training_args, processor, ledger, streaming=data_args.streaming
-    )
-    eval_data = None
-    if data_args.eval_data:
-        eval_data = load_data(data_args.eval_data, data_args, training_args, processor, ledger)
-    model = choose_trainable(load_model(args, config, training_args), args, training_args)
-
-    sigterm = StopOnSigterm()
-    trainer = AutoregressiveTrainer(
-        model,
-        training_args,
-        train_data,
-        eval_dataset=eval_data,
-        processing_class=processor,
-        data_collator=LlavaVideoCollator(processor, packing=data_args.packing),
-        enable_autoregressive=sections["model_config"].get("enable_autoregressive", True),
-        head_learning_rate=args.head_learning_rate,
-        bad_steps=guard_args.bad_step_policy(),
-        callbacks=[sigterm] if guard_args.save_on_sigterm else None,
-    )
-    check_sharding(training_args, trainer.accelerator)
+    enable_autoregressive = sections["model_config"].get("enable_autoregressive", True)
+    trainer = make_trainer(args, data_args, guard_args, training_args, config, processor, enable_autoregressive)
     if is_main:
-        print(describe(model, training_args, train_data), flush=True)
-        Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
-        with open(Path(training_args.output_dir) / "train_config.yaml", "w", encoding="utf-8") as file:
-            yaml.safe_dump({key: value for key, value in values.items() if not key.endswith("_token")}, file)
-    checkpoint = checkpoint_to_resume(training_args)
-    if is_main and training_args.resume_from_checkpoint:
-        print(f"resuming from {checkpoint}" if checkpoint else "there is no checkpoint to resume from", flush=True)
-    try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-    except BadStepError as error:
-        sys.exit(f"train.py: {error}")
-    if sigterm.stopped:
-        if is_main:
-            print(
-                f"stopped after step {trainer.state.global_step}; go on with --resume_from_checkpoint true", flush=True
-            )
-        sys.exit(128 + signal.SIGTERM)
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
-    if eval_data is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-    if args.trainable == "lora" and args.merge_lora:
-        if is_main:
-            merged = Path(training_args.output_dir) / UNFINISHED
-            shutil.rmtree(merged, ignore_errors=True)
-            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(merged)
-            processor.save_pretrained(merged)
-            replace_model(merged, training_args.output_dir)
-    else:
-        if trainer.is_fsdp_enabled:  # whatever checkpoints hold, the final folder loads as it is
-            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        trainer.save_model(_internal_call=True)  # pushed below, with its card
+        print(describe(trainer.model, training_args, trainer.train_dataset), flush=True)
+        removed = remove_run(folder) if overwrite else []
+        if removed:
+            print(f"deleted {', '.join(removed)} of the run that {folder} held", flush=True)
+        write_recipe(folder, values)
+        if checkpoint or training_args.resume_from_checkpoint:
+            print(f"resuming from {checkpoint}" if checkpoint else "there is no checkpoint to resume from", flush=True)
+    train(trainer, checkpoint)
+    save(trainer, merge_lora=args.trainable == "lora" and args.merge_lora)
     if is_main:
-        folder = Path(training_args.output_dir)
-        write_card(folder, trainer.hub_model_id or f"user/{folder.resolve().name}")
-    trainer.accelerator.wait_for_everyone()
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
-    if is_main:
-        print(f"saved to {training_args.output_dir}", flush=True)
+        print(f"saved to {folder}\n{next_commands(folder, data_args)}", flush=True)
     trainer.end()
 
 

@@ -17,16 +17,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset, Sampler
+from torch.utils.data import Sampler
+from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 
-from .checkpoints import ResumableTrainer, StopOnSigterm, last_complete_checkpoint
+from .checkpoints import ResumableTrainer, last_complete_checkpoint
 from .collator import LlavaVideoCollator
 from .data import BadSampleError, LlavaVideoDataset
 from .guards import BadStepError, BadStepPolicy, NamingCollator, ShareWatch, StepGuard
 from .hub_trainer import HubTrainer
 from .mixture import EpochSampler, FollowEpoch
+from .termination import StopOnSigterm
+from .throughput import StepFlops, ThroughputMeter, TimedIterator, count_batch, peak_flops
 
 logger = logging.get_logger(__name__)
 
@@ -36,12 +39,17 @@ HEAD = "autoregressive_module"  # the attribute under which a model keeps its re
 class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
     """Trains language modeling and next-frame reconstruction together.
 
-    Logs, beside what Trainer logs, at every logging step: `main_loss`, `autoregressive_loss` (unweighted; 0 if no
-    video of the window has two frames), `total_loss` (equal to Trainer's `loss`), `autoregressive_share` (of the
-    weighted reconstruction in the total) and `skill` (1 - mse / copy_mse of the predictions: 0 is what copying the
-    last frame gives). Evaluation logs `eval_main_loss` (mean over tokens), `eval_autoregressive_loss` (mean over
-    videos), `eval_skill`, and as `eval_loss` their weighted sum: means over the whole set, whatever the batches. (On
-    several ranks, samples that accelerate repeats to fill the last batch count twice.)
+    Logs at every logging step, beside the entries of Trainer:
+
+    - `main_loss`, `autoregressive_loss` (unweighted; 0 if no video of the window has two frames) and `total_loss` (equal to
+      Trainer's `loss`);
+    - `autoregressive_share`, of the weighted reconstruction in the total;
+    - `skill`, 1 - mse / copy_mse of the predictions: 0 is what copying the last frame gives;
+    - the throughput of the window, see `ThroughputMeter.pop`.
+
+    Evaluation logs `eval_main_loss` (mean over tokens), `eval_autoregressive_loss` (mean over videos), `eval_skill`, and as
+    `eval_loss` their weighted sum: means over the whole set, whatever the batches. (On several ranks, samples that
+    accelerate repeats to fill the last batch count twice.)
 
     Args:
         model: the model, or the PEFT model around it.
@@ -81,12 +89,15 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
             raise ValueError(
                 "compute_loss_func would replace main_loss and autoregressive_loss, which the model computes"
             )
-        if any(isinstance(data, IterableDataset) for data in (train_dataset, kwargs.get("eval_dataset"))):
-            if args.accelerator_config.dispatch_batches:
-                raise ValueError("dispatch_batches=True would cut batches into rows, and a batch of videos has none")
-            args.accelerator_config.dispatch_batches = False
+        args = TrainingArguments("tmp_trainer") if args is None else args  # as in Trainer
+        if args.accelerator_config.dispatch_batches:
+            raise ValueError("dispatch_batches=True would cut batches into rows, and a batch of videos has none")
+        args.accelerator_config.dispatch_batches = False  # by default, streams would be; any may come to be evaluated
         if head_learning_rate is not None and (kwargs.get("optimizers") or (None,))[0] is not None:
             raise ValueError("head_learning_rate has no effect on an optimizer that is given; set it there")
+        # A model_init is called at once, and again by train().
+        self.enable_autoregressive = enable_autoregressive
+        self.head_learning_rate = head_learning_rate
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         if self.args.label_smoothing_factor:
             raise ValueError(
@@ -98,39 +109,76 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
                 f"this process would use {self.args.n_gpu} GPUs by DataParallel, which cannot split videos by sample: "
                 "start one process per GPU with `accelerate launch` or torchrun, or set CUDA_VISIBLE_DEVICES"
             )
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if self.model_init is None:
+            self._prepare_model(self.model)
+        self._bad_steps = BadStepPolicy() if bad_steps is None else bad_steps
+        if self._bad_steps.action == "skip" and self.is_deepspeed_enabled:
+            raise ValueError("bad steps cannot be skipped under DeepSpeed, which makes them in the backward pass")
+        self._follow_epoch = FollowEpoch()
+        self.add_callback(self._follow_epoch)
+        self._num_videos_in_batch: torch.Tensor | None = None  # of the batches counted last
+        self._num_videos_in_step: torch.Tensor | None = None
+        self._eval_sums = _LossSums()
+        self._reset_run()
+
+    def _prepare_model(self, model: nn.Module) -> None:
+        """Checks a model that is to be trained, and freezes its head if that is not to be."""
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._forward_names = set(inspect.signature(base.forward).parameters)
-        self.enable_autoregressive = enable_autoregressive
-        self.head_learning_rate = head_learning_rate
         head = getattr(base, HEAD, None)
-        if enable_autoregressive and head is None:
+        if self.enable_autoregressive and head is None:
             raise ValueError(
                 f"enable_autoregressive=True, but {type(base).__name__} has no reconstruction head ({HEAD}): load it "
                 "with enable_autoregressive=True in its configuration, or pass enable_autoregressive=False"
             )
-        if enable_autoregressive and "num_videos_in_batch" not in self._forward_names:
+        if self.enable_autoregressive and "num_videos_in_batch" not in self._forward_names:
             raise ValueError(
                 f"{type(base).__name__}.forward takes no num_videos_in_batch, so its reconstruction loss would depend "
                 "on how a step is split into batches"
             )
-        if not enable_autoregressive and head is not None:
+        if not self.enable_autoregressive and head is not None:
             head.requires_grad_(False)
-        self._num_videos_in_batch: torch.Tensor | None = None
-        self._train_sums = _LossSums()
-        self._eval_sums = _LossSums()
-        self._share_watch = ShareWatch()
-        policy = BadStepPolicy() if bad_steps is None else bad_steps
-        if policy.action == "skip" and self.is_deepspeed_enabled:
-            raise ValueError("bad steps cannot be skipped under DeepSpeed, which makes them in the backward pass")
-        self._guard = StepGuard(policy, self.args.output_dir)
-        self._before_step: tuple[torch.Tensor, _LossSums] | None = None
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As in Trainer; each model is prepared as one that is given."""
+        model = super().call_model_init(trial)
+        self._prepare_model(model)
+        return model.train()
+
+    # ---- runs -------------------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer."""
         # Trainer wraps the model for several ranks before it first calls train(), by which the model freezes what it does
         # not use and copies a tower that trains: DDP would wait in vain for the former, FSDP cannot copy what it split.
-        self.model.train()
+        if self.model_init is None:
+            self.model.train()
         return super().train(*args, **kwargs)
+
+    def _begin_run(self, checkpoint: str | None) -> None:
+        super()._begin_run(checkpoint)
+        self._reset_run()
+
+    def _reset_run(self) -> None:
+        """Makes the state of one run. One that broke off, or ran out of memory, leaves nothing to the next."""
+        self._train_sums = _LossSums()
+        self._share_watch = ShareWatch()
+        self._guard = StepGuard(self._bad_steps, self.args.output_dir)
+        self._before_step: tuple[torch.Tensor, _LossSums] | None = None
+        self._meter = self._make_meter()
+
+    def _make_meter(self) -> ThroughputMeter:
+        try:
+            flops = StepFlops(self.model, self.enable_autoregressive)
+        except AttributeError:  # another kind of model
+            flops = None
+        is_16_bit = self.args.bf16 or self.args.fp16 or next(self.model.parameters()).dtype.itemsize == 2
+        is_cuda = self.args.device.type == "cuda"
+        peak = peak_flops(torch.cuda.get_device_name(self.args.device)) if is_cuda and is_16_bit else None
+        config = getattr(self.model, "config", None)
+        ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+        self._visual_token_ids = [token for token in ids if token is not None]
+        return ThroughputMeter(flops, peak)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """As in Trainer, with an order that depends on seed and epoch alone, and lengths that need no decoding."""
@@ -148,7 +196,8 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
             else None,
             num_workers=args.dataloader_num_workers,
         )
-        self.add_callback(FollowEpoch(sampler))
+        sampler.set_epoch(int(self.state.epoch or 0))  # the data set may be in use already
+        self._follow_epoch.add(sampler)
         return sampler
 
     # ---- counting ---------------------------------------------------------------------------------------------------
@@ -157,12 +206,29 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
         """As in Trainer: the batches of one optimizer step, and the number of their targets."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._meter.begin_step()
+        timed = TimedIterator(epoch_iterator)
+        batches, num_items = super().get_batch_samples(timed, num_batches, device)
+        self._num_videos_in_step = self._num_videos_in_batch
         if self._guard.policy.action == "skip":
             self._before_step = self._tr_loss.clone(), copy.copy(self._train_sums)
-        self._guard.begin(batches)
+        num_samples = self._guard.begin(batches)
+        self._meter.add_data(
+            [
+                count_batch(batch, number, self._visual_token_ids)
+                for batch, number in zip(batches, num_samples, strict=True)
+                if "input_ids" in batch
+            ],
+            timed.seconds,
+        )
         self._train_sums.steps += bool(batches)
         return batches, num_items
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log and self._tr_loss.device.type != "cpu":
+            self._tr_loss.item()  # the log reads it anyway; the clock is to stop when the device is done
+        self._meter.end_step()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         # Called once for each optimizer step, and for each batch of an evaluation: the place to count videos too.
@@ -188,9 +254,11 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """As in Trainer; tells the model how many videos the step has, and keeps the components for the log."""
+        # An evaluation within a step counts its own batches.
+        num_videos_in_batch = self._num_videos_in_step if model.training else self._num_videos_in_batch
         options = {
             "num_items_in_batch": num_items_in_batch if self.model_accepts_loss_kwargs else None,
-            "num_videos_in_batch": self._num_videos_in_batch,
+            "num_videos_in_batch": num_videos_in_batch,
             "return_reconstruction": self.enable_autoregressive or None,
             "skip_reconstruction": not self.enable_autoregressive or None,
             "skip_logits": model.training or None,
@@ -222,7 +290,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
             # Sums, whatever the model divided by: the means over the set must not depend on its batches.
             num_items, num_videos = (inputs["labels"][..., 1:] != -100).sum(), _count_videos(inputs)
             items_divisor = num_items_in_batch if "num_items_in_batch" in options else num_items
-            videos_divisor = self._num_videos_in_batch if "num_videos_in_batch" in options else num_videos
+            videos_divisor = num_videos_in_batch if "num_videos_in_batch" in options else num_videos
             self._eval_sums.add(
                 loss.device,
                 num_items=num_items,
@@ -279,6 +347,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
                     logger.warning(advice)
             if self._guard.skipped:
                 logs["skipped_steps"] = self._guard.skipped
+            logs.update(self._meter.pop(self.accelerator))
         super().log(logs, start_time)
 
     def evaluation_loop(
@@ -331,13 +400,31 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """As in Trainer, which calls it before each optimizer step: the moment to refuse it."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        norm, loss = float("nan") if grad_norm is None else float(grad_norm), None
-        if self.accelerator.scaler is not None or grad_norm is None:  # it scales losses, and skips steps, by itself
-            loss = self.accelerator.reduce(self._guard.loss, reduction="sum").item()
+        norm, loss = self._exchange_step(grad_norm)
+        if self.accelerator.scaler is None and grad_norm is not None:
+            loss = None  # a scaler scales losses, and skips steps, by itself
         problem = self._guard.judge(norm, loss)
         if problem is not None:
             self._refuse_step(model, problem, norm)
         return grad_norm
+
+    def _exchange_step(self, grad_norm: Any) -> tuple[float, float]:
+        """Returns the gradient norm, NaN if it is not known, and the loss of the step, both the same on all ranks.
+
+        Requests to stop travel with them. So a step needs one collective and waits for the device once.
+        """
+        stopping = [callback for callback in self.callback_handler.callbacks if isinstance(callback, StopOnSigterm)]
+        if hasattr(grad_norm, "full_tensor"):
+            grad_norm = grad_norm.full_tensor()
+        loss, device = self._guard.loss, self.args.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        values = [float("nan") if grad_norm is None else grad_norm, loss, *(r for s in stopping for r in s.requests)]
+        row = torch.stack([torch.as_tensor(value).to(device, dtype).reshape(()) for value in values])
+        norm, loss, *requests = self.accelerator.reduce(row, reduction="sum").tolist()
+        for callback in stopping:
+            callback.agree(requests[: len(callback.SIGNALS)])
+            requests = requests[len(callback.SIGNALS) :]
+        return norm / self.accelerator.num_processes, loss
 
     def _refuse_step(self, model: nn.Module, problem: str, norm: float) -> None:
         message = self._guard.act(

@@ -15,8 +15,8 @@ chance.
 """
 
 import argparse
-import ast
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -118,46 +118,28 @@ def train(settings: DemoSettings, base: Path, data: Path, output: Path) -> list[
     command += ["--num_cpu_threads_per_process", str(min(4, os.cpu_count() or 1))]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu", str(SCRIPTS / "train.py")]
     command += ["--config", str(RECIPE), "--model", str(base), "--train_data", str(data)]
-    command += ["--output_dir", str(output), "--seed", str(settings.seed), "--disable_tqdm", "true"]
+    command += ["--output_dir", str(output), "--overwrite_output_dir", "true"]
+    command += ["--seed", str(settings.seed), "--disable_tqdm", "true"]
     num_steps = settings.steps or yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["max_steps"]
     command += ["--max_steps", str(num_steps), "--logging_steps", str(max(1, num_steps // 150))]
     print("  ", _shell(["accelerate", "launch", *command[3:]]), flush=True)
     log = output.with_name("train.log")
-    reported, start = -1.0, time.perf_counter()
+    reported = -math.inf
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environment()
         )
         for line in process.stdout:
             file.write(line)
-            logs = _logged(line)
-            if logs is None:
-                continue
-            if time.perf_counter() - reported > 10 or reported < 0:
+            if line.startswith("step ") and time.perf_counter() - reported > 10:
                 reported = time.perf_counter()
-                print(
-                    f"   {reported - start:5.0f} s   epoch {logs['epoch']:5.2f}   main {logs['main_loss']:.3f}   "
-                    f"autoregressive {logs['autoregressive_loss']:.3f}   total {logs['total_loss']:.3f}   "
-                    f"skill {logs.get('skill', float('nan')):+.3f}",
-                    flush=True,
-                )
+                print(f"   {line}", end="", flush=True)
         if process.wait():
             end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-20:])
             raise RuntimeError(f"training failed with exit code {process.returncode}; the end of {log}:\n{end}")
     state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
     print(f"   {state['global_step']} of {num_steps} steps done, checkpoint and code saved to {output}")
     return state["log_history"]
-
-
-def _logged(line: str) -> dict[str, float] | None:
-    """What a Trainer logged in this line of its output, if anything about losses."""
-    line = line.strip()
-    if not line.startswith("{") or "main_loss" not in line:
-        return None
-    try:
-        return {name: float(value) for name, value in ast.literal_eval(line).items()}
-    except (ValueError, SyntaxError):
-        return None
 
 
 def _shell(command: Sequence[str]) -> str:

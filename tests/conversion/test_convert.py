@@ -3,12 +3,11 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 import textwrap
 from fnmatch import fnmatch
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -596,11 +595,7 @@ def test_memory_is_that_of_one_shard(tmp_path):
         sizes.append(file.stat().st_size)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     code = MEMORY.format(small=str(tmp_path / "small"), large=str(folder))
-    finished = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert finished.returncode == 0, finished.stderr
-    growth = int(finished.stdout.split()[-1])
+    growth = int(processes.run_python("-c", textwrap.dedent(code), timeout=300).split()[-1])
     print(f"peak memory: +{growth / 1e6:.0f} MB, shard: {max(sizes) / 1e6:.0f} MB, all: {sum(sizes) / 1e6:.0f} MB")
     for name, factor in (("large_kept", 1), ("large_cast", 2)):
         assert (tmp_path / name / "model.safetensors").stat().st_size == pytest.approx(sum(sizes) / factor, rel=0.01)

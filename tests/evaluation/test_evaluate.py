@@ -6,11 +6,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from demo_folder import NUM_FRAMES, entries_of, make_changed_checkpoint, make_demo_folder
@@ -84,15 +84,10 @@ def outputs(folder, tmp_path_factory) -> dict[int, Path]:
     options += ["--max-new-tokens", "3", "--batch-size", "3"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     launch += ["--config_file", str(SCRIPTS / "accelerate" / "cpu.yaml")]
-    with subprocess.Popen(
-        [*launch, str(SCRIPTS / "evaluate.py"), *options, "--output", str(outputs[2])],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as processes:
+    command = [*launch, SCRIPTS / "evaluate.py", *options, "--output", outputs[2]]
+    with processes.Program(command, merge=True) as program:
         evaluate.main([*options, "--output", str(outputs[1])])
-        printed, _ = processes.communicate(timeout=240)
-    assert processes.returncode == 0, printed
+        printed = program.finish(timeout=240).stdout
     assert printed.count("best guess") == 1 and "skill" in printed  # one of them speaks
     return outputs
 
@@ -222,15 +217,14 @@ def test_only_the_report_needs_matplotlib(folder, tmp_path):
     command = [sys.executable, "-c", code]
     command += ["--model", str(folder / "base"), "--data", str(folder / "clips" / "test.json"), "--device", "cpu"]
     command += ["--max-samples", "1", "--no-generation", "--no-likelihood", "--output", str(tmp_path / "r.json")]
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert refused.returncode == 2 and not list(tmp_path.iterdir())
+    refused = processes.run(command, timeout=120, status=2)
+    assert not list(tmp_path.iterdir())
     assert (
         "matplotlib" in refused.stderr
         and "llava-next-ar[eval]" in refused.stderr
         and "Traceback" not in refused.stderr
     )
-    done = subprocess.run([*command, "--no-report"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    processes.run([*command, "--no-report"], timeout=120)
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 

@@ -1,13 +1,13 @@
 """The synthetic clips: answers are true in the decoded pixels, balanced, and not readable from any single frame."""
 
 import json
-import subprocess
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import av
 import numpy as np
+import processes
 import pytest
 
 from llava_next_ar.experiments.temporal.synthetic_clips import (
@@ -342,9 +342,8 @@ def test_command_line(tmp_path):
         "--size",
         "64",
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = processes.run(command, cwd=tmp_path, timeout=120)
     assert "train: 28 questions on 16 clips" in done.stdout and "test: 7 questions on 4 clips" in done.stdout
     assert len(json.loads((tmp_path / "clips" / "train.json").read_text())) == 28
-    refused = subprocess.run([*command, "--num-frames", "99"], cwd=tmp_path, capture_output=True, text=True)
-    assert refused.returncode == 2 and "num_frames is 99, expected 8 to 32" in refused.stderr
+    refused = processes.run([*command, "--num-frames", "99"], cwd=tmp_path, timeout=120, status=2)
+    assert "num_frames is 99, expected 8 to 32" in refused.stderr

@@ -3,13 +3,13 @@ what needs time, or order, cannot be answered without.
 """
 
 import json
-import subprocess
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import av
 import numpy as np
+import processes
 import pytest
 from PIL import Image
 
@@ -738,13 +738,12 @@ def test_preview_shows_the_clips_that_are_asked_for(tmp_path, capsys):
 def test_command_line(tmp_path):
     command = [sys.executable, str(SCRIPT), "--output", "data", "--train", "4", "--val", "0", "--test", "4"]
     command += ["--levels", "hard", "--size", "48", "--question-types", "cut", "color", "--num-frames", "12"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = processes.run(command, cwd=tmp_path, timeout=120)
     assert "train: 8 questions on 8 clips" in done.stdout and "test_shuffled: 8 questions on 8 clips" in done.stdout
     assert "encoding" in done.stderr  # the progress bar
     summary = json.loads((tmp_path / "data" / "benchmark.json").read_text())
     assert summary["settings"]["num_frames"] == 12 and summary["levels"]["hard"]["distractors"] == 2
     assert summary["question_types"]["cut"]["chance"] == summary["question_types"]["cut"]["unordered"] == 0.5
     assert decode(tmp_path / "data" / "videos" / "test_hard_cut_0000.mp4").shape == (12, 48, 48, 3)
-    refused = subprocess.run([*command, "--train", "3"], cwd=tmp_path, capture_output=True, text=True)
-    assert refused.returncode == 2 and "3 train clips" in refused.stderr
+    refused = processes.run([*command, "--train", "3"], cwd=tmp_path, timeout=120, status=2)
+    assert "3 train clips" in refused.stderr

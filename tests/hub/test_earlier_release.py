@@ -5,11 +5,11 @@
 
 import json
 import os
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from tiny import tiny_model, video_batch
@@ -38,15 +38,7 @@ class Releases:
         path = {"PYTHONPATH": str(self.folder / release)} if release != "this" else {}
         modules = {"HF_MODULES_CACHE": str(self.folder / f"modules {release}")}
         command = [sys.executable, TESTS / "release_programs.py", name, json.dumps(arguments, default=str), result]
-        done = subprocess.run(
-            [str(word) for word in command],
-            env={**os.environ, **path, **modules},
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        processes.run(command, env={**os.environ, **path, **modules}, cwd=self.folder, timeout=300)
         return json.loads(result.read_text())
 
 

@@ -4,11 +4,11 @@ import functools
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from card_metadata import check_card
@@ -128,8 +128,7 @@ def test_hf_upload_of_a_saved_folder(world):
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
     environment["HF_ENDPOINT"] = world.hub.endpoint
     command = [sys.executable, "-m", "huggingface_hub.cli.hf", "upload", "ann/uploaded", str(folder), "."]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    processes.run(command, env=environment, timeout=300)
     found = world.run("load_one", world.clip, "ann/uploaded", home="uploaded", hide_package=True).result
     assert found == measure(world.clip, model, processor)
 

@@ -8,11 +8,11 @@ import ast
 import base64
 import json
 import os
-import subprocess
 import sys
 import zlib
 from pathlib import Path
 
+import processes
 import pytest
 from PIL import Image
 from tiny import tiny_model
@@ -209,8 +209,7 @@ def watched(tmp_path_factory):
     third_party = " ".join(sorted(REQUIRED | OPTIONAL)) + " matplotlib.pyplot"
     command = [sys.executable, "-c", WATCH, str(folder / "saved"), str(ROOT), modules, third_party]
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_MODULES_CACHE": str(folder / "modules")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = processes.run(command, timeout=300, cwd=folder, env=environment)
     return folder, json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -408,11 +407,7 @@ def test_addresses_only_where_they_are_allowed(scene, processor, name):
 def peak_memory(code: str, *arguments: object) -> float:
     """MiB that a process took at most; `code` may raise nothing."""
     code = f"import sys, resource\n{code}\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return float(done.stdout.split()[-1])
+    return float(processes.run_python("-c", code, *arguments, timeout=120).split()[-1])
 
 
 def test_frames_of_gigantic_size_are_refused_before_memory_is_taken(tmp_path):

@@ -2,9 +2,9 @@
 
 import importlib.util
 import os
-import subprocess
 import sys
 
+import processes
 import pytest
 import torch
 from torch import nn
@@ -111,5 +111,4 @@ def test_ligers_kernel_gives_the_same():
         "torch.testing.assert_close(result(*inputs), expected(*inputs), rtol=1e-4, atol=1e-5)\n"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    processes.run([sys.executable, "-c", code], env=environment)

@@ -4,7 +4,6 @@
 """
 
 import json
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import processes
 import pytest
 import torch
 from fuzzing import as_json, check, mutate
@@ -174,10 +174,10 @@ def test_videos(seeds, clips, table):
     while at < seeds.stop:
         command = [sys.executable, Path(__file__).parents[1] / "fuzz_videos.py", clips, at, seeds.stop - at]
         try:
-            done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300 + len(seeds))
+            done = processes.run(command, timeout=300 + len(seeds), status=None)
             output, end = done.stdout, f"ended with {done.returncode}: {done.stderr[-500:]}"
-        except subprocess.TimeoutExpired as error:  # a hang that holds the interpreter: no signal gets through
-            output, end = (error.stdout or b"").decode(), "hang"
+        except processes.TimedOutError as error:  # a hang that holds the interpreter: no signal gets through
+            output, end = error.stdout, f"hang: {str(error)[-2000:]}"
         for line in output.splitlines():
             seed, clip, outcome = (*line.split(" ", 2), "")[:3]
             at = int(seed) + 1

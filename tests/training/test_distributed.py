@@ -1,11 +1,11 @@
 """Sharded training, launch files and sharded checkpoints. Two ranks on the CPU stand for any number of GPUs."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -34,11 +34,8 @@ LAUNCH_FILES = sorted((TESTS.parent / "scripts" / "accelerate").glob("*.yaml"))
 def runs(tmp_path_factory) -> Path:
     """What two ranks of sharded_runs.py left behind."""
     folder = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(TESTS / "sharded_runs.py"), str(folder)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    processes.run_python(*command, TESTS / "sharded_runs.py", folder, timeout=300)
     for name in ("checkpoint", "adapter"):
         tiny_processor(tiny_model().config, num_frames=4).save_pretrained(folder / name)
     return folder

@@ -2,10 +2,10 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from memory_run import NUM_FRAMES, NUM_TARGETS, NUM_TEXT, NUM_VIDEOS, memory_config
@@ -171,9 +171,8 @@ def test_the_memory_of_a_real_step_is_as_foretold(tower, checkpointing, tmp_path
         num_targets=NUM_VIDEOS * NUM_TARGETS,
         checkpointing=checkpointing,
     )["total"]
-    command = [sys.executable, str(Path(__file__).parents[1] / "memory_run.py"), str(tower), str(checkpointing)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, Path(__file__).parents[1] / "memory_run.py", tower, checkpointing]
+    done = processes.run(command, timeout=300)
     measured = int(done.stdout.split("PEAK")[1])
     print(f"tower trains {tower}, checkpointing {checkpointing}: {foretold / measured:.2f} of what was measured")
     assert 1 / 1.5 < foretold / measured < 1.5

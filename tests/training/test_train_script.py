@@ -3,14 +3,18 @@
 import json
 import os
 import signal
-import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import processes
+import psutil
 import pytest
 import safetensors.torch
 import torch
 import yaml
+from guard_runs import losses_logged
 from tiny import tiny_model, tiny_onevision
 from tiny_processor import tiny_processor
 from tiny_tokenizer import character_tokenizer
@@ -20,9 +24,10 @@ from video_clips import write_clip
 
 from llava_next_ar.modeling.autoregressive_reconstruction import AutoregressiveReconstructionModule
 from llava_next_ar.modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
-from llava_next_ar.training import recipes, trained_model
+from llava_next_ar.training import recipes, termination, trained_model
 from llava_next_ar.training import run as train
 from llava_next_ar.training.bad_samples import TooManyBadSamplesError
+from llava_next_ar.training.checkpoints import checkpoint_problem, last_complete_checkpoint
 from llava_next_ar.training.trainer import LlavaVideoCollator, LlavaVideoDataset
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -60,18 +65,8 @@ def options(work: Path, output: str, *more: str, config: str = "demo", model: st
     return [*chosen, *more]
 
 
-def run(*command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL
-    )
-    assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
-
-
 def history(folder: Path) -> list[dict]:
-    return [
-        entry for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in entry
-    ]
+    return losses_logged(json.loads((folder / "trainer_state.json").read_text())["log_history"])
 
 
 def batch_of(work: Path, processor) -> dict[str, torch.Tensor]:
@@ -81,7 +76,7 @@ def batch_of(work: Path, processor) -> dict[str, torch.Tensor]:
 
 def test_a_recipe_trains_and_the_folder_loads_anywhere(work):
     data = str(work / "data" / "train.json")
-    output = run(
+    output = processes.run_python(
         str(SCRIPTS / "train.py"),
         *options(work, "out", "--eval_data", data, "--loss_weight", "0.5", "--num_frames", "5"),
     )
@@ -101,7 +96,10 @@ def test_a_recipe_trains_and_the_folder_loads_anywhere(work):
     code += "processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
     code += "assert not any(name.split('.')[0] == 'llava_next_ar' for name in sys.modules)\n"
     code += "print(type(model).__name__, processor.video_processor.num_frames)"
-    assert run("-c", code, str(work / "out")).split()[-2:] == ["LlavaNextARForConditionalGeneration", "5"]
+    assert processes.run_python("-c", code, str(work / "out")).split()[-2:] == [
+        "LlavaNextARForConditionalGeneration",
+        "5",
+    ]
 
 
 def test_packing_trains_the_same(work):
@@ -148,7 +146,7 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(work):
     train.main(options(work, "whole", *steps))
     (work / "part").mkdir()
     (work / "whole" / "checkpoint-2").rename(work / "part" / "checkpoint-2")
-    run(str(SCRIPTS / "train.py"), *options(work, "part", *steps, "--resume_from_checkpoint", "true"))
+    processes.run_python(str(SCRIPTS / "train.py"), *options(work, "part", *steps, "--resume_from_checkpoint", "true"))
     one, other = (safetensors.torch.load_file(work / name / "model.safetensors") for name in ("whole", "part"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     losses = [[entry["loss"] for entry in history(work / name)] for name in ("whole", "part")]
@@ -156,7 +154,7 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(work):
 
 
 def test_two_processes(work):
-    output = run(
+    output = processes.run_python(
         *("-m", "accelerate.commands.launch", "--config_file", str(SCRIPTS / "accelerate" / "cpu.yaml")),
         *("--main_process_port", "0", str(SCRIPTS / "train.py")),
         *options(work, "ranks", "--per_device_train_batch_size", "2", "--max_steps", "1"),
@@ -405,6 +403,203 @@ def test_a_terminated_run_ends_with_status_143_and_the_same_command_finishes_it(
     one, other = (work / name / "model.safetensors" for name in ("not_terminated", "terminated"))
     assert one.read_bytes() == other.read_bytes()
     assert history(work / "not_terminated") == history(work / "terminated")
+
+
+def interrupt(monkeypatch, *steps: int) -> None:
+    """Sends SIGINT in the middle of the steps of these numbers."""
+    step = train.AutoregressiveTrainer.training_step
+
+    def interrupted(self, *args):
+        if self.state.global_step in steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args)
+
+    monkeypatch.setattr(train.AutoregressiveTrainer, "training_step", interrupted)
+
+
+def test_the_first_ctrl_c_saves_and_ends_with_status_130(work, monkeypatch, capfd):
+    handler = signal.getsignal(signal.SIGINT)
+    steps = ("--max_steps", "3", "--learning_rate", "0.01", "--per_device_train_batch_size", "2")
+    train.main(options(work, "not_interrupted", *steps))
+    interrupt(monkeypatch, 0)
+    with pytest.raises(SystemExit) as ended:
+        train.main(options(work, "interrupted", *steps))
+    said = capfd.readouterr()
+    assert ended.value.code == 130 and "stopped after step 1; go on with --resume_from_checkpoint true" in said.out
+    assert "Ctrl-C: saving a checkpoint after this step; press it again to stop at once" in said.err
+    assert "Traceback" not in said.err and signal.getsignal(signal.SIGINT) is handler
+    monkeypatch.undo()
+    train.main(options(work, "interrupted", *steps, "--resume_from_checkpoint", "true"))
+    one, other = (work / name / "model.safetensors" for name in ("not_interrupted", "interrupted"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_second_ctrl_c_stops_at_once_and_in_one_line(work, monkeypatch, capfd):
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(termination, "_SAME_KEY_PRESS", -1.0)  # each signal is a key press of its own
+    step = train.AutoregressiveTrainer.training_step
+
+    def interrupted(self, *args):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args)
+
+    monkeypatch.setattr(train.AutoregressiveTrainer, "training_step", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        train.main(options(work, "interrupted_twice"))
+    said = capfd.readouterr()
+    assert ended.value.code == 130 and "train.py: stopped by Ctrl-C" in said.err and "Traceback" not in said.err
+    assert not list((work / "interrupted_twice").glob("checkpoint-*")) and signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_key_press_that_comes_twice_is_one(work, monkeypatch):
+    """From the terminal and from a launcher that passes it on."""
+    step = train.AutoregressiveTrainer.training_step
+
+    def interrupted(self, *args):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args)
+
+    monkeypatch.setattr(train.AutoregressiveTrainer, "training_step", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        train.main(options(work, "passed_on"))
+    assert ended.value.code == 130 and (work / "passed_on" / "checkpoint-1").is_dir()
+
+
+def test_a_worker_that_the_terminal_interrupts_too_says_and_does_nothing(capfd, monkeypatch):
+    stop, state = termination.StopOnSigterm(), SimpleNamespace(is_local_process_zero=True)
+    stop.on_train_begin(None, state, None)
+    try:
+        monkeypatch.setattr(termination.os, "getpid", lambda: -1)  # as in a fork
+        os.kill(psutil.Process().pid, signal.SIGINT)
+        assert stop.requests == [0, 0] and capfd.readouterr().err == ""
+        monkeypatch.undo()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requests == [0, 1] and "Ctrl-C: saving" in capfd.readouterr().err
+    finally:
+        stop.restore()
+
+
+def test_ctrl_c_before_the_training_ends_in_one_line(work, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "load_model", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        train.main(options(work, "not_even_begun"))
+    assert ended.value.code == 130 and capsys.readouterr().err.strip() == "train.py: stopped by Ctrl-C"
+
+
+def test_a_folder_that_holds_a_run_is_not_started_in_again(work, capsys):
+    steps = ("--save_strategy", "steps", "--save_steps", "1", "--learning_rate", "0.01")
+    train.main(options(work, "again", *steps, "--max_steps", "4"))
+    before = (work / "again" / "model.safetensors").read_bytes()
+
+    def refusal(*more: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            train.main(options(work, "again", *steps, *more))
+        assert (work / "again" / "model.safetensors").read_bytes() == before
+        return str(caught.value)
+
+    assert "holds checkpoint-4 and a model of an earlier run" in refusal("--max_steps", "2")
+    assert "--resume_from_checkpoint true" in refusal() and "--overwrite_output_dir true" in refusal("--check", "true")
+    both = ("--resume_from_checkpoint", "true", "--overwrite_output_dir", "true")
+    assert "contradict each other" in refusal(*both)
+    (work / "data" / "other.json").write_text((work / "data" / "train.json").read_text())
+    other = ("--train_data", str(work / "data" / "other.json"), "--resume_from_checkpoint", "true")
+    assert "holds a run with train_data=" in refusal(*other) and "other.json" in refusal(*other)
+
+    capsys.readouterr()
+    train.main(options(work, "again", *steps, "--max_steps", "2", "--overwrite_output_dir", "true"))
+    assert "deleted checkpoint-1, checkpoint-2, checkpoint-3, checkpoint-4 of the run" in capsys.readouterr().out
+    assert sorted(path.name for path in (work / "again").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert (work / "again" / "model.safetensors").read_bytes() != before
+    assert [entry["step"] for entry in history(work / "again")] == [1, 2]
+
+
+def test_a_stale_checkpoint_is_not_what_a_run_goes_on_from(work):
+    """A longer run in the same folder left one with a higher number."""
+    steps = ("--save_strategy", "steps", "--save_steps", "2")
+    train.main(options(work, "stale", *steps, "--max_steps", "4"))
+    stale = work / "stale" / "checkpoint-4"
+    kept = stale.rename(work / "kept")
+    train.main(options(work, "stale", *steps, "--max_steps", "2", "--overwrite_output_dir", "true"))
+    kept.rename(stale)  # as if it had not been deleted
+    assert last_complete_checkpoint(work / "stale") == str(work / "stale" / "checkpoint-2")
+    assert last_complete_checkpoint(work / "kept") is None
+
+
+def test_a_finished_model_without_checkpoints_is_not_trained_over(work):
+    train.main(options(work, "finished"))
+    with pytest.raises(SystemExit, match="holds a model and no checkpoint to resume from"):
+        train.main(options(work, "finished", "--resume_from_checkpoint", "true"))
+
+
+def test_a_checkpoint_of_the_model_alone_is_refused_before_anything_is_loaded(work, monkeypatch):
+    steps = ("--save_strategy", "steps", "--save_steps", "1", "--save_only_model", "true")
+    train.main(options(work, "model_only", *steps))
+    monkeypatch.setattr(train, "load_model", lambda *args: pytest.fail("it was loaded"))
+    with pytest.raises(SystemExit, match="checkpoint-2: it holds the model without the state of the optimizer"):
+        train.main(options(work, "model_only", "--resume_from_checkpoint", "true"))
+
+
+def test_lines_tell_how_far_it_is_and_what_comes_next(work, capsys):
+    data = str(work / "data" / "train.json")
+    train.main(options(work, "lines", "--eval_data", data, "--disable_tqdm", "true"))
+    lines = capsys.readouterr().out.splitlines()
+    steps = [line for line in lines if line.startswith("step ")]
+    assert [line.split("   ")[0] for line in steps] == ["step 1/2", "step 2/2"]
+    assert "left   loss" in steps[0] and "samples/s" in steps[0] and "0:00:00 left" in steps[1]
+    assert not any(line.startswith("{") for line in lines)
+    assert sum(line.startswith("evaluation at step 2: eval_loss") for line in lines) == 1
+    following = lines[lines.index("next:") + 1 :]
+    assert (
+        f"python scripts/evaluate.py --model {work / 'lines'} --data {data} --output lines_results.json"
+        in following[0]
+    )
+    assert [line.split("python scripts/")[1].split()[0] for line in following] == [
+        "evaluate.py",
+        "visualize.py",
+        "push_to_hub.py",
+    ]
+
+
+# Saves for longer than the launcher waits.
+SLOW_SAVE = """
+import sys, time
+from llava_next_ar.training import run
+save = run.AutoregressiveTrainer._save_checkpoint
+def slow(self, *args):
+    print("saving", flush=True)
+    time.sleep(6)
+    save(self, *args)
+run.AutoregressiveTrainer._save_checkpoint = slow
+step = run.AutoregressiveTrainer.training_step
+def steady(self, *args):
+    time.sleep(0.3)
+    print("in a step", flush=True)
+    return step(self, *args)
+run.AutoregressiveTrainer.training_step = steady
+run.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_launcher_waits_for_a_save_that_takes_longer_than_its_patience(work, tmp_path):
+    (tmp_path / "slow_save.py").write_text(SLOW_SAVE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--shutdown-timeout", "2", tmp_path / "slow_save.py"]
+    more = ("--max_steps", "200", "--per_device_train_batch_size", "2")
+    with processes.Program([*command, *options(work, "preempted", *more)]) as program:
+        while "in a step" not in program.stdout and program.process.poll() is None:
+            time.sleep(0.1)
+        program.process.send_signal(signal.SIGTERM)
+        done = program.finish(timeout=120, status=None)
+    assert done.returncode != 0 and done.stdout.count("saving") == 2, done.stderr[-3000:]
+    (checkpoint,) = (work / "preempted").glob("checkpoint-*")
+    assert checkpoint_problem(checkpoint) is None
+    assert "SIGTERM: saving a checkpoint after step" in done.stderr
 
 
 def test_a_spoiled_step_ends_the_run_with_the_names_of_its_samples(work, monkeypatch):

@@ -2,15 +2,19 @@
 
 import copy
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import guard_runs
+import processes
+import psutil
 import pytest
 import torch
+import torch.distributed.nn  # imported later, its functions would keep the process group of that time
 from PIL import Image
-from tiny import tiny_model, tiny_onevision
+from tiny import VIDEO_TOKEN, tiny_model, tiny_onevision
 from tiny_processor import tiny_processor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from training_runs import CASES, FRAMES, SPLITS, TOWERS, difference, make_samples, one_step
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
@@ -287,18 +291,13 @@ def steps(tmp_path_factory) -> dict:
     """Every case in every split: in this process, and on two ranks of gloo."""
     path = tmp_path_factory.mktemp("ranks") / "results.pt"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    with open(path.with_suffix(".log"), "w") as log:
-        ranks = subprocess.Popen(
-            [*command, str(TESTS / "training_runs.py"), str(path)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    with processes.Program([*command, TESTS / "training_runs.py", path]) as ranks:
         results = {
             (trainer, objective, (1, *split)): one_step(objective, *split, trainer)
             for trainer, objective in CASES
             for split in SPLITS[1]
         }
-        assert ranks.wait(timeout=240) == 0, path.with_suffix(".log").read_text()[-4000:]
+        ranks.finish(timeout=240)
     on_ranks = torch.load(path, weights_only=False)
     results["guards"] = on_ranks.pop("guards")
     assert {result["processes"] for result in on_ranks.values()} == {2}
@@ -310,19 +309,19 @@ def test_gradients_do_not_depend_on_how_a_step_is_split(steps):
     for trainer, objective in CASES:
         reference = steps[trainer, objective, (1, 8, 1)]["gradients"]
         assert max(gradient.abs().max() for gradient in reference.values()) > 1e-3
-        for processes, splits in SPLITS.items():
+        for num_ranks, splits in SPLITS.items():
             for split in splits:
-                worst = difference(reference, steps[trainer, objective, (processes, *split)]["gradients"])
-                print(f"{trainer:<22}{objective:<16}{f'{split[0]} x {split[1]} x {processes}':<30}{worst:.1e}")
+                worst = difference(reference, steps[trainer, objective, (num_ranks, *split)]["gradients"])
+                print(f"{trainer:<22}{objective:<16}{f'{split[0]} x {split[1]} x {num_ranks}':<30}{worst:.1e}")
                 assert worst < 1e-5
 
 
 def test_the_log_adds_up_and_does_not_depend_on_how_a_step_is_split(steps):
     for objective, (weight, _) in {"main": (0, 1), "reconstruction": (1, 0), "both": (1, 1)}.items():
         reference = steps["AutoregressiveTrainer", objective, (1, 8, 1)]["log"]
-        for processes, splits in SPLITS.items():
+        for num_ranks, splits in SPLITS.items():
             for split in splits:
-                log = steps["AutoregressiveTrainer", objective, (processes, *split)]["log"]
+                log = steps["AutoregressiveTrainer", objective, (num_ranks, *split)]["log"]
                 assert log["total_loss"] == pytest.approx(log["loss"], rel=1e-6)
                 total = log["main_loss"] + weight * log["autoregressive_loss"]
                 assert log["total_loss"] == pytest.approx(total, rel=1e-6)
@@ -366,6 +365,40 @@ def test_ranks_skip_the_step_that_one_of_them_spoils(steps):
 def test_ranks_stop_together_and_say_why(steps):
     error = steps["guards"]["stop"]["error"]
     assert error["step"] == 2 and "batch 1 of rank 1 (loss nan): clip 7." in error["message"]
+
+
+def test_ranks_that_see_different_norms_decide_alike(steps):
+    """Each judged by itself, and the one that found a problem waited in vain for the other to say what it had trained on."""
+    disagreeing = steps["guards"]["disagree"]
+    assert (disagreeing["processes"], disagreeing["steps"]) == (2, 3)
+    (line,) = disagreeing["ledger"]
+    assert (line["step"], line["action"], line["grad_norm"]) == (2, "skip", "nan") and len(line["batches"]) == 4
+    absent = steps["guards"]["absent"]
+    assert all(torch.equal(disagreeing["weights"][name], value) for name, value in absent["weights"].items())
+
+
+def test_guards_and_signals_need_one_reduction_a_step(steps):
+    run, number = steps["guards"]["reductions"]
+    assert run["processes"] == 2 and run["steps"] == 3
+    assert number == 3 + 1  # and one for the losses of the log entry
+
+
+def test_throughput_is_of_all_ranks_and_all_batches_of_a_step(steps):
+    """Ratios of rates are those of counts, whatever the time: 2 ranks, 2 batches of one sample each, 3 steps."""
+    samples = guard_runs.named_samples(tiny_model().config, 12)
+    measured = steps["guards"]["whole run"]["measured"]
+    assert len(measured) == 3
+    for step, entry in enumerate(measured):
+        ids = [sample["input_ids"] for sample in samples[4 * step : 4 * step + 4]]
+        num_tokens = sum(map(len, ids))
+        num_visual = sum(int((row == VIDEO_TOKEN).sum()) for row in ids)
+        assert num_visual > 0
+        assert entry["tokens_per_second"] / entry["samples_per_second"] == pytest.approx(num_tokens / 4)
+        assert entry["visual_tokens_per_second"] / entry["tokens_per_second"] == pytest.approx(num_visual / num_tokens)
+        text = entry["tokens_per_second"] - entry["visual_tokens_per_second"]
+        assert entry["text_tokens_per_second"] == pytest.approx(text)
+        assert 0 < entry["data_wait_share"] < 1 and entry["peak_memory_gib"] > 0.01
+        assert "model_flops_utilization" not in entry  # the peak of a CPU is not known
 
 
 # Stopped after step 5 of 6, in the second epoch, accelerate would go on in the order of the first.
@@ -505,6 +538,22 @@ def test_refusals(dataset, tmp_path):
         AutoregressiveTrainer(tiny_model(), arguments(tmp_path, label_smoothing_factor=0.1), dataset)
     with pytest.raises(ValueError, match="compute_loss_func"):
         AutoregressiveTrainer(tiny_model(), arguments(tmp_path), dataset, compute_loss_func=lambda *args: None)
+
+
+def test_the_process_group_ends_with_the_trainer(tmp_path):
+    """Where a wrapper was the last to hold it, ranks hung after their last line (pytorch/pytorch#56297)."""
+    trainer = AutoregressiveTrainer(tiny_model(), arguments(tmp_path))
+    threads = psutil.Process().num_threads()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = trainer.model_wrapped = DistributedDataParallel(trainer.model)  # noqa: F841 (held by the caller too)
+        earlier = DistributedDataParallel(tiny_model())  # noqa: F841 (of a run before, known to no trainer)
+        assert psutil.Process().num_threads() > threads
+        trainer.end()
+        assert psutil.Process().num_threads() == threads
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def test_a_plain_trainer_trains_too(tmp_path):
