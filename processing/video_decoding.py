@@ -88,6 +88,12 @@ _AV_OPEN_OPTIONS = {
     "options": _DECODER_OPTIONS,  # of the decoders that find out what the streams are
     **({"metadata_errors": "replace"} if _AV_MAJOR < 19 else {}),  # later ones never fail on metadata
 }
+# Of a header alone: FFmpeg would decode frames of every file, to find out what a container like MP4 says anyway.
+_AV_HEADER_OPTIONS = {
+    **_AV_OPEN_OPTIONS,
+    "container_options": {**_AV_OPEN_OPTIONS["container_options"], "probesize": "32"},
+    "options": {**_DECODER_OPTIONS, "skip_frame": "all"},
+}
 _AV_REFORMAT_OPTIONS = {"threads": 1} if _AV_MAJOR >= 17 else {}  # else one thread for each core and conversion
 
 
@@ -188,6 +194,9 @@ class PyAVReader:
         reader = cls.__new__(cls)  # without the pass over all packets, which would read the whole file
         reader.name, reader._file = name, file
         try:
+            with contextlib.suppress(VideoReadError), reader._open(_AV_HEADER_OPTIONS) as (_, stream):
+                if stream.frames and stream.average_rate:
+                    return stream.frames, float(stream.average_rate)
             with reader._open() as (container, stream):
                 fps = float(stream.average_rate or 0)
                 seconds = (container.duration or 0) / av.time_base
@@ -198,12 +207,12 @@ class PyAVReader:
     # -- opening and indexing
 
     @contextlib.contextmanager
-    def _open(self) -> Iterator[tuple[Any, Any]]:
+    def _open(self, options: dict[str, Any] = _AV_OPEN_OPTIONS) -> Iterator[tuple[Any, Any]]:
         """(container, video stream); one for each thread."""
         # Without the prefix, the name of a file could be an address: of another protocol, or a pattern.
         file = io.BytesIO(self._file) if isinstance(self._file, bytes) else f"file:{self._file}"
         try:
-            container = av.open(file, **_AV_OPEN_OPTIONS)
+            container = av.open(file, **options)
         except av.ArgumentError as error:
             cause = f"it is in none of the formats that are read here, or a playlist of other files ({error.strerror})"
             raise VideoReadError(self.name, cause) from error
