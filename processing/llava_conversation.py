@@ -156,7 +156,7 @@ def llava_conversation_to_messages(
                 f"{text[:200]!r}"
             )
     messages = []
-    for number, turn in enumerate(conversations):
+    for turn in conversations:
         role, content = _LLAVA_ROLES[turn["from"]], []
         # The template writes the newline behind a media part, so the one that is there goes with the placeholder.
         pattern = f"({VIDEO_TOKEN}\n?|{IMAGE_TOKEN}\n?)"

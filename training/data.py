@@ -24,10 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from .bad_samples import BadSample, BadSampleError, BadSampleLedger
+from .entries import has_answer
 from .mixture import LlavaVideoMixture
 from .samples import SampleReader, read_sample
 from .sources import ArrowEntries, DataSource, open_entries, parse_sources
-from .stream import LlavaVideoStream
+from .stream import LlavaVideoStream, UnreadSample
 
 _LENGTHS_AT_A_TIME = 16  # samples that a worker measures before it reports
 
@@ -190,6 +191,18 @@ class _Lengths(Dataset):
             if self.dataset.bad_samples is None:
                 raise
             return 1  # training finds it, and writes it down
+
+
+def any_answers(samples: Sequence[UnreadSample]) -> bool:
+    """Whether any of these samples has an answer, or is too malformed to be asked; decodes nothing."""
+    for sample in samples:
+        try:
+            messages = read_sample(sample.reader, "messages", sample.entry, source=sample.source, index=sample.index)
+        except BadSampleError:
+            return True
+        if has_answer(messages):
+            return True
+    return False
 
 
 def load_training_data(

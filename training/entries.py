@@ -103,9 +103,7 @@ class MediaFolders:
         return path
 
 
-def entry_to_messages(
-    entry: Any, folders: MediaFolders, ignored_keys: Collection[str] = ()
-) -> list[dict[str, Any]]:
+def entry_to_messages(entry: Any, folders: MediaFolders, ignored_keys: Collection[str] = ()) -> list[dict[str, Any]]:
     """Messages for `apply_chat_template`, media as `MediaFolders.locate` returns them.
 
     Args:
