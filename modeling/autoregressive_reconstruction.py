@@ -75,9 +75,10 @@ class AutoregressiveReconstructionModule(nn.Module):
 
     **Teacher.** As long as the vision tower is frozen, it is its own teacher: no memory, no time, nothing extra saved.
     With adapters on the tower (PEFT), the teacher is the tower with the adapters off: one more tower pass, nothing extra
-    saved. Merged adapters cannot be switched off: `keep_teacher` copies the tower without them first. When the tower itself trains, `prepare_teacher` makes a frozen copy before the first step; it is a submodule
-    (`teacher`), follows `.to()`, is saved with the checkpoint under `autoregressive_module.teacher.*`, and
-    `autoregressive_config.separate_teacher` is set so that it is found again on reload.
+    saved; before they are merged, `keep_teacher` copies the tower without them. When the tower itself trains,
+    `prepare_teacher` makes a frozen copy before the first step. A copy is a submodule (`teacher`), follows `.to()`, is
+    saved with the checkpoint under `autoregressive_module.teacher.*`, and `autoregressive_config.separate_teacher` is set
+    so that it is found again on reload.
 
     **Extending.** A subclass may replace the loss (`patch_loss`) and the predictor (`block_class`), and is put to use by
     a subclass of the model that names it (`LlavaNextARForConditionalGeneration.head_class`). What makes the objective
