@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..hub.model_card import write_card
 from ..modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from ..processing.processing_llava_next_ar import LlavaNextARProcessor
-from ..hub.model_card import write_card
 from .own_code import check_own_code, find_file
 
 

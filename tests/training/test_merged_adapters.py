@@ -10,7 +10,7 @@ from tiny import tiny_model, video_batch
 from training_runs import make_samples
 from transformers import TrainingArguments
 
-from llava_next_ar.hub.hub_files import _replacing_weights
+from llava_next_ar.hub.pushed_model import _replacing_weights
 from llava_next_ar.training.collator import LlavaVideoCollator
 from llava_next_ar.training.merge import merge_adapters
 from llava_next_ar.training.trainer import HEAD, AutoregressiveTrainer
@@ -119,7 +119,7 @@ def test_only_a_save_of_model_weights_warns_of_an_adapter_in_the_folder(tmp_path
             (tmp_path / name).write_bytes(b"weights of " + name.encode())
         return caplog.text
 
-    logger = logging.getLogger("llava_next_ar.hub.hub_files")
+    logger = logging.getLogger("llava_next_ar.hub.pushed_model")
     logger.addHandler(caplog.handler)
     try:
         assert "delete adapter_config.json" not in save("adapter_model.safetensors")
