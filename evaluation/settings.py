@@ -42,6 +42,8 @@ class EvaluationSettings:
     """The same of the base of a model that is an adapter."""
     video_root: str | None = None
     allow_outside_root: bool = False
+    ignored_keys: str | None = None
+    """Keys of an entry that are not read and may be left out, separated by commas; any other is an error."""
     trust_remote_code: bool = False
     device: str = "cpu"
     dtype: str = "float32"
@@ -107,6 +109,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on where a run with the same output was interrupted")
     parser.add_argument("--video-root", help="folder of the videos; that of the data if not given")
     parser.add_argument("--allow-outside-root", action="store_true", help="accept paths outside of it, and URLs")
+    parser.add_argument(
+        *("--ignored-keys", "--ignored_keys"), help="keys of an entry that may be left out, separated by commas"
+    )
     parser.add_argument(
         *("--trust-remote-code", "--trust_remote_code"),
         action="store_true",
