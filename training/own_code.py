@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from transformers.utils import is_offline_mode
 
 from ..hub.hub_code import AUTO_MAP
 
@@ -47,7 +48,12 @@ def own_classes(source: str, revision: str | None = None) -> list[str]:
     """
     found: dict[str, None] = {}
     for name in _FILES_WITH_CLASSES:
-        path = find_file(source, name, revision)
+        try:
+            path = find_file(source, name, revision)
+        except OSError:
+            if not is_offline_mode():
+                raise
+            path = None  # what is not in the cache is not loaded either
         values = _read_json(path) if path is not None else {}
         classes = values.get("auto_map") or {}
         for reference in classes.values() if isinstance(classes, dict) else ():
