@@ -4,9 +4,8 @@ import json
 import os
 from typing import Any
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from transformers.utils import is_offline_mode
 
 from ..hub.hub_code import AUTO_MAP
 
@@ -51,7 +50,7 @@ def own_classes(source: str, revision: str | None = None) -> list[str]:
         try:
             path = find_file(source, name, revision)
         except OSError:
-            if not is_offline_mode():
+            if not constants.HF_HUB_OFFLINE:
                 raise
             path = None  # what is not in the cache is not loaded either
         values = _read_json(path) if path is not None else {}
