@@ -184,6 +184,8 @@ def convert_checkpoint(
             processor.save_pretrained(partial)
         elif to == "llava_onevision":
             _export_processor(folder, partial, notes)
+        if to == "llava_onevision" and values.get("enable_autoregressive", True):
+            notes.append(f"the head ({HEAD}*) is left out: LLaVA-OneVision has none")
         if to == "llava_next_ar":
             if config.enable_autoregressive:
                 notes.append(f"the head ({HEAD}*) is new: it is initialised when the model is loaded")

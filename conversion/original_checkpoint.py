@@ -12,10 +12,13 @@ from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, PreTrainedConfig, Qwen2Config
+from transformers.utils import logging
 
 from ..configuration.configuration_llava_next_ar import LlavaNextARConfig
 from ..configuration.frame_token_layout import FrameTokenLayout
 from ..configuration.image_token_layout import ImageTokenLayout
+
+logger = logging.get_logger(__name__)
 
 # Vision towers that need no download: their whole configuration, by the last part of the Hub id.
 KNOWN_TOWERS = {
@@ -194,6 +197,10 @@ def _tower_config(config: dict[str, Any], given: Mapping[str, Any] | None) -> di
     if given is None:
         given = KNOWN_TOWERS.get(name.rstrip("/").rsplit("/", 1)[-1])
     if given is None:
+        logger.warning(
+            f"the vision tower {name!r} is not known here, and its configuration is looked up on the Hub; without network "
+            "give it with --vision-config (config.json of the tower's repository)"
+        )
         try:
             given = AutoConfig.from_pretrained(name).to_dict()
         except (OSError, ValueError, HfHubHTTPError) as error:

@@ -117,7 +117,11 @@ def evaluate(
     if model is None or processor is None:
         settings, model, processor, identity = _load(settings, device, processes)
     dataset = LlavaVideoDataset(
-        settings.data, processor, video_root=settings.video_root, allow_outside_root=settings.allow_outside_root
+        settings.data,
+        processor,
+        video_root=settings.video_root,
+        allow_outside_root=settings.allow_outside_root,
+        ignored_keys=(settings.ignored_keys or "").split(","),
     )
     questions = read_questions(dataset, settings.max_samples, max_bad_samples=settings.max_bad_samples)
     if settings.generation:

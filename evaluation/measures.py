@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 from ..modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from ..modeling.reconstruction_metrics import straight_line
 from ..processing.processing_llava_next_ar import LlavaNextARProcessor
+from ..training.own_code import check_own_code
 from .questions import Question, media_parts, normalise_answer, parse_choice
 from .settings import EvaluationSettings, base_of_adapter
 
@@ -27,7 +28,11 @@ def load_checkpoint(
     """Model, in eval mode, and processor. With `trust_remote_code`, the checkpoint's code runs, else the package's.
 
     `revision` is that of `model`; if this is an adapter, `base_revision` is that of its base.
+
+    Raises:
+        ValueError: if the checkpoint has code of its own and `trust_remote_code` is off.
     """
+    check_own_code(model, trust_remote_code, revision)
     model_class, processor_class = LlavaNextARForConditionalGeneration, LlavaNextARProcessor
     trust = {}
     if trust_remote_code:

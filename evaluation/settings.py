@@ -42,6 +42,8 @@ class EvaluationSettings:
     """The same of the base of a model that is an adapter."""
     video_root: str | None = None
     allow_outside_root: bool = False
+    ignored_keys: str | None = None
+    """Keys of an entry that are not read and may be left out, separated by commas; any other is an error."""
     trust_remote_code: bool = False
     device: str = "cpu"
     dtype: str = "float32"
@@ -86,12 +88,18 @@ class EvaluationSettings:
 # -- The command line
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not those of options that switch something off: theirs is the value of what they switch."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        is_negative = isinstance(action, argparse._StoreFalseAction)
+        return action.help if is_negative else super()._get_help_string(action)
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
     """One option for each setting, and `output`, `resume` and `no_report`."""
     defaults = EvaluationSettings(model="", data="")
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="checkpoint: a folder or a Hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     parser.add_argument("--base-revision", help="the same of the base of a model that is an adapter")
@@ -101,7 +109,14 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on where a run with the same output was interrupted")
     parser.add_argument("--video-root", help="folder of the videos; that of the data if not given")
     parser.add_argument("--allow-outside-root", action="store_true", help="accept paths outside of it, and URLs")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that the checkpoint carries")
+    parser.add_argument(
+        *("--ignored-keys", "--ignored_keys"), help="keys of an entry that may be left out, separated by commas"
+    )
+    parser.add_argument(
+        *("--trust-remote-code", "--trust_remote_code"),
+        action="store_true",
+        help="run the code that the checkpoint carries",
+    )
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
@@ -122,7 +137,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         default=defaults.max_bad_samples,
         help="leave out, and name in the output, up to so many entries that cannot be read",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
+    parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="tokens of an answer")
     parser.add_argument(
         "--num-frames", type=int, help="frames of a video, if other than the checkpoint's processor says"
     )
@@ -133,9 +148,14 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         "--horizons", type=int, default=defaults.horizons, help="frames ahead, by feeding predictions back"
     )
     parser.add_argument("--bootstrap-samples", type=int, default=defaults.bootstrap_samples, help="0: no intervals")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="of the bootstrap and of shuffled frames")
     for name in ("generation", "likelihood", "reconstruction"):
-        parser.add_argument(f"--no-{name}", dest=name, action="store_false", help=f"do not measure {name}")
+        parser.add_argument(
+            f"--no-{name}",
+            dest=name,
+            action="store_false",
+            help=f"do not measure {name}, which is measured by default",
+        )
     return parser
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -50,6 +51,11 @@ def travels_with_code(saved_class: Saved) -> Saved:
 
     The class has a method `check()`, which raises ValueError for what could not be loaded again; then nothing is written.
     Adds the method `save_code(folder)`, for what is saved without the class's own `save_pretrained`, such as an adapter.
+
+    Also makes the module of the class, and of each subclass, an attribute of its package, as every import does.
+    transformers executes the file of a remote class without that, and `dill` then pickles the module by its content:
+    `datasets.map` with several processes fails, and the hash of a function that holds a processor is another one in each
+    run.
     """
     save, timestamps = saved_class.save_pretrained, saved_class._get_files_timestamps
 
@@ -79,9 +85,21 @@ def travels_with_code(saved_class: Saved) -> Saved:
         code = code_files(*(type(part) for part in _parts_with_code(self)))
         return {name: time for name, time in timestamps(self, working_dir).items() if name not in code}
 
+    def __init_subclass__(cls: type, **kwargs: Any) -> None:
+        super(saved_class, cls).__init_subclass__(**kwargs)
+        _set_on_package(cls)
+
     saved_class.save_pretrained, saved_class.save_code = save_pretrained, save_code
     saved_class._get_files_timestamps = _get_files_timestamps
+    saved_class.__init_subclass__ = classmethod(__init_subclass__)
+    _set_on_package(saved_class)
     return saved_class
+
+
+def _set_on_package(saved_class: type) -> None:
+    package, _, name = saved_class.__module__.rpartition(".")
+    if package in sys.modules and saved_class.__module__ in sys.modules:
+        setattr(sys.modules[package], name, sys.modules[saved_class.__module__])
 
 
 def _parts_with_code(saved: Any) -> list[Any]:

@@ -37,7 +37,14 @@ from .frame_predictor import (
     stack_padded,
 )
 from .reconstruction_metrics import Reconstruction
-from .vision_teacher import Unregistered, adapter_layers, adapters_off, select_vision_features, tower_trains
+from .vision_teacher import (
+    Unregistered,
+    adapter_layers,
+    adapters_off,
+    copy_without_adapters,
+    select_vision_features,
+    tower_trains,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -68,9 +75,10 @@ class AutoregressiveReconstructionModule(nn.Module):
 
     **Teacher.** As long as the vision tower is frozen, it is its own teacher: no memory, no time, nothing extra saved.
     With adapters on the tower (PEFT), the teacher is the tower with the adapters off: one more tower pass, nothing extra
-    saved. When the tower itself trains, `prepare_teacher` makes a frozen copy before the first step; it is a submodule
-    (`teacher`), follows `.to()`, is saved with the checkpoint under `autoregressive_module.teacher.*`, and
-    `autoregressive_config.separate_teacher` is set so that it is found again on reload.
+    saved; before they are merged, `keep_teacher` copies the tower without them. When the tower itself trains,
+    `prepare_teacher` makes a frozen copy before the first step. A copy is a submodule (`teacher`), follows `.to()`, is
+    saved with the checkpoint under `autoregressive_module.teacher.*`, and `autoregressive_config.separate_teacher` is set
+    so that it is found again on reload.
 
     **Extending.** A subclass may replace the loss (`patch_loss`) and the predictor (`block_class`), and is put to use by
     a subclass of the model that names it (`LlavaNextARForConditionalGeneration.head_class`). What makes the objective
@@ -152,6 +160,16 @@ class AutoregressiveReconstructionModule(nn.Module):
         self.teacher = copy.deepcopy(vision_tower).requires_grad_(False).eval()
         self.config.separate_teacher = True
         logger.info("the vision tower trains: a frozen copy of it is kept as the teacher of the reconstruction head")
+
+    def keep_teacher(self, vision_tower: nn.Module) -> None:
+        """Makes a frozen copy of the tower without its adapters the teacher. Call before they are merged into it.
+
+        Raises:
+            RuntimeError: if adapters are merged already.
+        """
+        if self.teacher is None and adapter_layers(vision_tower):
+            self.teacher = copy_without_adapters(vision_tower).requires_grad_(False).eval()
+            self.config.separate_teacher = True
 
     def run_tower(self, tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
         """Features of frames `[F, 3, H, W]` at the layer that the projector reads: `[F, P, Dv]`."""

@@ -30,7 +30,7 @@ def summed_cross_entropy(lm_head: nn.Module, hidden_states: torch.Tensor, target
         return nn.functional.cross_entropy(logits, targets.to(logits.device), reduction="sum")
 
     is_gathered = _is_gathered_at_each_call(lm_head)
-    num_positions = max(1, LOGITS_AT_A_TIME // lm_head.out_features)
+    num_positions = max(1, LOGITS_AT_A_TIME // _num_logits(lm_head))
     if len(targets) and not is_gathered and _is_plain_linear_on(lm_head, hidden_states.device):
         fused = fused_cross_entropy(hidden_states.device.type)
         if fused is not None:
@@ -39,6 +39,13 @@ def summed_cross_entropy(lm_head: nn.Module, hidden_states: torch.Tensor, target
         return of_chunk(hidden_states, targets)
     chunks = zip(hidden_states.split(num_positions), targets.split(num_positions), strict=True)
     return torch.stack([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+
+def _num_logits(lm_head: nn.Module) -> int:
+    """The size of the vocabulary; PEFT's wrapper for trainable tokens does not pass the attribute on."""
+    while not hasattr(lm_head, "out_features"):
+        lm_head = lm_head.original_module
+    return lm_head.out_features
 
 
 @lru_cache

@@ -201,6 +201,26 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             self.autoregressive_module.prepare_teacher(self.model.vision_tower)
         return self
 
+    def keep_teacher(self) -> None:
+        """Keeps the teacher of the head as it is; call before adapters are merged into the model.
+
+            peft_model.get_base_model().keep_teacher()
+            model = peft_model.merge_and_unload()
+
+        With adapters on the vision tower the teacher is the tower without them, which a merge would change. It becomes a
+        module of the head, and is saved with the model. Without such adapters nothing is done.
+
+        Raises:
+            RuntimeError: if adapters are merged into the tower already.
+        """
+        if self.autoregressive_module is None:
+            return
+        # PEFT's `modules_to_save` holds two of them: the original one, and the one that trains.
+        for head in self.autoregressive_module.modules():
+            if isinstance(head, AutoregressiveReconstructionModule):
+                head.keep_teacher(self.model.vision_tower)
+                self.config.autoregressive_config.separate_teacher = head.teacher is not None
+
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         check_prefill(generation_config)
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)

@@ -4,6 +4,7 @@
 Shape letters: F frames, P patches of a frame, Dv width of the vision features.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,25 @@ def adapter_layers(module: nn.Module) -> list[nn.Module]:
     # Known by their flag: PEFT need not be installed here. (Every transformers model has a method of that name, hence the
     # test for bool.)
     return [layer for layer in module.modules() if isinstance(getattr(layer, "disable_adapters", None), bool)]
+
+
+def copy_without_adapters(module: nn.Module) -> nn.Module:
+    """A copy of a module in which what PEFT's layers wrap is in their place.
+
+    Raises:
+        RuntimeError: if an adapter is merged into its layer, whose own weights are then gone.
+    """
+    if any(getattr(layer, "merged", False) for layer in adapter_layers(module)):
+        raise RuntimeError("adapters are merged into the vision tower: unmerge them (unmerge_adapter) first")
+    return _unwrapped(copy.deepcopy(module))
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    while isinstance(getattr(module, "disable_adapters", None), bool):
+        module = module.base_layer if hasattr(module, "base_layer") else module.original_module
+    for name, child in module.named_children():
+        setattr(module, name, _unwrapped(child))
+    return module
 
 
 def tower_trains(vision_tower: nn.Module, adapters: list[nn.Module]) -> bool:

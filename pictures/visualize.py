@@ -492,7 +492,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--num-frames", type=int, help="frames of a video, if other than the checkpoint's processor says"
     )
     parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="of the answer")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that the checkpoint carries")
+    parser.add_argument(
+        *("--trust-remote-code", "--trust_remote_code"),
+        action="store_true",
+        help="run the code that the checkpoint carries",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     parser.add_argument("--dtype", default=defaults.dtype, help="float32, bfloat16 or float16")
     options = vars(parser.parse_args(argv))

@@ -187,8 +187,7 @@ def llava_conversation_to_messages(
         Messages for `apply_chat_template`.
 
     Raises:
-        ValueError: on an unknown role, a placeholder outside a human turn, or if placeholders and media differ in
-        number.
+        ValueError: on an unknown role, or if the placeholders of human turns and the media differ in number.
     """
     if not conversations:
         raise ValueError("the conversation has no turns")
@@ -197,7 +196,8 @@ def llava_conversation_to_messages(
             raise ValueError(f"turn {number} must be a dict with 'from' and 'value', got {turn!r}")
         if turn["from"] not in _LLAVA_ROLES:
             raise ValueError(f"turn {number} is from {turn['from']!r}, expected one of {', '.join(_LLAVA_ROLES)}")
-    text = "".join(turn["value"] for turn in conversations)
+    # In any other turn the word is text: an answer may quote it.
+    text = "".join(turn["value"] for turn in conversations if turn["from"] == "human")
     counts = {VIDEO_TOKEN: text.count(VIDEO_TOKEN), IMAGE_TOKEN: text.count(IMAGE_TOKEN)}
     media = {VIDEO_TOKEN: ("video", iter(videos)), IMAGE_TOKEN: ("image", iter(images))}
     given = {VIDEO_TOKEN: len(videos), IMAGE_TOKEN: len(images)}
@@ -211,13 +211,12 @@ def llava_conversation_to_messages(
                 f"{text[:200]!r}"
             )
     messages = []
-    for number, turn in enumerate(conversations):
+    for turn in conversations:
         role, content = _LLAVA_ROLES[turn["from"]], []
         # The template writes the newline behind a media part, so the one that is there goes with the placeholder.
-        for piece in re.split(f"({VIDEO_TOKEN}\n?|{IMAGE_TOKEN}\n?)", turn["value"]):
-            if piece.rstrip("\n") in media:
-                if role != "user":
-                    raise ValueError(f"turn {number} is from {turn['from']!r} but holds a {piece.strip()} placeholder")
+        pattern = f"({VIDEO_TOKEN}\n?|{IMAGE_TOKEN}\n?)"
+        for piece in re.split(pattern, turn["value"]) if role == "user" else [turn["value"]]:
+            if role == "user" and piece.rstrip("\n") in media:
                 kind, items = media[piece.rstrip("\n")]
                 content.append({"type": kind, kind: next(items)})
             elif piece:

@@ -447,13 +447,21 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         processed = self.video_processor(videos, **{**kwargs, "return_metadata": True})
         layouts = [self._layout.as_tensor() for _ in processed["video_metadata"]]
         processed["video_layout"] = torch.stack(layouts) if kwargs.get("return_tensors") is not None else layouts
-        replacements = []
-        for index, metadata in enumerate(processed["video_metadata"]):
-            replacement = self.replace_video_token(processed, index)
-            if self.add_time_instruction:
-                replacement += time_instruction(metadata.duration, self._told_times(processed, index, kwargs))
-            replacements.append(replacement)
+        replacements = [self.video_text(processed, index, kwargs) for index in range(len(processed["video_metadata"]))]
         return processed, replacements
+
+    def video_text(self, processed: dict[str, Any], video_idx: int, kwargs: dict[str, Any]) -> str:
+        """What a prompt holds for one video: its placeholders and, if asked for, the sentence about its times.
+
+        Args:
+            processed: output of the video processor, of which pixels are not read.
+            kwargs: options of that call.
+        """
+        text = self.replace_video_token(processed, video_idx)
+        if self.add_time_instruction:
+            duration = processed["video_metadata"][video_idx].duration
+            text += time_instruction(duration, self._told_times(processed, video_idx, kwargs))
+        return text
 
     def _told_times(self, processed: dict[str, Any], video_idx: int, kwargs: dict[str, Any]) -> list[float]:
         """Seconds to write for each frame: its time, or with the `llava_video` policy what LLaVA-NeXT writes."""

@@ -91,6 +91,12 @@ _AV_OPEN_OPTIONS = {
     "options": _DECODER_OPTIONS,  # of the decoders that find out what the streams are
     **({"metadata_errors": "replace"} if _AV_MAJOR < 19 else {}),  # later ones never fail on metadata
 }
+# Of a header alone: FFmpeg would decode frames of every file, to find out what a container like MP4 says anyway.
+_AV_HEADER_OPTIONS = {
+    **_AV_OPEN_OPTIONS,
+    "container_options": {**_AV_OPEN_OPTIONS["container_options"], "probesize": "32"},
+    "options": {**_DECODER_OPTIONS, "skip_frame": "all"},
+}
 
 
 class _SeekMissed(Exception):
@@ -173,6 +179,10 @@ class PyAVReader:
         reader = cls.__new__(cls)  # without the pass over all packets, which would read the whole file
         reader.name, reader.file = name, file
         try:
+            with contextlib.suppress(VideoReadError), reader._open(_AV_HEADER_OPTIONS) as opened:
+                if opened.stream.frames and opened.stream.average_rate and opened.container.format.name != "avi":
+                    return opened.stream.frames, float(opened.stream.average_rate)
+            reader.stream_index = None
             with reader._open() as opened:
                 if opened.container.format.name == "avi":  # its header counts the empty places between frames
                     return 0, 0.0
@@ -184,18 +194,18 @@ class PyAVReader:
 
     # -- opening and indexing
 
-    def _container(self) -> Any:
+    def _container(self, options: dict[str, Any] = _AV_OPEN_OPTIONS) -> Any:
         # Without the prefix, the name of a file could be an address: of another protocol, or a pattern.
         file = io.BytesIO(self.file) if isinstance(self.file, bytes) else f"file:{self.file}"
         try:
-            return av.open(file, **_AV_OPEN_OPTIONS)
+            return av.open(file, **options)
         except av.ArgumentError as error:
             cause = f"it is in none of the formats that are read here, or a playlist of other files ({error.strerror})"
             raise VideoReadError(self.name, cause) from error
 
     @contextlib.contextmanager
-    def _open(self) -> Iterator[_Opened]:
-        with self._container() as container:
+    def _open(self, options: dict[str, Any] = _AV_OPEN_OPTIONS) -> Iterator[_Opened]:
+        with self._container(options) as container:
             if self.stream_index is None:
                 self.stream_index = self._best_stream(container)
             stream = container.streams[self.stream_index]

@@ -25,6 +25,7 @@ EXTRA_OF_SCRIPT = {
     "convert.py": None,
     "demo.py": "demo",
     "evaluate.py": "eval",
+    "merge.py": "train",
     "inference_uses.py": "demo",
     "push_to_hub.py": "train",
     "study.py": "study",

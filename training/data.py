@@ -1,20 +1,22 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
 """Training data: entries -> samples, by index.
 
-    training_sources.py   where entries come from
-    training_entries.py   entry -> chat messages
-    training_samples.py   chat messages -> sample
-    bad_samples.py        what cannot be used
-    training_mixture.py   several data sets by weight, and the order of samples
-    training_stream.py    the same without an index
-    training_collator.py  samples -> batches
+    sources.py         where entries come from
+    entries.py         entry -> chat messages
+    control_tokens.py  control tokens that texts quote
+    samples.py         chat messages -> sample
+    sample_lengths.py  chat messages -> number of tokens
+    bad_samples.py     what cannot be used
+    mixture.py         several data sets by weight, and the order of samples
+    stream.py          the same without an index
+    collator.py        samples -> batches
 
 The processor decodes videos in a DataLoader worker, when the sample is wanted. Nothing is decoded ahead of time, and
 nothing is left out silently: a bad sample is an error that names it, or a line in a ledger.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from .bad_samples import BadSample, BadSampleError, BadSampleLedger
+from .entries import has_answer
 from .mixture import LlavaVideoMixture
 from .samples import SampleReader, read_sample
 from .sources import ArrowEntries, DataSource, open_entries, parse_sources
-from .stream import LlavaVideoStream
+from .stream import LlavaVideoStream, UnreadSample
 
 _LENGTHS_AT_A_TIME = 16  # samples that a worker measures before it reports
 
@@ -39,7 +42,8 @@ class LlavaVideoDataset(Dataset):
     `video` and `image` hold a path or a list of paths, in the order of the placeholders. Chat messages under
     `messages` are accepted as well, their media among the content parts or under `video` and `image`. A video without a
     conversation is a sample for reconstruction alone. A `.npy` file is a video of frames saved by numpy, as is a folder
-    of images. Other keys are ignored; `id` is used in errors.
+    of images. `system` is the text of a system prompt, `id` is used in errors, and notes such as `question_type`
+    (`entries.ANNOTATION_KEYS`) change nothing. Any other key with a value is an error.
 
     A sample is a dict of tensors: `input_ids` `[S]`, `labels` `[S]` (-100 except where the assistant speaks, the token
     that ends its turn included), and what the processor returned for its media; beside them, `sample_name`, a text.
@@ -56,6 +60,7 @@ class LlavaVideoDataset(Dataset):
         truncate: cut a sample that is longer at its end instead of refusing it. Visual tokens and the last target are
             never cut off: those are errors still.
         processor_kwargs: options for every call of the processor, such as `{"num_frames": 8}`.
+        ignored_keys: further keys of entries (and of their turns and content parts) that may be left out.
         bad_samples: a ledger, for training to go on without them; `dataset[i]` is then a `BadSample`, which
             `LlavaVideoCollator` drops. Without one a bad sample is an error.
 
@@ -76,6 +81,7 @@ class LlavaVideoDataset(Dataset):
         max_length: int | None = None,
         truncate: bool = False,
         processor_kwargs: dict[str, Any] | None = None,
+        ignored_keys: Collection[str] = (),
         bad_samples: BadSampleLedger | None = None,
     ) -> None:
         self.name, default_root = "the list of samples", os.getcwd()
@@ -98,6 +104,7 @@ class LlavaVideoDataset(Dataset):
             max_length=max_length,
             truncate=truncate,
             processor_kwargs=processor_kwargs,
+            ignored_keys=ignored_keys,
         )
         self.bad_samples = bad_samples
         if bad_samples is not None:
@@ -184,6 +191,18 @@ class _Lengths(Dataset):
             if self.dataset.bad_samples is None:
                 raise
             return 1  # training finds it, and writes it down
+
+
+def any_answers(samples: Sequence[UnreadSample]) -> bool:
+    """Whether any of these samples has an answer, or is too malformed to be asked; decodes nothing."""
+    for sample in samples:
+        try:
+            messages = read_sample(sample.reader, "messages", sample.entry, source=sample.source, index=sample.index)
+        except BadSampleError:
+            return True
+        if has_answer(messages):
+            return True
+    return False
 
 
 def load_training_data(

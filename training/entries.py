@@ -5,11 +5,14 @@
      "video": "x.mp4"}
 
 Chat messages under `messages` are read as well. An entry comes from a stranger: whatever it holds is either understood
-or refused with a ValueError (a missing file with a FileNotFoundError).
+or refused with a ValueError (a missing file with a FileNotFoundError). So a key that is not read is an error, unless it
+is a usual annotation (`ANNOTATION_KEYS`), null, or named in `ignored_keys`.
 """
 
+import difflib
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,34 @@ from ..processing.media_sources import is_animation, names_picture, source_name
 from .media_paths import path_below
 
 _CHAT_ROLES = {"system": "system", "user": "human", "assistant": "gpt"}  # and what LLaVA calls them
+
+CONTENT_KEYS = ("conversations", "messages", "system", "video", "videos", "image", "images")
+# Notes about an entry, which change nothing in a sample. `choices` and `moment` are read by evaluations.
+ANNOTATION_KEYS = frozenset(
+    (
+        *("id", "question_id", "sample_id", "video_id", "image_id", "data_source", "dataset", "source", "split"),
+        *("question_type", "category", "task", "choices", "moment", "metadata", "model", "license", "url"),
+        *("difficulty", "held_out", "pair", "control", "frame_order", "event_frame", "cut_frame"),
+    )
+)
+# Options that other trainers read from an entry, and where the same is set here.
+_OPTION_KEYS = {
+    **dict.fromkeys(("weight", "weights", "sample_weight", "loss_weight"), "a source has a weight, an entry has none"),
+    **dict.fromkeys(
+        ("fps", "nframes", "num_frames", "max_frames", "min_frames", "sample_rate", "video_fps"),
+        "frames are sampled as the processor and the recipe's keys say (num_frames, fps, max_frames)",
+    ),
+    **dict.fromkeys(
+        ("start", "end", "start_time", "end_time", "video_start", "video_end", "clip", "segment", "timestamps"),
+        "a video is read from its start to its end: cut the file",
+    ),
+}
+# Of a content part of each type, beside `type`; a medium lies under one of them.
+_PART_KEYS = {"text": ("text",)} | {kind: (kind, "path", "url", f"{kind}_url") for kind in ("video", "image")}
+_TEXT_WORDS = re.compile(
+    r"(question|answer|caption|text|prompt|completion|response|reply|instruction|input|output|conversation|dialog"
+    r"|dialogue|chat|message|turn|query|qa|description|transcript|subtitle|narration|summary|label|solution|history)"
+)
 
 
 @dataclass(frozen=True)
@@ -70,31 +101,44 @@ class MediaFolders:
         return path
 
 
-def entry_to_messages(entry: Any, folders: MediaFolders) -> list[dict[str, Any]]:
+def entry_to_messages(entry: Any, folders: MediaFolders, ignored_keys: Collection[str] = ()) -> list[dict[str, Any]]:
     """Messages for `apply_chat_template`, media as `MediaFolders.locate` returns them.
 
+    Args:
+        ignored_keys: keys of an entry, a turn, a message or a content part that may be left out.
+
     Raises:
-        ValueError: if the entry is malformed or has nothing to learn from.
+        ValueError: if the entry is malformed, has a key that is not read, or has nothing to learn from.
         FileNotFoundError: if a file is missing.
     """
     if not isinstance(entry, Mapping):
         raise ValueError(f"an entry must be a dict, got {type(entry).__name__}")
+    _check_keys(entry, CONTENT_KEYS, "the entry", {*ANNOTATION_KEYS, *ignored_keys})
     videos = [folders.locate(media, "video") for media in _as_list(entry, "video")]
     images = [folders.locate(media, "image") for media in _as_list(entry, "image")]
     turns, chat = entry.get("conversations"), entry.get("messages")
     if turns is not None and chat is not None:
         raise ValueError("the entry has both 'conversations' and 'messages'")
     if turns is not None:
-        messages = llava_conversation_to_messages(_checked_turns(turns), videos=videos, images=images)
+        turns = _checked_turns(turns, ignored_keys)
+        messages = llava_conversation_to_messages(turns, videos=videos, images=images)
     elif chat is not None:
-        messages = _from_chat(chat, videos, images, folders)
+        messages = _from_chat(chat, videos, images, folders, ignored_keys)
     elif videos and not images:
-        return [{"role": "user", "content": [{"type": "video", "video": video} for video in videos]}]
+        messages = [{"role": "user", "content": [{"type": "video", "video": video} for video in videos]}]
+        for key in ("conversations", "messages"):
+            if key in entry:  # a table has every key in every row: there, `without_nulls` has taken it out
+                raise ValueError(f"{key!r} is null; an entry of a video alone, for reconstruction, has no such key")
     else:
         raise ValueError("the entry has neither 'conversations' nor 'messages', nor a video alone to reconstruct")
-    if not any(message["role"] == "assistant" and _text_of(message).strip() for message in messages):
-        raise ValueError("the conversation has no answer (no turn from 'gpt' with text)")
-    return messages
+    if turns is not None or chat is not None:
+        _check_answers(messages)
+    return _with_system(messages, entry.get("system"))
+
+
+def has_answer(messages: list[dict[str, Any]]) -> bool:
+    """Whether anything of a conversation is supervised."""
+    return any(message["role"] == "assistant" for message in messages)
 
 
 def media_names(entry: Any) -> list[str]:
@@ -106,11 +150,12 @@ def media_names(entry: Any) -> list[str]:
     for message in messages if isinstance(messages, list) else []:
         content = message.get("content") if isinstance(message, Mapping) else None
         for part in content if isinstance(content, list) else []:
-            names = ("video", "image", "path", "url")
+            names = ("video", "image", "path", "url", "video_url", "image_url")
             values += [part.get(name) for name in names] if isinstance(part, Mapping) else []
     flat = [name for value in values for name in (value if isinstance(value, (list, tuple)) else [value])]
-    flat = [name.get("path") if isinstance(name, Mapping) else name for name in flat]
-    return [str(name)[:500] for name in flat if isinstance(name, (str, int, float, os.PathLike))]
+    flat = [name.get("path") or name.get("url") if isinstance(name, Mapping) else name for name in flat]
+    names = [str(name) for name in flat if isinstance(name, (str, int, float, os.PathLike))]
+    return [name[: 40 if name.startswith("data:") else 500] for name in names]
 
 
 def without_nulls(value: Any) -> Any:
@@ -120,10 +165,54 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _from_chat(chat: Any, videos: list[Any], images: list[Any], folders: MediaFolders) -> list[dict[str, Any]]:
+def _check_keys(given: Mapping[str, Any], known: Collection[str], where: str, ignored: Collection[str]) -> None:
+    """Raises ValueError for the first key with a value that is neither known nor to be ignored."""
+    for key, value in given.items():
+        if value is None or key in known or key in ignored:
+            continue
+        name = str(key).lower()
+        likeness = {one: difflib.SequenceMatcher(None, name, one).ratio() for one in known}
+        nearest = max(known, key=likeness.__getitem__)
+        if name in _OPTION_KEYS:
+            hint = f"; {_OPTION_KEYS[name]}"
+        elif _TEXT_WORDS.search(name) and "conversations" in known:
+            nearest = nearest if likeness[nearest] > 0.8 else "conversations"
+            hint = f"; did you mean {nearest!r}? Texts are read from 'conversations' and 'messages' alone"
+        else:
+            hint = f"; did you mean {nearest!r}?"
+        raise ValueError(
+            f"{where} has the unknown key {str(key)[:100]!r}{hint}. (ignored_keys accepts keys that may be left out)"
+        )
+
+
+def _check_answers(messages: list[dict[str, Any]]) -> None:
+    """Raises ValueError if there is no answer, or one without text: its end alone would be learned."""
+    answers = {number: _text_of(m) for number, m in enumerate(messages) if m["role"] == "assistant"}
+    if not any(text.strip() for text in answers.values()):
+        raise ValueError("the conversation has no answer (no turn from 'gpt' with text)")
+    for number, text in answers.items():
+        if not text.strip():
+            raise ValueError(f"turn {number}, from 'gpt', is an answer without text")
+
+
+def _with_system(messages: list[dict[str, Any]], system: Any) -> list[dict[str, Any]]:
+    """The conversation behind the entry's system prompt, if it has one."""
+    if system is None:
+        return messages
+    if not isinstance(system, str) or not system.strip():
+        raise ValueError(f"'system' must be the text of the system prompt, got {str(system)[:200]!r}")
+    if any(message["role"] == "system" for message in messages):
+        raise ValueError("the entry has 'system', and its conversation a system turn too")
+    return [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
+
+
+def _from_chat(
+    chat: Any, videos: list[Any], images: list[Any], folders: MediaFolders, ignored_keys: Collection[str]
+) -> list[dict[str, Any]]:
     if not isinstance(chat, list) or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in chat):
         raise ValueError(f"'messages' must be a list of dicts with 'role' and 'content', got {str(chat)[:200]}")
     for number, message in enumerate(chat):
+        _check_keys(message, ("role", "content"), f"message {number}", ignored_keys)
         if not isinstance(message["role"], str) or message["role"] not in _CHAT_ROLES:
             raise ValueError(
                 f"message {number} has the role {message['role']!r}, expected one of {', '.join(_CHAT_ROLES)}"
@@ -141,6 +230,10 @@ def _from_chat(chat: Any, videos: list[Any], images: list[Any], folders: MediaFo
     for number, message in enumerate(chat):
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts:
+            kind = str(part.get("type")).removesuffix("_url") if isinstance(part, Mapping) else None
+            if kind in _PART_KEYS:
+                _check_keys(part, ("type", *_PART_KEYS[kind]), f"a {kind} part of message {number}", ignored_keys)
         parts = [_part(part, f"message {number}", message["role"], left, folders) for part in parts]
         messages.append({"role": message["role"], "content": parts})
     for kind, names in left.items():
@@ -158,10 +251,13 @@ def _part(part: Any, where: str, role: str, left: dict[str, list[Any]], folders:
             continue
         if role != "user":
             raise ValueError(f"{where} is from {role!r} but holds a {media}")
-        sources = [part[name] for name in (media, "path", "url", f"{media}_url") if part.get(name) is not None]
-        if sources:
-            source = sources[0]
+        names = [name for name in _PART_KEYS[media] if part.get(name) is not None]
+        if len(names) > 1:
+            raise ValueError(f"{where} holds a {media} part with both {names[0]!r} and {names[1]!r}; give one")
+        if names:
+            source = part[names[0]]
             if isinstance(source, Mapping) and "url" in source:
+                _check_keys(source, ("url",), f"{names[0]!r} of {where}", ())
                 source = source["url"]
             return {"type": media, media: folders.locate(source, media)}
         if not left[media]:
@@ -179,10 +275,12 @@ def _as_list(entry: Mapping[str, Any], kind: str) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _checked_turns(conversations: Any) -> list[dict[str, str]]:
+def _checked_turns(conversations: Any, ignored_keys: Collection[str]) -> list[dict[str, str]]:
     if not isinstance(conversations, list):
         raise ValueError(f"'conversations' must be a list of turns, got {type(conversations).__name__}")
     for number, turn in enumerate(conversations):
+        if isinstance(turn, Mapping):
+            _check_keys(turn, ("from", "value"), f"turn {number}", ignored_keys)
         for key in ("from", "value") if isinstance(turn, Mapping) else ():
             if not isinstance(turn.get(key, ""), str):
                 raise ValueError(f"turn {number} must have a string as {key!r}, got {str(turn[key])[:200]}")

@@ -8,6 +8,8 @@ import functools
 import inspect
 import itertools
 import math
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +22,7 @@ from tqdm import tqdm
 from ..configuration.transformers_compat import ACTIVATION_CHECKPOINTING
 from ..processing.frame_sampling import SAMPLING_POLICIES
 from .bad_samples import BadSampleError
+from .recipes import DataArguments
 from .samples import read_sample
 from .step_memory import step_memory
 from .stream import UnreadSample
@@ -31,9 +34,9 @@ NUM_EXAMPLES = 2  # of each cause of failure
 
 @dataclass
 class SampleFacts:
-    """What is told of one sample. `problem` says why it cannot be used, None if it can."""
+    """Statistics of one sample. `problem` is the reason why it cannot be used, None if it can."""
 
-    name: str
+    place: str
     length: int = 0
     targets: int = 0
     frames: int = 0
@@ -41,6 +44,12 @@ class SampleFacts:
     images: int = 0
     problem: str | None = None
     is_too_long: bool = False
+    sample_id: Any = None
+
+    @property
+    def name(self) -> str:
+        """The entry's own `id`, if it has one, and its place in the data set, counted from 0."""
+        return self.place if self.sample_id is None else f"{self.sample_id!r}, {self.place}"
 
 
 @dataclass
@@ -70,7 +79,7 @@ class _Facts(Dataset):
         try:
             encoded = read_sample(sample.reader, "encode", sample.entry, source=sample.source, index=sample.index)
         except BadSampleError as error:
-            facts.problem = error.cause
+            facts.problem, facts.sample_id = _one_line(error.cause), error.sample_id
             return facts
         facts.length = len(encoded["input_ids"])
         facts.targets = int((encoded["labels"] != -100).sum())
@@ -81,7 +90,9 @@ class _Facts(Dataset):
         try:
             sample.reader.fit(encoded)
         except ValueError as error:
-            facts.problem, facts.is_too_long = f"ValueError: {error}", True
+            entry = sample.entry() if callable(sample.entry) else sample.entry
+            facts.problem, facts.is_too_long = _one_line(f"ValueError: {error}"), True
+            facts.sample_id = entry.get("id")
         return facts
 
 
@@ -90,11 +101,8 @@ def examine(
     data: Any,
     processor: Any,
     training_args: Any,
+    data_args: DataArguments,
     *,
-    num_samples: int,
-    on_bad_sample: str = "raise",
-    max_bad_samples: int | None = None,
-    max_bad_share: float | None = None,
     compute_dtype: torch.dtype = torch.float32,
     num_quantized: int = 0,
     makes_mask: bool = False,
@@ -105,15 +113,14 @@ def examine(
     Args:
         model: on the meta device, with what trains set to train.
         data: what `load_training_data` returned, without a ledger.
-        num_samples: how many samples are decoded, at most.
-        on_bad_sample, max_bad_samples, max_bad_share: as in the recipe.
+        data_args: of the recipe: how many samples are decoded, at most, and what about bad ones.
         compute_dtype: of autocast, or of the weights.
         num_quantized: weights that will be loaded in 4 bits.
         makes_mask: whether the attention of a packed row has a mask of all its tokens.
         is_sharded: whether the devices share the weights.
     """
     findings = Findings()
-    samples = choose_samples(data, num_samples, training_args.seed)
+    samples = choose_samples(data, data_args.check_samples, training_args.seed)
     loader = DataLoader(
         _Facts(samples), batch_size=1, collate_fn=lambda one: one[0], num_workers=training_args.dataloader_num_workers
     )
@@ -124,8 +131,13 @@ def examine(
         *describe_samples(facts, model, samples[0].reader.max_length),
     ]
     num_entries = len(data) if hasattr(data, "__len__") else None
-    describe_problems(facts, findings, on_bad_sample, max_bad_samples, max_bad_share, num_entries)
-    findings.lines += describe_steps(data, training_args)
+    describe_problems(facts, findings, data_args, num_entries)
+    findings.lines += describe_steps(data, training_args, data_args.num_processes, len(usable) / len(facts))
+    if usable and not any(one.targets for one in usable) and not data_args.reconstruction_only:
+        findings.failures.append(
+            f"none of {len(usable)} samples has a supervised token, so main_loss would stay 0: put answers under "
+            "'conversations' (turns from 'gpt') or 'messages', or set reconstruction_only: true if that is meant"
+        )
     if usable:
         options = {"compute_dtype": compute_dtype, "num_quantized": num_quantized, "makes_mask": makes_mask}
         describe_memory(usable, model, training_args, findings, is_sharded, **options)
@@ -214,12 +226,12 @@ def histogram(values: np.ndarray) -> list[str]:
 def describe_problems(
     facts: list[SampleFacts],
     findings: Findings,
-    on_bad_sample: str,
-    max_bad_samples: int | None,
-    max_bad_share: float | None,
+    data_args: DataArguments,
     num_entries: int | None,
 ) -> None:
-    """Failures by cause, with examples; a cause is told by its class and its words without names and numbers."""
+    """Failures by cause, with examples. Messages that differ in names and numbers alone are one cause."""
+    max_bad_samples, max_bad_share = data_args.max_bad_samples, data_args.max_bad_share
+    is_skipped = data_args.on_bad_sample == "skip"
     bad = [one for one in facts if one.problem is not None]
     findings.lines.append(f"bad samples           {len(bad)} of {len(facts)} ({len(bad) / len(facts):.1%})")
     by_cause: dict[str, list[SampleFacts]] = {}
@@ -228,32 +240,42 @@ def describe_problems(
     for cause, some in sorted(by_cause.items(), key=lambda item: -len(item[1])):
         findings.lines.append(f"    {len(some)} x {cause}")
         findings.lines += [f"        {one.name}: {one.problem}" for one in some[:NUM_EXAMPLES]]
-    if bad and on_bad_sample == "raise":
+    if bad and not is_skipped:
         findings.failures.append(f"{bad[0].name} cannot be used ({bad[0].problem}), and on_bad_sample is raise")
-    if max_bad_samples is not None and on_bad_sample == "skip" and len(bad) > max_bad_samples:
+    if max_bad_samples is not None and is_skipped and len(bad) > max_bad_samples:
         findings.failures.append(f"{len(bad)} bad samples alone are more than max_bad_samples={max_bad_samples}")
-    if max_bad_share is not None and num_entries is not None and on_bad_sample == "skip":
+    if max_bad_share is not None and num_entries is not None and is_skipped:
         if len(bad) > max_bad_share * num_entries:
             findings.failures.append(
                 f"{len(bad)} bad samples alone are more than max_bad_share={max_bad_share} of {num_entries}"
             )
 
 
-def describe_steps(data: Any, training_args: Any) -> list[str]:
+def describe_steps(data: Any, training_args: Any, num_processes: int | None, good_share: float) -> list[str]:
+    """Batch size and steps, for `num_processes` (by default those that run) and a share of samples that can be used."""
+    num_processes = num_processes or training_args.world_size
     per_device, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
-    effective = per_device * accumulation * training_args.world_size
+    effective = per_device * accumulation * num_processes
     lines = [
         f"effective batch       {effective} = {per_device} per device x {accumulation} accumulated x "
-        f"{training_args.world_size} processes"
+        f"{num_processes} processes"
     ]
+    num_workers, num_cores = num_processes * training_args.dataloader_num_workers, os.cpu_count() or 1
+    if num_workers > num_cores:
+        lines.append(
+            f"decoding              {num_workers} workers (one thread each) share {num_cores} cores: set "
+            f"dataloader_num_workers to {max(1, num_cores // num_processes)} or less, if all processes run on this machine"
+        )
     if not hasattr(data, "__len__"):
         return [*lines, f"optimizer steps       {training_args.max_steps}, from a stream"]
-    batches = math.ceil(math.ceil(len(data) / training_args.world_size) / per_device)
+    batches = math.ceil(math.ceil(len(data) / num_processes) / per_device)
     in_epoch = math.ceil(batches / accumulation)
     steps = training_args.max_steps
     if steps <= 0:
         steps = math.ceil(in_epoch * training_args.num_train_epochs)
     epochs = f"{steps / in_epoch:.2f} epochs of {len(data)} samples"
+    if good_share < 1:
+        epochs += f", of which about {round(good_share * len(data))} can be used"
     return [*lines, f"optimizer steps       {steps}: {epochs}"]
 
 
@@ -300,9 +322,14 @@ def describe_memory(
 def _kind_of(facts: SampleFacts) -> str:
     if facts.is_too_long:
         return "too long"
-    words = facts.problem.split()
-    common = [word for word in words if not any(mark in word for mark in "/\\'\"[]{}()") and not word[:1].isdigit()]
-    return " ".join(common)[:100]
+    # Quoted texts, paths and numbers become dots: what is left is the sentence that the messages have in common.
+    common = re.sub(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|\b\d[\w.]*", "...", facts.problem)
+    return common if len(common) <= 160 else f"{common[:160]} ..."
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 400 else f"{line[:400]} ..."
 
 
 def _readable(size: int) -> str:

@@ -80,11 +80,21 @@ class DataArguments:
     video_root: str | None = field(default=None, metadata={"help": "Folder of the videos; that of the data if unset."})
     image_root: str | None = field(default=None, metadata={"help": "Folder of the images; video_root if unset."})
     allow_outside_root: bool = field(default=False, metadata={"help": "Accept paths outside of the folder, and URLs."})
+    ignored_keys: list[str] | None = field(
+        default=None,
+        metadata={"help": "Keys of an entry that are not read and may be left out; any other is an error."},
+    )
+    reconstruction_only: bool = field(
+        default=False, metadata={"help": "Videos without any answer are meant: only the reconstruction is trained."}
+    )
     check_data: bool = field(default=True, metadata={"help": "Look through all entries before training starts."})
     check: bool = field(
         default=False, metadata={"help": "Only say what the recipe and a sample of the data would do; train nothing."}
     )
     check_samples: int = field(default=200, metadata={"help": "How many samples check decodes."})
+    num_processes: int | None = field(
+        default=None, metadata={"help": "With check: processes to count for; by default those that are running."}
+    )
     on_bad_sample: str = field(
         default="raise", metadata={"help": "raise | skip: stop, or leave it out and list it in bad_samples.jsonl."}
     )
@@ -169,6 +179,9 @@ CONFIG_KEYS -= {"autoregressive_config"}
 SECTIONS = {"autoregressive_config": HEAD_KEYS, "model_config": CONFIG_KEYS}
 
 
+_TRUE_BY_DEFAULT = {f.name for kind in KINDS for f in fields(kind) if f.default is True}
+
+
 def flatten_recipe(document: Any, source: str) -> dict[str, Any]:
     """A recipe in either form -> `{"learning_rate": ..., "autoregressive_config.num_hist": ...}`.
 
@@ -244,6 +257,8 @@ def read_command_line(argv: list[str]) -> dict[str, Any]:
         if token.startswith("--"):
             key, has_value, value = token[2:].partition("=")
             key = key.replace("-", "_")
+            if key.removeprefix("no_") in _TRUE_BY_DEFAULT and key.startswith("no_") and not has_value:
+                key, has_value, value = key.removeprefix("no_"), "=", "false"
             if key in document:
                 raise ValueError(f"--{key} is given twice")
             values = document[key] = [value] if has_value else []
@@ -255,14 +270,38 @@ def read_command_line(argv: list[str]) -> dict[str, Any]:
     return {key: True if not values else values[0] if len(values) == 1 else values for key, values in parsed.items()}
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, and the default of each option."""
+
+
 def make_parser(description: str | None = None) -> HfArgumentParser:
-    return HfArgumentParser(
+    """One option for each key; a key that is true by default has `--no_<key>` too."""
+    parser = HfArgumentParser(
         KINDS,
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
     )
+    for action in parser._actions:
+        if isinstance(action, argparse._StoreFalseAction):  # HfArgumentParser gives it the help of the key
+            action.help, action.default = f"Set {action.dest} to false.", argparse.SUPPRESS
+    return parser
+
+
+def _check_ranges(data_args: DataArguments, training_args: TrainingArguments) -> None:
+    at_least_one = {"check_samples": data_args.check_samples, "num_processes": data_args.num_processes or 1}
+    names = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    at_least_one |= {name: getattr(training_args, name) for name in names}
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if training_args.dataloader_num_workers < 0:
+        raise ValueError(f"dataloader_num_workers must be at least 0, got {training_args.dataloader_num_workers}")
+    if training_args.max_steps <= 0 and not training_args.num_train_epochs > 0:
+        raise ValueError(f"num_train_epochs must be above 0 without max_steps, got {training_args.num_train_epochs}")
+    if data_args.num_processes is not None and not data_args.check:
+        raise ValueError("num_processes is for --check; a launcher takes it to start so many: accelerate launch")
 
 
 def parse_arguments(
@@ -310,8 +349,7 @@ def parse_arguments(
         raise ValueError("streaming: true needs max_steps, as a stream has no end")
     if data_args.streaming and training_args.train_sampling_strategy == "group_by_length":
         raise ValueError("train_sampling_strategy: group_by_length needs all lengths, which a stream does not know")
-    if data_args.check_samples < 1:
-        raise ValueError(f"check_samples must be at least 1, got {data_args.check_samples}")
+    _check_ranges(data_args, training_args)
     if model_args.trainable not in TRAINABLE:
         raise ValueError(f"trainable is {model_args.trainable!r}, expected one of {', '.join(TRAINABLE)}")
     guard_args.bad_step_policy()  # a value that does not fit is an error now

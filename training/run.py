@@ -41,6 +41,7 @@ from typing import Any
 
 import torch
 from transformers import AutoProcessor, AutoTokenizer, TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from ..configuration.configuration_llava_next_ar import LlavaNextARConfig
@@ -48,19 +49,22 @@ from ..hub.model_card import write_card
 from ..processing.llava_conversation import DEFAULT_CHAT_TEMPLATE
 from ..processing.processing_llava_next_ar import LlavaNextARProcessor, layout_options
 from ..processing.video_processing_llava_next_ar import LlavaNextARVideoProcessorKwargs, head_sampling
-from .bad_samples import BadSampleLedger
+from .bad_samples import BadSampleLedger, TooManyBadSamplesError
 from .checkpoints import UNFINISHED, replace_model
 from .collator import LlavaVideoCollator
-from .data import load_training_data
+from .data import any_answers, load_training_data
 from .guards import BadStepError
+from .merge import merge_adapters
 from .output_folder import checkpoint_to_resume, remove_run, write_recipe
-from .preflight import Findings, examine
+from .own_code import check_own_code, find_file
+from .preflight import Findings, choose_samples, examine
 from .progress import show_progress
 from .recipes import DataArguments, GuardArguments, ModelArguments, make_parser, parse_arguments
 from .termination import StopOnSigterm
 from .trained_model import (
     BRIDGE,
     check_adapter_base,
+    check_attention,
     check_quantization,
     choose_trainable,
     load_config,
@@ -71,9 +75,12 @@ from .trained_model import (
 )
 from .trainer import HEAD, AutoregressiveTrainer
 
+logger = logging.get_logger(__name__)
+
 VIDEO_OPTIONS = {field.name for field in dataclasses.fields(DataArguments)} & set(
     LlavaNextARVideoProcessorKwargs.__annotations__
 )
+NUM_SAMPLES_WITH_ANSWERS = 500  # that are looked at, without decoding, before a training starts
 
 
 # ----------------------------------------------------------------------------------------------------------- processor
@@ -84,18 +91,22 @@ def load_processor(args: ModelArguments, data_args: DataArguments, config: Any) 
 
     Raises:
         ValueError: on sampling options that contradict each other, or a tokenizer with other placeholders.
+        OSError: if a processor that is there cannot be loaded, or the Hub does not answer.
     """
     source = args.processor or args.model
+    if args.processor is not None:
+        check_own_code(args.processor, args.trust_remote_code)
     options = {name: getattr(data_args, name) for name in VIDEO_OPTIONS if getattr(data_args, name) is not None}
     if not options.keys() & {"sampling", "fps"}:
         options |= head_sampling(config)
     is_own = isinstance(config, LlavaNextARConfig)
-    try:
+    # Looked for by name: an error while a processor is loaded says nothing of whether there is one.
+    if any(find_file(source, name) is not None for name in ("processor_config.json", "preprocessor_config.json")):
         if is_own:
             processor = LlavaNextARProcessor.from_pretrained(source, **options)
         else:
             processor = AutoProcessor.from_pretrained(source, trust_remote_code=True, **options)
-    except OSError:  # only a tokenizer is there
+    else:  # only a tokenizer is there
         tokenizer = AutoTokenizer.from_pretrained(source)
         processor = LlavaNextARProcessor.for_config(config, tokenizer, **options)
     # LLaVA-OneVision's own template marks no answers, and is this one in other words.
@@ -133,10 +144,23 @@ def load_data(
         allow_outside_root=data_args.allow_outside_root,
         max_length=data_args.max_length,
         truncate=data_args.truncate,
+        ignored_keys=data_args.ignored_keys or (),
     )
     if data_args.check_data and training_args.local_process_index == 0 and not streaming:
         data.check()
     return data
+
+
+def warn_without_answers(data: Any, data_args: DataArguments, training_args: TrainingArguments) -> None:
+    """Logs a warning if none of a few samples of the data has an answer, and the recipe does not say so."""
+    if data_args.reconstruction_only or training_args.process_index:
+        return
+    samples = choose_samples(data, NUM_SAMPLES_WITH_ANSWERS, training_args.seed)
+    if not any_answers(samples):
+        logger.warning(
+            f"none of {len(samples)} samples of the training data has an answer: the language modeling loss (main_loss) "
+            "stays 0. Put answers under 'conversations' or 'messages', or set reconstruction_only: true if that is meant"
+        )
 
 
 def open_ledger(data_args: DataArguments, training_args: TrainingArguments) -> BadSampleLedger | None:
@@ -157,6 +181,12 @@ def check(
     args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments, config: Any, processor: Any
 ) -> Findings:
     """What the recipe would do, by the configuration alone: no weights are read, and nothing is written."""
+    failures = []
+    for attempt in (lambda: check_attention(args, config), lambda: check_reports(training_args)):
+        try:
+            attempt()
+        except (ValueError, ImportError) as error:
+            failures.append(" ".join(str(error).split()))
     model, num_quantized = model_without_weights(args, config, training_args)
     frozen_dtype = weights_dtype(args, training_args)
     compute_dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else frozen_dtype
@@ -164,20 +194,32 @@ def check(
     data = load_data(
         data_args.train_data, data_args, training_args, processor, ledger=None, streaming=data_args.streaming
     )
-    return examine(
+    findings = examine(
         model,
         data,
         processor,
         training_args,
-        num_samples=data_args.check_samples,
-        on_bad_sample=data_args.on_bad_sample,
-        max_bad_samples=data_args.max_bad_samples,
-        max_bad_share=data_args.max_bad_share,
+        data_args,
         compute_dtype=compute_dtype,
         num_quantized=num_quantized,
         makes_mask=data_args.packing and args.attn_implementation in (None, "sdpa", "eager"),
         is_sharded=bool(sharding_asked_for(training_args)),
     )
+    findings.failures[:0] = failures
+    return findings
+
+
+def check_reports(training_args: TrainingArguments) -> None:
+    """Makes the callbacks that report the run, and throws them away.
+
+    Raises:
+        ValueError: for an unknown name in `report_to`, or one whose package is not installed.
+    """
+    for callback in get_reporting_integration_callbacks(training_args.report_to):
+        try:
+            callback()
+        except (RuntimeError, ImportError) as error:
+            raise ValueError(f"report_to: {error}") from error
 
 
 def describe(model: Any, training_args: TrainingArguments, data: Any) -> str:
@@ -224,24 +266,29 @@ def quiet_other_ranks(training_args: TrainingArguments) -> None:
         warnings.simplefilter("ignore")
 
 
+def load_sets(data_args: DataArguments, training_args: TrainingArguments, processor: Any) -> tuple[Any, Any]:
+    """The data to train on and, if the recipe names it, the data to evaluate on."""
+    ledger = open_ledger(data_args, training_args)
+    streaming = data_args.streaming
+    train_data = load_data(data_args.train_data, data_args, training_args, processor, ledger, streaming=streaming)
+    eval_data = None
+    if data_args.eval_data:
+        eval_data = load_data(data_args.eval_data, data_args, training_args, processor, ledger)
+    return train_data, eval_data
+
+
 def make_trainer(
+    model: Any,
+    data: tuple[Any, Any],
     args: ModelArguments,
     data_args: DataArguments,
     guard_args: GuardArguments,
     training_args: TrainingArguments,
-    config: Any,
     processor: Any,
     enable_autoregressive: bool,
 ) -> AutoregressiveTrainer:
-    """Loads data and model and returns the trainer of both."""
-    ledger = open_ledger(data_args, training_args)
-    train_data = load_data(
-        data_args.train_data, data_args, training_args, processor, ledger, streaming=data_args.streaming
-    )
-    eval_data = None
-    if data_args.eval_data:
-        eval_data = load_data(data_args.eval_data, data_args, training_args, processor, ledger)
-    model = choose_trainable(load_model(args, config, training_args), args, training_args)
+    """Returns the trainer of a model and of the data to train and to evaluate on."""
+    train_data, eval_data = data
     trainer = AutoregressiveTrainer(
         model,
         training_args,
@@ -291,7 +338,7 @@ def save(trainer: AutoregressiveTrainer, merge_lora: bool) -> None:
         if is_main:
             merged = folder / UNFINISHED
             shutil.rmtree(merged, ignore_errors=True)
-            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(merged)
+            merge_adapters(trainer.accelerator.unwrap_model(trainer.model)).save_pretrained(merged)
             trainer.processing_class.save_pretrained(merged)
             replace_model(merged, folder)
     else:
@@ -355,18 +402,25 @@ def run(argv: list[str]) -> None:
         sys.exit("train.py: push_to_hub would upload the adapter; push the merged model with scripts/push_to_hub.py")
     set_seed(training_args.seed)  # the head of a LLaVA-OneVision checkpoint is new
 
-    config, changed = load_config(args, sections)
-    if args.trainable == "lora":
-        check_adapter_base(args, changed, training_args)
-    processor = load_processor(args, data_args, config)
-    if data_args.check:
-        if not is_main:
-            sys.exit()
-        findings = check(args, data_args, training_args, config, processor)
-        print(findings, flush=True)
-        sys.exit(bool(findings.failures))
+    try:
+        config, changed = load_config(args, sections)
+        if args.trainable == "lora":
+            check_adapter_base(args, changed, training_args)
+        processor = load_processor(args, data_args, config)
+        if data_args.check:
+            if not is_main:
+                sys.exit()
+            findings = check(args, data_args, training_args, config, processor)
+            print(findings, flush=True)
+            sys.exit(bool(findings.failures))
+        check_reports(training_args)
+        data = load_sets(data_args, training_args, processor)
+        warn_without_answers(data[0], data_args, training_args)
+    except (ValueError, OSError, ImportError, TooManyBadSamplesError) as error:
+        sys.exit(f"train.py: {' '.join(str(error).split())}")
     enable_autoregressive = sections["model_config"].get("enable_autoregressive", True)
-    trainer = make_trainer(args, data_args, guard_args, training_args, config, processor, enable_autoregressive)
+    model = choose_trainable(load_model(args, config, training_args), args, training_args)
+    trainer = make_trainer(model, data, args, data_args, guard_args, training_args, processor, enable_autoregressive)
     if is_main:
         print(describe(trainer.model, training_args, trainer.train_dataset), flush=True)
         removed = remove_run(folder) if overwrite else []

@@ -6,21 +6,25 @@
 
 import io
 import os
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
 
-from ..processing.frame_sampling import SampledFrames
-from ..processing.media_sources import open_image, source_name
-from ..processing.video_frames import VideoFrames, video_length
-from ..processing.video_inputs import load_images
+from ..processing.media_sources import open_image
 from .bad_samples import BadSampleError
+from .control_tokens import ControlTokenEscape
 from .entries import MediaFolders, entry_to_messages, media_names
+from .sample_lengths import count_tokens
 
+# Errors of a program rather than of a file, unless one of the libraries that read files raises them.
+_PROGRAMMING_ERRORS = (
+    *(AttributeError, NameError, TypeError, LookupError, AssertionError, NotImplementedError, ZeroDivisionError),
+)
+_MEDIA_LIBRARIES = ("PIL", "av", "decord", "numpy")
 SAMPLE_NAME = "sample_name"  # of a sample: a short text by which a person finds it
 
 
@@ -34,6 +38,7 @@ class SampleReader:
         truncate: cut a sample that is longer at its end instead of refusing it. Visual tokens and the last target are
             never cut off: those are errors still.
         processor_kwargs: options for every call of the processor, such as `{"num_frames": 8}`.
+        ignored_keys: keys of entries that may be left out; see `entry_to_messages`.
 
     Raises:
         ValueError: if the processor's chat template marks no assistant turns.
@@ -49,20 +54,23 @@ class SampleReader:
         max_length: int | None = None,
         truncate: bool = False,
         processor_kwargs: dict[str, Any] | None = None,
+        ignored_keys: Collection[str] = (),
     ) -> None:
         self.processor = processor
+        self.ignored_keys = tuple(ignored_keys)
         self.folders = MediaFolders(
             Path(video_root), Path(video_root if image_root is None else image_root), allow_outside_root
         )
         self.max_length = max_length
         self.truncate = truncate
         self.processor_kwargs = dict(processor_kwargs or {})
+        self._control_tokens = ControlTokenEscape(processor)
         # A template that marks no answers would fail at every sample; say it once, before any is read.
-        self._call_processor([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        self._call(processor, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
 
     def messages(self, entry: Any) -> list[dict[str, Any]]:
         """Chat messages with the places of their media. Raises ValueError or OSError for an entry that is malformed."""
-        return entry_to_messages(entry, self.folders)
+        return entry_to_messages(entry, self.folders, self.ignored_keys)
 
     def sample(self, entry: Any) -> dict[str, torch.Tensor]:
         """`input_ids` `[S]`, `labels` `[S]` and what the processor returns for media. Decodes them.
@@ -74,9 +82,11 @@ class SampleReader:
 
     def encode(self, entry: Any) -> dict[str, torch.Tensor]:
         """As `sample`, of any length."""
-        messages = self.messages(entry)
-        inputs = self._call_processor([_with_media(message, _open_media) for message in messages])
+        messages, processor = self._control_tokens.mark(self.messages(entry))
+        inputs = self._call(processor, [_with_media(message, _open_media) for message in messages])
         input_ids, is_target = inputs["input_ids"][0], inputs["assistant_masks"][0].bool()
+        if processor is not self.processor:
+            input_ids, is_target = self._control_tokens.restore(input_ids, is_target)
         labels = torch.where(is_target, input_ids, -100)
         if any(message["role"] == "assistant" for message in messages) and not is_target.any():
             raise ValueError("the chat template marked no token of the answer")
@@ -101,28 +111,27 @@ class SampleReader:
     def length(self, entry: Any) -> int:
         """How many tokens `sample` would give, from the headers of videos and without their pixels.
 
-        The processor itself counts, given frames of one pixel in place of the real ones; images are replaced by empty
-        ones of their size. Exact where a file's header says the truth about its number of frames and their rate.
+        Exact where a file's header gives the true number of frames and rate.
 
         Raises:
             Exception: as `sample`, for what can be seen without decoding.
         """
-        messages = [_with_media(message, self._stand_in) for message in self.messages(entry)]
-        videos_kwargs = {**self.processor_kwargs.get("videos_kwargs", {}), "do_resize": False}
-        inputs = self._call_processor(messages, videos_kwargs=videos_kwargs)
-        length = len(inputs["input_ids"][0])
+        messages, processor = self._control_tokens.mark(self.messages(entry))
+        is_marked = processor is not self.processor
+        count_text = self._control_tokens.num_restored if is_marked else len
+        length = count_tokens(processor, messages, self.processor_kwargs, count_text)
         return length if self.max_length is None or not self.truncate else min(length, self.max_length)
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _call_processor(self, messages: list[dict[str, Any]], **more: Any) -> Any:
-        return self.processor.apply_chat_template(
+    def _call(self, processor: Any, messages: list[dict[str, Any]]) -> Any:
+        return processor.apply_chat_template(
             messages,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             return_assistant_tokens_mask=True,
-            processor_kwargs={**self.processor_kwargs, **more},
+            processor_kwargs=dict(self.processor_kwargs),
         )
 
     def _check_cut(self, input_ids: torch.Tensor, labels: torch.Tensor) -> None:
@@ -145,30 +154,6 @@ class SampleReader:
                 f"{int(targets[0]) + 1 - self.max_length} too far"
             )
 
-    def _stand_in(self, media: Any, kind: str) -> Any:
-        """What gives as many tokens as `media`, at no cost."""
-        if kind == "image":
-            return Image.new("RGB", _upright_size(media))
-        if isinstance(media, str) and media.lower().endswith(".npy"):
-            media = np.load(media, mmap_mode="r", allow_pickle=False)
-        if isinstance(media, (np.ndarray, torch.Tensor)):
-            return torch.zeros(len(media), 3, 2, 2, dtype=torch.uint8)
-        video_processor = self.processor.video_processor
-        options = {k: v for k, v in self.processor_kwargs.items() if k in video_processor.valid_kwargs.__annotations__}
-        sampling = video_processor.sampling_for(**{**options, **self.processor_kwargs.get("videos_kwargs", {})})
-        total, fps = video_length(media)
-        sampled = SampledFrames(np.arange(total)) if sampling is None else sampling.select(total, fps)
-        return VideoFrames(
-            frames=torch.zeros(len(sampled.indices), 3, 1, 1, dtype=torch.uint8),
-            timestamps=torch.from_numpy(sampled.indices / fps),
-            indices=torch.from_numpy(sampled.indices),
-            frame_types=sampled.frame_types,
-            fps=fps,
-            duration=total / fps,
-            total_frames=total,
-            source=source_name(media),
-        )
-
 
 def read_sample(reader: SampleReader, method: str, entry: Any, *, source: str, index: int) -> Any:
     """`reader.<method>(entry)`, with every failure named.
@@ -177,7 +162,10 @@ def read_sample(reader: SampleReader, method: str, entry: Any, *, source: str, i
         entry: or a function without arguments that returns it, where getting it may fail too.
 
     Raises:
-        BadSampleError: if it fails, whatever the failure, but for a missing package and memory that runs out.
+        BadSampleError: if it fails.
+        ImportError, MemoryError: as they are; they are not the sample's fault.
+        AttributeError, TypeError, KeyError, ...: as they are, if a program's mistake raises them and not a library that
+            reads media.
     """
     try:
         entry = entry() if callable(entry) else entry
@@ -185,6 +173,8 @@ def read_sample(reader: SampleReader, method: str, entry: Any, *, source: str, i
     except (ImportError, MemoryError):
         raise  # not the sample's fault
     except Exception as error:  # decoders raise anything on a damaged file: struct.error, EOFError, SyntaxError, ...
+        if isinstance(error, _PROGRAMMING_ERRORS) and not _is_of_media_library(error):
+            raise
         raise BadSampleError(
             f"{_name_of(source, index, entry)}: {error}",
             index=index,
@@ -194,6 +184,16 @@ def read_sample(reader: SampleReader, method: str, entry: Any, *, source: str, i
             cause=f"{type(error).__name__}: {error}",
         ) from error
     return {**result, SAMPLE_NAME: _name_of(source, index, entry)} if method == "sample" else result
+
+
+def _is_of_media_library(error: BaseException) -> bool:
+    """Whether the error comes from a library that reads media, or from what such a library calls."""
+    own = __name__.partition(".")[0]
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        library = frame.f_globals.get("__name__", "").partition(".")[0]
+        if library in (*_MEDIA_LIBRARIES, own):
+            return library != own
+    return False
 
 
 def _id_of(entry: Any) -> Any:
@@ -223,15 +223,3 @@ def _open_media(media: Any, kind: str) -> Any:
     if kind == "video" and isinstance(media, str) and media.lower().endswith(".npy"):
         return np.load(media, mmap_mode="r", allow_pickle=False)  # reads what is sampled, whatever the header claims
     return open_image(io.BytesIO(media)) if kind == "image" and isinstance(media, bytes) else media
-
-
-def _upright_size(media: Any) -> tuple[int, int]:
-    """(width, height) as transformers sees the image, that is, turned the way the camera was held."""
-    if isinstance(media, Image.Image):
-        image = media
-    elif isinstance(media, str) and ("://" in media or media.startswith("data:")):
-        image = load_images(media)
-    else:
-        image = open_image(io.BytesIO(media) if isinstance(media, bytes) else media)
-    is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    return image.size[::-1] if is_turned else image.size

@@ -61,8 +61,8 @@ class LlavaVideoStream(IterableDataset):
     Args:
         data: what `DataSource.parse` takes, or a list of it. The next entry comes from a source with a probability
             proportional to its weight.
-        processor, video_root, image_root, allow_outside_root, max_length, truncate, processor_kwargs, bad_samples: as
-            for `LlavaVideoDataset`. The ledger needs `max_samples`.
+        processor, video_root, image_root, allow_outside_root, max_length, truncate, processor_kwargs, ignored_keys,
+            bad_samples: as for `LlavaVideoDataset`. The ledger needs `max_samples`.
         shuffle_buffer: of so many entries of a source one is drawn; 1 keeps their order.
         seed: of what is drawn.
         repeat: start again with a source that has come to its end, in another order, and never end. False gives every

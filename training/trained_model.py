@@ -1,5 +1,6 @@
 """The model that a recipe asks scripts/train.py for: its configuration, its weights, and what of them trains."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers.utils import is_bitsandbytes_available
 from ..configuration.configuration_llava_next_ar import LlavaNextARConfig
 from ..hub.pushed_model import hub_id
 from ..modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
+from .own_code import check_own_code
 from .recipes import ModelArguments
 from .trainer import HEAD
 
@@ -24,8 +26,10 @@ def load_config(args: ModelArguments, sections: dict[str, dict[str, Any]]) -> tu
     new)}`.
 
     Raises:
-        ValueError: if the checkpoint is of another kind, or a key does not fit.
+        ValueError: if the checkpoint is of another kind, or has code of its own that is not trusted, or a key does not
+            fit.
     """
+    check_own_code(args.model, args.trust_remote_code)
     kind = LlavaNextARConfig.get_config_dict(args.model)[0].get("model_type")
     if kind not in ("llava_next_ar", "llava_onevision"):
         raise ValueError(f"{args.model} is a {kind} model, expected llava_next_ar or llava_onevision")
@@ -115,6 +119,14 @@ def load_model(args: ModelArguments, config: Any, training_args: TrainingArgumen
             "train it first with trainable: projector_and_head or full"
         )
     return model
+
+
+def check_attention(args: ModelArguments, config: Any) -> None:
+    """Raises ValueError or ImportError, as loading would, if the attention of the recipe cannot run here."""
+    if args.attn_implementation is not None and isinstance(config, LlavaNextARConfig):
+        with torch.device("meta"):
+            asked = copy.deepcopy(config)
+            LlavaNextARForConditionalGeneration._from_config(asked, attn_implementation=args.attn_implementation)
 
 
 def model_without_weights(args: ModelArguments, config: Any, training_args: TrainingArguments) -> tuple[Any, int]:

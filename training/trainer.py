@@ -64,8 +64,8 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
         kwargs: further arguments of `Trainer`.
 
     Raises:
-        ValueError: if the model has no head to train, several GPUs would be used by one process, or label smoothing or
-            a loss function is asked for, which would replace both losses.
+        ValueError: if the model has no head to train, its head is new and frozen, several GPUs would be used by one
+            process, or label smoothing or a loss function is asked for, which would replace both losses.
     """
 
     def __init__(
@@ -136,7 +136,9 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
                 f"{type(base).__name__}.forward takes no num_videos_in_batch, so its reconstruction loss would depend "
                 "on how a step is split into batches"
             )
-        if not self.enable_autoregressive and head is not None:
+        if self.enable_autoregressive:
+            _check_objective_trains(head)
+        elif head is not None:
             head.requires_grad_(False)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -475,6 +477,24 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
                 optimizer.add_param_group({**group, "params": head, "lr": self.head_learning_rate})
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
+
+
+def _check_objective_trains(head: nn.Module) -> None:
+    """Raises ValueError for a frozen head that still predicts a copy: it passes no gradient on, so nothing trains."""
+    parameters = [parameter for name, parameter in head.named_parameters() if ".teacher." not in f".{name}"]
+    if any(parameter.requires_grad for parameter in parameters):
+        return
+    change = getattr(getattr(head, "change", None), "weight", None)
+    if change is not None and change.numel() and not change.any():  # ZeRO-3 leaves empty weights behind
+        raise ValueError(
+            f"enable_autoregressive=True, but the reconstruction head ({HEAD}) is new and frozen: its skill stays 0, and "
+            f"the language model gets no gradient from it. Name {HEAD!r} in modules_to_save of the PEFT configuration, "
+            "unfreeze it, or pass enable_autoregressive=False"
+        )
+    logger.warning(
+        f"the reconstruction head ({HEAD}) is frozen: its loss trains the language model alone. With PEFT, name {HEAD!r} "
+        "in modules_to_save to train it"
+    )
 
 
 class _LossSums:

@@ -86,4 +86,9 @@ def _read_whole(
 def stream_options(parser: argparse.ArgumentParser) -> None:
     common_options(parser)
     parser.add_argument("--frames", type=int, nargs="+", default=[8, 16, 32, 64, 128])
-    parser.add_argument("--no-whole", dest="whole", action="store_false", help="do not compare with the whole video")
+    parser.add_argument(
+        "--no-whole",
+        dest="whole",
+        action="store_false",
+        help="do not compare with the whole video, as is done by default",
+    )

@@ -29,8 +29,13 @@ _PATCH_GAIN, _POSITION_GAIN = 4.0, 0.1
 
 
 def texts_of(entries: Sequence[dict[str, Any]]) -> list[str]:
-    """All that is said in LLaVA JSON entries, answers that are not given included."""
-    said = [turn["value"] for entry in entries for turn in entry["conversations"]]
+    """All that is said in LLaVA JSON entries, answers that are not given included; a video alone says nothing."""
+    said = [turn["value"] for entry in entries for turn in entry.get("conversations") or ()]
+    for message in (message for entry in entries for message in entry.get("messages") or ()):
+        content = message["content"]
+        parts = [{"text": content}] if isinstance(content, str) else content
+        said += [part["text"] for part in parts if part.get("text") is not None]
+    said += [entry["system"] for entry in entries if entry.get("system") is not None]
     return said + [choice for entry in entries for choice in entry.get("choices", ())]
 
 

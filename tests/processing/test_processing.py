@@ -513,7 +513,7 @@ def test_llava_video_data_write_image_for_a_video(processor):
         ([("human", "<video><image>")], {"videos": ["a.mp4"]}, "1 <image> placeholders for 0 images"),
         ([("human", "<image><image>")], {"videos": ["a.mp4"]}, "2 <image> placeholders for 1 videos"),
         ([("tool", "Hi.")], {}, "turn 0 is from 'tool', expected one of system, human, gpt"),
-        ([("human", "Hi."), ("gpt", "A <video>.")], {"videos": ["a.mp4"]}, "turn 1 is from 'gpt' but holds a <video>"),
+        ([("human", "Hi."), ("gpt", "A <video>.")], {"videos": ["a.mp4"]}, "0 <video> placeholders for 1 videos"),
         ([], {}, "no turns"),
     ],
 )

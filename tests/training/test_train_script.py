@@ -230,9 +230,9 @@ def test_a_resumed_adapter_gives_what_an_uninterrupted_run_gives(work):
 
 
 def test_an_adapter_that_would_not_fit_its_base_is_refused(work):
-    with pytest.raises(ValueError, match=r"num_hist \(3 there, 2 here\): set merge_lora"):
+    with pytest.raises(SystemExit, match=r"num_hist \(3 there, 2 here\): set merge_lora"):
         train.main(options(work, "refused", "--num_hist", "2", config="lora"))
-    with pytest.raises(ValueError, match="model_type"):
+    with pytest.raises(SystemExit, match="model_type"):
         train.main(options(work, "refused", "--num_heads", "2", config="lora", model="onevision"))
 
 
@@ -377,7 +377,7 @@ def test_several_sources_with_weights(work, streaming):
 def test_a_bad_sample_stops_the_run_before_it_starts(work):
     entries = json.loads((work / "data" / "train.json").read_text())
     (work / "data" / "bad.json").write_text(json.dumps([*entries, {"video": "gone.mp4", "id": "x9"}]))
-    with pytest.raises(ValueError, match="sample 4 .*x9.*gone.mp4"):
+    with pytest.raises(SystemExit, match="train.py: sample 4 .*x9.*gone.mp4"):
         train.main(options(work, "never", "--train_data", str(work / "data" / "bad.json")))
     assert not os.path.exists(work / "never")
 

@@ -157,7 +157,10 @@ BAD = {
         {"messages": [{"role": "user", "content": [{"type": "video"}]}, {"role": "assistant", "content": "b"}]},
         "no video is given for it",
     ),
-    "video in an answer": ({"conversations": turns("a", "<video>\nb"), "video": "short.mp4"}, "from 'gpt' but holds"),
+    "video in an answer": (
+        {"conversations": turns("a", "<video>\nb"), "video": "short.mp4"},
+        "0 <video> placeholders for 1 videos",
+    ),
     "no file": ({"conversations": turns("<video>\na", "b"), "video": "gone.mp4"}, "no such file: .*gone.mp4"),
     "damaged": ({"conversations": turns("<video>\na", "b"), "video": "damaged.mp4"}, "damaged.mp4"),
     "no media": ({"id": 7}, "neither 'conversations' nor 'messages'"),

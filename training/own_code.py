@@ -1,0 +1,90 @@
+"""Checkpoints whose configuration names classes of their author's own, which the installed package does not hold."""
+
+import json
+import os
+from typing import Any
+
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+from ..hub.hub_code import AUTO_MAP
+
+_FILES_WITH_CLASSES = ("config.json", "processor_config.json", "adapter_config.json")
+
+
+def find_file(source: str, name: str, revision: str | None = None) -> str | None:
+    """The path of a file of a checkpoint, downloaded if need be; None if the checkpoint has no such file.
+
+    Args:
+        source: folder or Hub id.
+        revision: of the Hub id.
+
+    Raises:
+        OSError: if the Hub does not answer, and the cache holds neither the file nor a note of its absence.
+    """
+    if os.path.isdir(source):
+        path = os.path.join(source, name)
+        return path if os.path.isfile(path) else None
+    try:
+        return hf_hub_download(source, name, revision=revision)
+    except LocalEntryNotFoundError as error:
+        cached = try_to_load_from_cache(source, name, revision=revision)
+        if cached is not None:  # a path, or the mark of a file that was looked for and is not there
+            return cached if isinstance(cached, str) else None
+        raise OSError(f"whether {source} has a {name} cannot be found out now: {error}") from error
+    except EntryNotFoundError:
+        return None
+
+
+def own_classes(source: str, revision: str | None = None) -> list[str]:
+    """Classes that a checkpoint's `auto_map`s name beside those of this package, such as `my_head.MyModel`.
+
+    Those of the base are among them if the checkpoint is an adapter.
+
+    Raises:
+        OSError: as `find_file`.
+        ValueError: if a configuration is not valid JSON.
+    """
+    found: dict[str, None] = {}
+    for name in _FILES_WITH_CLASSES:
+        try:
+            path = find_file(source, name, revision)
+        except OSError:
+            if not constants.HF_HUB_OFFLINE:
+                raise
+            path = None  # what is not in the cache is not loaded either
+        values = _read_json(path) if path is not None else {}
+        classes = values.get("auto_map") or {}
+        for reference in classes.values() if isinstance(classes, dict) else ():
+            for one in reference if isinstance(reference, (list, tuple)) else [reference]:
+                if isinstance(one, str) and one.rpartition("--")[2] not in AUTO_MAP.values():
+                    found[one] = None
+        base = values.get("base_model_name_or_path") if name == "adapter_config.json" else None
+        if base and os.path.abspath(base) != os.path.abspath(source):
+            found |= dict.fromkeys(own_classes(base))
+    return list(found)
+
+
+def check_own_code(source: str, trust_remote_code: bool, revision: str | None = None) -> None:
+    """Raises ValueError if a checkpoint has classes of its own that would be ignored without `trust_remote_code`.
+
+    Raises:
+        OSError: as `find_file`.
+    """
+    if trust_remote_code:
+        return
+    classes = own_classes(source, revision)
+    if classes:
+        raise ValueError(
+            f"{source} has code of its own ({', '.join(classes)}), which the installed package would run without: read it, "
+            "and pass --trust_remote_code"
+        )
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    with open(path, encoding="utf-8") as file:
+        try:
+            values = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+    return values if isinstance(values, dict) else {}

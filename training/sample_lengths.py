@@ -1,0 +1,117 @@
+# Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
+"""Number of tokens of a sample from its text and the headers of its media, without a pixel."""
+
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+
+from ..processing.frame_sampling import SampledFrames
+from ..processing.video_frames import IMAGE_FPS, open_image, video_length
+from ..processing.video_inputs import load_images
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    """Of `VideoMetadata`, what the text of a video depends on."""
+
+    total_num_frames: int
+    fps: float
+    duration: float
+
+
+def count_tokens(
+    processor: Any,
+    messages: list[dict[str, Any]],
+    options: dict[str, Any],
+    count_text: Callable[[list[int]], int] = len,
+) -> int:
+    """The number of tokens that the processor makes of a conversation.
+
+    Exact where a file's header gives the true number of frames and rate.
+
+    Args:
+        messages: with places of media, or the media.
+        options: of the call of the processor, for its videos.
+        count_text: of the tokens of the text.
+
+    Raises:
+        ValueError, OSError: for a medium whose header cannot be read, or that the sampling refuses.
+    """
+    prompt = processor.apply_chat_template(messages, tokenize=False)
+    media = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
+    videos = [_video_text(processor, part["video"], options) for part in media if part["type"] == "video"]
+    images = _image_texts(processor, [part["image"] for part in media if part["type"] == "image"])
+    texts = {processor.video_token: iter(videos), processor.image_token: iter(images)}
+    pieces, num_visual = [], 0
+    for piece in re.split("(" + "|".join(map(re.escape, texts)) + ")", prompt):
+        if piece in texts:
+            replacement = next(texts[piece])
+            own = replacement.count(piece)
+            num_visual += own
+            # One placeholder stays where it is, since the text on both sides of it is encoded by itself.
+            piece = replacement.replace(piece * own, piece, 1) if own else replacement
+            num_visual -= bool(own)
+        pieces.append(piece)
+    text, tokenizer = "".join(pieces), processor.tokenizer
+    has_start = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+    ids = tokenizer(text, **({"add_special_tokens": False} if has_start else {}))["input_ids"]
+    return count_text(ids) + num_visual
+
+
+def _video_text(processor: Any, video: Any, options: dict[str, Any]) -> str:
+    video_processor = processor.video_processor
+    names = video_processor.valid_kwargs.__annotations__
+    given = {name: value for name, value in options.items() if name in names} | options.get("videos_kwargs", {})
+    sampling = video_processor.sampling_for(**given)
+    total, native_fps = _length(video)
+    sampled = SampledFrames(np.arange(total)) if sampling is None else sampling.select(total, native_fps)
+    fps = native_fps or IMAGE_FPS
+    processed: dict[str, Any] = {
+        "video_frame_mask": torch.ones(1, len(sampled.indices), dtype=torch.bool),
+        "video_timestamps": torch.from_numpy(sampled.indices / fps)[None],
+        "video_metadata": [_Metadata(total, fps, total / fps)],
+    }
+    if sampled.frame_types is not None:
+        processed["video_frame_types"] = torch.tensor([sampled.frame_types])
+    return processor.video_text(processed, 0, given)
+
+
+def _length(video: Any) -> tuple[int, float | None]:
+    """(number of frames, frames a second); arrays have no rate."""
+    if isinstance(video, str) and video.lower().endswith(".npy"):
+        video = np.load(video, mmap_mode="r", allow_pickle=False)
+    if isinstance(video, (np.ndarray, torch.Tensor)):
+        return len(video), None
+    return video_length(video)
+
+
+def _image_texts(processor: Any, images: list[Any]) -> list[str]:
+    if not images:
+        return []
+    size = processor.image_processor.size
+    side = size["height"] if "height" in size else size["shortest_edge"]
+    stand_in = torch.empty(1, 1, 1, 1, side)
+    inputs = {
+        "pixel_values": stand_in.expand(len(images), -1, -1, -1, -1),
+        "image_sizes": [_upright_size(image)[::-1] for image in images],
+        "batch_num_images": [len(images)],
+    }
+    return [processor.replace_image_token(inputs, index) for index in range(len(images))]
+
+
+def _upright_size(media: Any) -> tuple[int, int]:
+    """(width, height) as transformers sees the image, that is, turned the way the camera was held."""
+    if isinstance(media, Image.Image):
+        image = media
+    elif isinstance(media, str) and ("://" in media or media.startswith("data:")):
+        image = load_images(media)
+    else:
+        image = open_image(io.BytesIO(media) if isinstance(media, bytes) else media)
+    is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return image.size[::-1] if is_turned else image.size
