@@ -149,11 +149,7 @@ class _NamedKeys:
 
     @classmethod
     def check_keywords(cls, names: Iterable[str]) -> None:
-        """Raises for names that the constructor does not take.
-
-        Raises:
-            ValueError: naming the nearest key, or the place that the key belongs in.
-        """
+        """Raises ValueError for names that the constructor does not take."""
         refuse_unknown(cls._unknown_keys(names), **cls._names())
 
     @classmethod
@@ -445,8 +441,6 @@ class LlavaNextARConfig(_NamedKeys, LlavaOnevisionConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers: unknown keys of `config_dict` are kept with a warning, those of the head in it, too.
-
-        Values overridden by keyword are checked like those given at construction.
 
         Raises:
             ValueError: on a value or contradiction that construction refuses, or a misspelt keyword argument, in an

@@ -19,13 +19,7 @@ _MISSPELT = 0.85  # from this one on it is a misspelling; `eos_token` and `video
 
 
 def nearest_name(name: str, known: Iterable[str], cutoff: float = 0.0) -> str | None:
-    """The known name that is most similar to `name`: by letters in their order, or by shared words.
-
-    Args:
-        name: the unknown name.
-        known: the names to choose from.
-        cutoff: similarity from 0 to 1 below which none is near.
-    """
+    """The known name that is most similar, by letters in their order or by shared words; None below `cutoff` (0 to 1)."""
     words = set(name.split("_"))
 
     def similarity(other: str) -> tuple[float, float]:
@@ -41,12 +35,12 @@ def nearest_name(name: str, known: Iterable[str], cutoff: float = 0.0) -> str | 
 def refuse_unknown(
     names: Iterable[str], known: Collection[str], where: str, elsewhere: Mapping[str, Collection[str]] | None = None
 ) -> None:
-    """Raises for names that are not known.
+    """Raises for keywords that are not known.
 
     Args:
         names: keywords that were given.
         known: all that may be given.
-        where: what they were given for, as the message names it.
+        where: the object or file, as the message names it.
         elsewhere: names that may be given in another place, by that place.
 
     Raises:
@@ -61,14 +55,7 @@ def refuse_unknown(
 def refuse_misspelt(
     names: Iterable[str], known: Collection[str], where: str, elsewhere: Mapping[str, Collection[str]] | None = None
 ) -> None:
-    """Raises for names that are nearly known ones. Others may be addressed to another object (as in `from_pretrained`).
-
-    Args:
-        names, known, where, elsewhere: see `refuse_unknown`.
-
-    Raises:
-        ValueError: naming the first misspelt one, and the known one.
-    """
+    """As `refuse_unknown`, for those that are nearly known. Others may be addressed to another object that is loaded."""
     candidates = [*known, *(other for others in (elsewhere or {}).values() for other in others)]
     misspelt = [name for name in names if nearest_name(name, candidates, _MISSPELT)]
     refuse_unknown(misspelt, known, where, elsewhere)
@@ -77,14 +64,7 @@ def refuse_misspelt(
 def warn_unknown(
     names: Iterable[str], known: Collection[str], where: str, elsewhere: Mapping[str, Collection[str]] | None = None
 ) -> None:
-    """Warns once about names that are not known.
-
-    Args:
-        names: keys that are kept.
-        known: all that have an effect.
-        where: the file or object that holds them.
-        elsewhere: see `refuse_unknown`.
-    """
+    """Warns once about keys that are kept although they are not known; arguments as in `refuse_unknown`."""
     for name in names:
         if name not in known:
             hint = _hint(name, known, elsewhere)
@@ -93,11 +73,6 @@ def warn_unknown(
 
 def keep_unknown(target: Any, values: Mapping[str, Any], where: str) -> None:
     """Sets unknown keys of a file as attributes of the object that was built from the known ones.
-
-    Args:
-        target: the configuration or processor.
-        values: the unknown keys and their values.
-        where: the file, as the message names it.
 
     Raises:
         ValueError: naming a key that would hide a method or property of the object.

@@ -330,12 +330,9 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
 
     @classmethod
     def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs: Any) -> "LlavaNextARVideoProcessor":
-        """As in transformers: unknown keys of the file are kept, with a warning. Of another video processor's file the
-        pixel options are taken, not how it samples.
+        """As in transformers: unknown keys of the file are kept, with a warning; a misspelt keyword argument raises.
 
-        Raises:
-            ValueError: as at construction, or on a misspelt keyword argument. Other unknown ones are left to the parts
-                that are loaded with this one.
+        Of another video processor's file the pixel options are taken, not how it samples.
         """
         values = dict(video_processor_dict)
         if values.get("video_processor_type", cls.__name__) != cls.__name__ or "image_processor_type" in values:

@@ -12,7 +12,8 @@ import torch
 from PIL import ExifTags, Image
 
 from ..processing.frame_sampling import SampledFrames
-from ..processing.video_frames import IMAGE_FPS, open_image, video_length
+from ..processing.media_sources import IMAGE_FPS, open_image
+from ..processing.video_frames import video_length
 from ..processing.video_inputs import load_images
 
 

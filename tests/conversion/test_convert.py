@@ -602,3 +602,23 @@ def test_memory_is_that_of_one_shard(tmp_path):
     # The shard that is read, and up to 32 MB of freed copies in another type that the allocator keeps for later.
     assert growth < max(sizes) + 50e6 < 0.4 * sum(sizes)
     shutil.rmtree(tmp_path)  # 900 MB
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"config_overrides": {"mm_newline_positon": "grid"}}, "did you mean 'mm_newline_position'"),
+        ({"config_overrides": {"xyzzy": 1}}, "unknown option 'xyzzy' for the model configuration"),
+        ({"autoregressive_config": {"num_hsit": 4}}, "'num_hsit' for autoregressive_config; did you mean 'num_hist'"),
+    ],
+)
+def test_misspelt_options_are_refused_and_unknown_keys_of_the_file_kept(tmp_path, keys, message):
+    tiny_onevision().save_pretrained(tmp_path / "onevision")
+    path = tmp_path / "onevision" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "trained_by": {"tool": 1}}))
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "onevision", tmp_path / "refused", **keys)
+    run(tmp_path / "onevision", tmp_path / "ours")
+    assert LlavaNextARForConditionalGeneration.from_pretrained(tmp_path / "ours").config.trained_by == {"tool": 1}
+    with pytest.raises(ValueError, match="'num_hist' belongs in autoregressive_config"):
+        LlavaNextARForConditionalGeneration.from_pretrained(tmp_path / "ours", num_hsit=4)

@@ -193,9 +193,8 @@ class CommonModelTests:
 
     def test_reverse_loading_mapping(self):
         """As it is, with OneVision's names in the file, which a save writes only when asked to."""
-        with mock.patch.object(
-            LlavaNextARForConditionalGeneration, "save_pretrained", PreTrainedModel.save_pretrained
-        ):
+        save = functools.partialmethod(LlavaNextARForConditionalGeneration.save_pretrained, save_original_format=True)
+        with mock.patch.object(LlavaNextARForConditionalGeneration, "save_pretrained", save):
             super().test_reverse_loading_mapping()
 
 
