@@ -210,7 +210,7 @@ class LlavaNextARModel(LlavaOnevisionModel):
                 check_media_given(kind, int(is_new.sum()))
             if kind == "video" and features is None and is_new.any():
                 media, is_new = self._with_new_videos(media, is_new)
-            if features is None and is_new.all():  # also where there is none: then `forward` refuses the media
+            if features is None and is_new.all():  # also where there is none: `forward` then raises
                 inputs |= media if len(is_new) or num_cached else {}
             elif is_new.any():
                 features = features or getattr(self, f"get_{kind}_features")(**media, return_dict=True)

@@ -91,7 +91,7 @@ def prepare_messages(conversation: Any, template: str, options: Mapping[str, Any
 
 
 def template_reads(template: str, name: str) -> bool:
-    """Whether a chat template names a variable or key."""
+    """True if a chat template names the variable or key."""
     return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 

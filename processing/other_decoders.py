@@ -216,7 +216,7 @@ def checked_reader(
 
 
 def _unlike(reader: Any, exact: Any) -> str | None:
-    """Cause why the frames of a reader of another back end are not those of PyAV."""
+    """Find a reason for which the frames of another back end are not those of PyAV; None if there is none."""
     first = exact.first_frame()
     if first is None or not _same_times(reader.timestamps, exact.timestamps):
         return f"finds {len(reader.timestamps)} frames where there are {len(exact.timestamps)}, or other times"
@@ -245,7 +245,7 @@ def _refuse_container(file: str | bytes, name: str, backend: str) -> None:
 
 
 def _same_times(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two arrays `[T]` of seconds are the same up to rounding."""
+    """Compare two arrays `[T]` of seconds, up to rounding."""
     return len(one) == len(other) and bool(np.all(np.abs(one - other) <= _TIME_TOLERANCE))
 
 

@@ -61,9 +61,7 @@ class LlavaNextARProcessorKwargs(ProcessingKwargs, total=False):
 
 @travels_with_code
 class LlavaNextARProcessor(LlavaOnevisionProcessor):
-    r"""Turns prompts with images and videos into model inputs.
-
-    Batches are padded on the left, as generation needs it, unless the tokenizer was built with a `padding_side`.
+    r"""Turns prompts with images and videos into model inputs, padded on the left unless the tokenizer has a `padding_side`.
 
     Args:
         image_processor, tokenizer: as in `LlavaOnevisionProcessor`.
@@ -327,15 +325,13 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         """Messages to a prompt, or with `tokenize=True, return_dict=True` to model inputs, as in transformers.
 
         A message's content is a string or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image", ...}`
-        and `{"type": "video", "path" | "url" | "video": ...}`. A part may hold options for its medium alone, which win
-        over those of the call: `fps`, `num_frames` (`nframes`), `max_frames`, `sample_rate`, `sampling`, `video_start` and
-        `video_end` (`start`, `end`; seconds, both included), `min_pixels` and `max_pixels`. For a list of frames, which
-        have no times, `fps` is their own rate.
+        and `{"type": "video", "path" | "url" | "video": ...}`. Options of a part win over those of the call: `fps` (for
+        frames without times their own rate), `num_frames` (`nframes`), `max_frames`, `sample_rate`, `sampling`,
+        `video_start`, `video_end` (`start`, `end`; seconds, both included), `min_pixels` and `max_pixels`.
 
         Raises:
-            ValueError: if the conversation is malformed (naming the place), it or an argument holds what the template does
-                not read (`tools`, `tool_calls`, an unknown key), the template refuses it, assistant masks are asked of a
-                template that marks no `{% generation %}`, or an option is unknown; and what a call raises.
+            ValueError: if the conversation is malformed (naming the place), the template refuses it or does not read all of
+                it, assistant masks are asked of a template without `{% generation %}`, or an option is unknown.
         """
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         template = templates.get(chat_template or "default", chat_template)

@@ -9,16 +9,14 @@ decodes nothing, yields times and key frames. Then only those groups of pictures
 each no further than that frame and without the frames that nothing depends on (H.264 non-reference frames), several
 groups at once (FFmpeg releases the interpreter lock). A frame is recognised by its timestamp, never by counting. Where
 packets do not show which frames come out (field pairs, hidden frames, damage, containers without presentation times),
-frames and times are those of a full decode. The reference for all of it is the ffmpeg command: its choice among several
-video streams, its display matrices, its frames. Transparency is laid on white.
+frames and times are those of a full decode. The reference is the ffmpeg command. Transparency is laid on white.
 
-`DecordReader` and `TorchCodecReader` (other_decoders.py) take MP4, MOV, Matroska and WebM. Where PyAV is installed,
-a file for which they would return other frames than `PyAVReader` is refused by name.
+`DecordReader` and `TorchCodecReader` are in other_decoders.py. Where PyAV is installed, a file for which they would
+return other frames is refused by name.
 
 Videos come from strangers. FFmpeg goes by content, not by suffix, and some of its formats are lists of other files, or
 of addresses to connect to: `PyAVReader` opens nothing but the one file, and only as one of `FORMATS`. Frames larger than
-`MAX_FRAME_PIXELS` are refused before memory is taken for them, whatever a header claims. Prefer PyAV for files that you
-did not make: decord reports no size before it decodes, so it has no such limit.
+`MAX_FRAME_PIXELS` are refused before memory is taken for them. Without PyAV, decord has no such limit.
 """
 
 import contextlib
@@ -47,6 +45,7 @@ from .other_decoders import (
 )
 from .video_reader import (
     FALLBACK_FPS,
+    FORMATS,
     Emit,
     FrameReader,
     RgbConverter,
@@ -72,18 +71,12 @@ _DURATION_TOLERANCE = 0.5  # seconds that a Matroska file may end before it anno
 _JUDGING_CODECS = ("h264", "hevc", "vvc", "mpeg1video", "mpeg2video")
 # FFmpeg's decoders of these leave out the transparency that WebM stores beside the pictures.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+# H.264, H.265 and VVC may store a display matrix with the first picture: a message of type 47 and of 3 bytes.
+_ORIENTATION, _SEARCHED = b"\x2f\x03", 2048  # bytes
 _DEFAULT, _COVERS, _IMPAIRED = 0x1, 0x400 | 0x800, 0x80 | 0x100  # AV_DISPOSITION_*; a cover is the "video" of a song
 _NO_TIMESTAMPS, _CLOCK_RESETS = 0x80, 0x200  # AVFMT_NOTIMESTAMPS, AVFMT_TS_DISCONT
 _MIN_AV_MAJOR = 17  # before it, colours of BT.709 are up to 25 levels off (PyAV#2230), or reading crashes
 _AV_MAJOR = int(av.__version__.split(".")[0]) if av is not None else 0
-# What FFmpeg may take a file for: no playlists (concat, hls, dash, sdp), no numbered series (image2), no devices.
-FORMATS = tuple(
-    (
-        "mov matroska avi mpegts mpeg mpegvideo flv live_flv asf ogg mxf gxf nut ivf rm dv wtv nsv amv swf h264 hevc vvc "
-        "m4v av1 obu vc1 dirac cavsvideo avs2 avs3 h261 h263 mjpeg mpjpeg yuv4mpegpipe gif apng bmp_pipe jpeg_pipe "
-        "pam_pipe pgm_pipe png_pipe ppm_pipe tiff_pipe webp_pipe"
-    ).split()
-)
 MAX_FRAME_PIXELS = 2**26  # 8192 x 8192, above 8K films
 _DECODER_OPTIONS = {"max_pixels": str(MAX_FRAME_PIXELS)}
 _AV_OPEN_OPTIONS = {
@@ -114,7 +107,7 @@ class _Opened:
 
 @dataclass(frozen=True)
 class _Packet:
-    """The parts of a packet that say what is shown when: times in units of the stream, None where unknown."""
+    """Times of a packet in units of the stream, None where unknown, and its kind."""
 
     pts: int | None
     dts: int | None
@@ -147,7 +140,8 @@ class PyAVReader:
     """
 
     stream_index: int | None = None  # set when the file is first opened
-    _is_strict = _has_dts_only = _has_no_times = False
+    _matrix: list[int] | None = None  # of frames that have none
+    _is_strict = _has_dts_only = _has_order = _has_no_times = False
 
     def __init__(self, file: str | bytes, name: str, num_threads: int) -> None:
         self.name, self.file, self._num_threads = name, file, num_threads
@@ -210,9 +204,11 @@ class PyAVReader:
                 self.stream_index = self._best_stream(container)
             stream = container.streams[self.stream_index]
             codec = stream.codec_context
-            if codec.width * codec.height > MAX_FRAME_PIXELS:
-                size = f"{codec.width}x{codec.height}"
-                raise VideoReadError(self.name, f"its frames are {size}, more than {MAX_FRAME_PIXELS} pixels")
+            width, height = codec.width, codec.height
+            if width * height > MAX_FRAME_PIXELS:
+                raise VideoReadError(
+                    self.name, f"its frames are {width}x{height}, more than {MAX_FRAME_PIXELS} pixels"
+                )
             if codec.name in _ALPHA_DECODERS and stream.metadata.get("alpha_mode") == "1":
                 codec = self._alpha_decoder(codec)
             codec.options = _DECODER_OPTIONS | ({"err_detect": "explode"} if self._is_strict else {})
@@ -248,8 +244,7 @@ class PyAVReader:
         if name not in av.codecs_available:
             raise VideoReadError(self.name, f"its transparency needs the decoder {name}, which this FFmpeg lacks")
         decoder = av.CodecContext.create(name, "r")
-        if codec.extradata:
-            decoder.extradata = codec.extradata
+        decoder.extradata = codec.extradata
         return decoder
 
     def first_frame(self) -> Any:
@@ -258,21 +253,22 @@ class PyAVReader:
             return next(frames, None)
 
     def is_turned_by_header(self) -> bool:
-        """Whether display matrices come from the container; some codecs store them with the pictures."""
-        with self._open() as opened:
+        """Test for a display matrix of the container. Some codecs store it with the pictures instead."""
+        with self._open() as opened, contextlib.suppress(av.FFmpegError):
             decoder = av.CodecContext.create(opened.codec.name, "r")
             decoder.extradata = opened.codec.extradata
             for packet in self._packets(opened.container, opened.stream, []):
                 for frame in decoder.decode(packet):
                     return display_matrix(frame) is None
-        return True
+        return False
 
     def _packets(self, container: Any, streams: Any, errors: list[str]) -> Iterator[Any]:
         """Packets in file order, of all streams if `streams` is None; `errors` receives the cause of an early end."""
+        dts_for_pts = self._has_dts_only and not self._has_order  # decoders pass it on to the packet's frame
         try:
             for packet in container.demux() if streams is None else container.demux(streams):
                 if packet.size:  # else it is the demuxer's end mark, or an empty AVI chunk
-                    if self._has_dts_only:  # decoders pass it on to the frame that the packet holds
+                    if dts_for_pts:
                         packet.pts = packet.dts
                     yield packet
         except av.FFmpegError as error:
@@ -283,10 +279,11 @@ class PyAVReader:
         opened = self._opened.enter_context(self._open())
         container, stream = opened.container, opened.stream
         is_matroska = "matroska" in container.format.name
-        packets, errors, is_corrupt = [], [], False
+        packets, errors, is_corrupt, is_marked = [], [], False, False
         end = 0.0  # of the last packet of any stream
         for packet in self._packets(container, None if is_matroska else stream, errors):
             if packet.stream_index == stream.index:
+                is_marked = is_marked if packets else _ORIENTATION in bytes(packet)[:_SEARCHED]
                 packets.append(
                     _Packet(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, packet.is_discard)
                 )
@@ -311,14 +308,19 @@ class PyAVReader:
         unknown_pts = any(packet.pts is None for packet in packets)
         if container.format.name == "avi" or unknown_pts:
             self._has_dts_only = all(packet.dts is not None for packet in packets) and not self._has_no_times
-        pts = [packet.dts if self._has_dts_only else packet.pts for packet in packets]
+        # Where FFmpeg has seen which frames are reordered, its guesses are in the right order.
+        guesses = [packet.pts for packet in packets]
+        is_unique = not unknown_pts and len(set(guesses)) == len(guesses)
+        self._has_order = self._has_dts_only and is_unique and guesses != sorted(guesses)
+        pts = [packet.dts for packet in packets] if self._has_dts_only and not self._has_order else guesses
         self._index, self._pts = packets, pts
         # A damaged packet may decode all the same, as at the seam of joined MPEG-TS files.
         self._is_strict = is_corrupt
-        first_key = next((position for position, packet in enumerate(packets) if packet.is_key), 0)
-        self._first_key = first_key
-        self._num_skipped = 0 if opened.codec.name in _JUDGING_CODECS else first_key
-        is_reordered = self._has_dts_only and opened.codec.has_b_frames
+        self._first_key = next((position for position, packet in enumerate(packets) if packet.is_key), 0)
+        self._num_skipped = 0 if opened.codec.name in _JUDGING_CODECS else self._first_key
+        if is_marked and (first := self.first_frame()) is not None:
+            self._matrix = display_matrix(first)
+        is_reordered = self._has_dts_only and opened.codec.has_b_frames and not self._has_order
         if is_corrupt or is_reordered or self._has_no_times or None in pts or len(set(pts)) < len(pts):
             self._index_frames()
             return
@@ -326,9 +328,8 @@ class PyAVReader:
         self._position = {time: position for position, time in enumerate(pts)}
         self._seek_to = [p if packet.dts is None else packet.dts for p, packet in zip(pts, packets, strict=True)]
         self._pts = np.array(pts, dtype=np.int64)
-        self._keys = np.flatnonzero([packet.is_key for packet in packets])
-        if not len(self._keys):
-            self._keys = np.array([0])
+        keys = np.flatnonzero([packet.is_key for packet in packets])
+        self._keys = keys if len(keys) else np.array([0])
         is_frame = ~np.array([packet.is_hidden for packet in packets])
         self._drop_undecodable(is_frame)
         self._set_packet_times(is_frame)
@@ -339,49 +340,59 @@ class PyAVReader:
         start = self._pts[self._first_key]
         is_leading = is_frame & (self._pts < start)
         is_leading[: self._first_key] = is_frame[: self._first_key]
+        is_leading[self._second_key() :] = False
         if not is_leading.any():
             return
-        decoded = {
-            frame.pts for frame in itertools.takewhile(lambda frame: frame.pts < start, self._intact_frames([]))
-        }
+        times = (frame.pts for frame in self._intact_frames([]) if frame.pts in self._position)
+        decoded = set(itertools.takewhile(lambda time: time < start, times))
         if any(self._position[pts] < self._first_key for pts in decoded):
             self._keys = np.insert(self._keys, 0, 0)
         is_lost = is_leading & ~np.isin(self._pts, list(decoded))
-        is_frame &= ~is_lost
+        is_frame[is_lost] = False
         self.missing += int(is_lost.sum())
 
     def _set_packet_times(self, is_frame: np.ndarray) -> None:
-        if not is_frame.any():
-            raise VideoReadError(self.name, "it holds no readable video frame")
         times = self._pts
         if self._clock_resets:
             times = times + clock_offsets(self._seek_to, self._step(), 1 / self._time_base)
         order = np.flatnonzero(is_frame)
         order = order[np.argsort(times[order], kind="stable")]
-        ticks = 0 if self._has_dts_only else self._index[order[-1]].duration
-        self._set_times(self._pts[order], times[order], ticks)
+        if self._has_dts_only:  # the n-th frame is shown when the n-th packet is decoded, later by a constant
+            dts = np.sort([self._index[position].dts for position in order])
+            self._set_times(self._pts[order], dts, 0)
+        else:
+            last = self._index[order[-1]].duration if len(order) else 0
+            self._set_times(self._pts[order], times[order], last)
 
     def _index_frames(self) -> None:
         """Times of the frames that a full decode gives, for files where a packet is not always one frame."""
-        self._packets_are_frames = False
+        self._packets_are_frames = self._has_order = False
+        if self._has_dts_only:
+            self._pts = [packet.dts for packet in self._index]
         lost: list[str] = []
-        frames = [(frame.pts, frame.duration or 0) for frame in self._intact_frames(lost)]
-        pts = [time for time, _ in frames]
-        shown = [time for time, packet in zip(self._pts, self._index, strict=True) if not packet.is_hidden]
-        num_early = sum(time is not None and time < pts[0] for time in shown) if pts and pts[0] is not None else 0
+        pts, ticks = [], 0
+        for frame in self._intact_frames(lost):
+            pts.append(frame.pts)
+            ticks = frame.duration or 0
+        start = list(zip(self._pts, self._index, strict=True))[: self._second_key()]
+        shown = [time for time, packet in start if time is not None and not packet.is_hidden]
+        num_early = sum(time < pts[0] for time in shown) if pts and pts[0] is not None else 0
         self.missing = max(self.missing, len(lost), num_early)
-        ticks = 0
-        if self._has_dts_only:  # the n-th frame is shown when the n-th packet is decoded, later by a constant
-            times = np.sort(self._pts if len(pts) == len(self._pts) else pts)
+        if self._has_dts_only:
+            times, ticks = np.sort(self._pts if len(pts) == len(self._pts) else pts), 0
         else:
             times = np.array(filled_times(pts, self._step()), dtype=np.int64)
             if self._clock_resets:
                 times += clock_offsets(times.tolist(), self._step(), 1 / self._time_base)
-            ticks = frames[-1][1] if frames else 0
         if self._has_no_times or np.any(np.diff(times) <= 0):  # then the frames are evenly spaced
             times, ticks = np.arange(len(pts)), 0
             self._time_base = 1 / (self._declared_fps or FALLBACK_FPS)
         self._set_times(times, times, ticks)
+
+    def _second_key(self) -> int:
+        """Position from which no frame belongs before the first one. If its time does, the clock was reset."""
+        keys = (position for position, packet in enumerate(self._index) if packet.is_key)
+        return next(itertools.islice(keys, 1, None), len(self._index))
 
     def _step(self) -> int:
         """Usual time between two frames, in the stream's units."""
@@ -459,7 +470,7 @@ class PyAVReader:
     ) -> tuple[set[int], set[int]]:
         """Emits the wanted frames of a group; (indices emitted, indices lost to damage)."""
         done: set[int] = set()
-        to_rgb.matrix = None
+        to_rgb.matrix = self._matrix
         damaged_from = None  # position; what is decoded later may depend on it
         try:
             for frame in self._frames_of_group(opened, group, seek):
@@ -539,6 +550,7 @@ class PyAVReader:
 
     def _read_all(self, indices: np.ndarray, emit: Emit) -> set[int]:
         wanted, to_rgb = set(indices.tolist()), RgbConverter(self._report_oblique)
+        to_rgb.matrix = self._matrix
         for index, frame in enumerate(self._intact_frames([])):
             if frame.key_frame:
                 to_rgb.observe(frame)

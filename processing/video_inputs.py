@@ -71,6 +71,19 @@ class MediaRequest:
                 f"pixels, as the vision tower takes it; leave {name} out"
             )
 
+    def sampling_options(
+        self, metadata: VideoMetadata | None
+    ) -> tuple[dict[str, Any], VideoMetadata | None, dict[str, Any]]:
+        """(sampling options, metadata, arguments of `load_video`): for frames that carry no times, `fps` is their own."""
+        own = {name: value for name, value in self.options.items() if not name.endswith("_pixels")}
+        if own and _is_video_frames(self.source):
+            raise ValueError(f"{', '.join(own)} cannot be applied to frames that are sampled already")
+        if "fps" in own and isinstance(self.source, (list, tuple, np.ndarray, torch.Tensor)):
+            FrameSampling(policy="fps", fps=own["fps"])  # validates it
+            return own, VideoMetadata(**{"total_num_frames": None, **(metadata or {}), "fps": own.pop("fps")}), {}
+        is_folder = _is_path(self.source) and os.path.isdir(self.source)
+        return own, metadata, {"fps": own.pop("fps")} if is_folder and "fps" in own else {}
+
     def fit_image(self, image: Any) -> Image.Image:
         """The picture, enlarged or reduced to the limits, its proportions kept."""
         if not isinstance(image, Image.Image):
@@ -331,7 +344,7 @@ def _is_path(item: Any) -> bool:
 
 
 def is_request(item: Any) -> bool:
-    """Whether it is a `MediaRequest`; by its parts, as in `_is_video_frames`."""
+    """True for a `MediaRequest`, recognized by its attributes as in `_is_video_frames`."""
     return hasattr(item, "source") and hasattr(item, "options")
 
 

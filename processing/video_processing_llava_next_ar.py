@@ -421,17 +421,9 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
         self, request: MediaRequest, metadata: VideoMetadata | None, kwargs: dict[str, Any]
     ) -> tuple[Any, ...]:
         """(metadata, sampling, options, further arguments of `read_clip`); `fps` is that of frames without times."""
-        source, loading = request.source, {}
-        own = {name: value for name, value in request.options.items() if not name.endswith("_pixels")}
-        if own and hasattr(source, "timestamps"):
-            raise ValueError(f"{request.place}: {', '.join(own)} cannot be applied to frames that are sampled already")
         try:
-            self._check_types({name: own[name] for name in own.keys() & self.valid_kwargs.__annotations__})
-            if "fps" in own and isinstance(source, (list, tuple, np.ndarray, torch.Tensor)):
-                FrameSampling(policy="fps", fps=own["fps"])  # validates it
-                metadata = VideoMetadata(**{"total_num_frames": None, **(metadata or {}), "fps": own.pop("fps")})
-            elif "fps" in own and isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
-                loading["fps"] = own.pop("fps")
+            self._check_types({name: request.options[name] for name in request.options.keys() & _SETTINGS})
+            own, metadata, loading = request.sampling_options(metadata)
             own_kwargs = with_own_options(self._stored(), kwargs, own)
             return metadata, self.sampling_for(**own_kwargs), own_kwargs, loading
         except ValueError as error:

@@ -17,6 +17,14 @@ Emit = Callable[[int, np.ndarray], None]
 
 FALLBACK_FPS = 25.0  # of streams that state neither times nor a rate
 JUMP_FORWARD, JUMP_BACK = 10.0, 0.1  # seconds; FFmpeg's own limits (dts_delta_threshold) for a clock that was reset
+# What FFmpeg may take a file for: no playlists (concat, hls, dash, sdp), no numbered series (image2), no devices.
+FORMATS = tuple(
+    (
+        "mov matroska avi mpegts mpeg mpegvideo flv live_flv asf ogg mxf gxf nut ivf rm dv wtv nsv amv swf h264 hevc vvc "
+        "m4v av1 obu vc1 dirac cavsvideo avs2 avs3 h261 h263 mjpeg mpjpeg yuv4mpegpipe gif apng bmp_pipe jpeg_pipe "
+        "pam_pipe pgm_pipe png_pipe ppm_pipe tiff_pipe webp_pipe"
+    ).split()
+)
 MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
 MATROSKA_MAGIC = b"\x1a\x45\xdf\xa3"
 _DEGREES_OFF = 2.0  # a display matrix further than this from a quarter turn is reported
@@ -193,7 +201,7 @@ class RgbConverter:
 
 
 def has_alpha(frame: Any) -> bool:
-    """Whether the pixel format of a decoded frame can be transparent; a palette can."""
+    """Test the pixel format of a decoded frame for transparency; a palette may hold it."""
     return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
 
 
@@ -222,12 +230,12 @@ def head(file: str | bytes) -> bytes:
 
 
 def is_mp4(file: str | bytes) -> bool:
-    """Whether the content is MP4 or MOV."""
+    """Test the content for MP4 or MOV."""
     return head(file)[4:8] in MP4_BOXES
 
 
 def is_matroska(file: str | bytes) -> bool:
-    """Whether the content is Matroska or WebM."""
+    """Test the content for Matroska or WebM."""
     return head(file)[:4] == MATROSKA_MAGIC
 
 

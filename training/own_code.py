@@ -4,7 +4,7 @@ import json
 import os
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..hub.hub_code import AUTO_MAP
@@ -42,17 +42,17 @@ def own_classes(source: str, revision: str | None = None) -> list[str]:
     Those of the base are among them if the checkpoint is an adapter.
 
     Raises:
-        OSError: as `find_file`.
+        OSError: if the Hub does not answer, and none of a checkpoint's configurations is in the cache.
         ValueError: if a configuration is not valid JSON.
     """
     found: dict[str, None] = {}
+    num_found, unknown = 0, None
     for name in _FILES_WITH_CLASSES:
         try:
             path = find_file(source, name, revision)
-        except OSError:
-            if not constants.HF_HUB_OFFLINE:
-                raise
-            path = None  # what is not in the cache is not loaded either
+        except OSError as error:  # without network a model in the cache lacks only what it need not have
+            unknown, path = error, None
+        num_found += path is not None
         values = _read_json(path) if path is not None else {}
         classes = values.get("auto_map") or {}
         for reference in classes.values() if isinstance(classes, dict) else ():
@@ -62,6 +62,8 @@ def own_classes(source: str, revision: str | None = None) -> list[str]:
         base = values.get("base_model_name_or_path") if name == "adapter_config.json" else None
         if base and os.path.abspath(base) != os.path.abspath(source):
             found |= dict.fromkeys(own_classes(base))
+    if unknown is not None and not num_found:
+        raise unknown
     return list(found)
 
 

@@ -52,7 +52,6 @@ class Entry:
         view: filters of the reference.
         has_alpha: whether the reference is laid on white.
         is_exact: whether pixels must be those of ffmpeg.
-        times: "file": as ffmpeg has them; else frames per second.
         is_sample: whether the file is among the committed ones.
     """
 
@@ -201,8 +200,8 @@ DISPLAY = {
 TURNED = {"89": "transpose=cclock", "179": "hflip,vflip", "271": "transpose=clock", "1": "null"}
 
 
-def entries() -> list[Entry]:
-    """All files of the corpus."""
+def _codecs() -> list[Entry]:
+    """Codecs, containers and pixel formats."""
     found = []
     codecs = {
         "h264": (H264, "mp4 mkv mov ts avi flv h264"),
@@ -244,7 +243,12 @@ def entries() -> list[Entry]:
     found.append(Entry("full_range.mp4", (*H264, "-color_range", "pc"), "scale=out_range=pc,format=yuvj420p"))
     found.append(Entry("bt709.mp4", (*H264, "-colorspace", "bt709"), "scale=out_color_matrix=bt709,format=yuv420p"))
     found.append(Entry("odd_size.mp4", H264, "scale=97:65,format=yuv444p", is_exact=False))
-    # times
+    return found
+
+
+def _times() -> list[Entry]:
+    """Uneven times, edit lists, AVI with empty places, streams without times."""
+    found = []
     for container in ("mp4", "mkv", "mov", "ts", "flv", "webm"):
         codec = VP9 if container == "webm" else H264
         found.append(Entry(f"variable.{container}", (*codec, *PASS), GAPS, is_sample=container == "mp4"))
@@ -271,7 +275,12 @@ def entries() -> list[Entry]:
     found.append(
         Entry("pipe.webm", derived((*VP9, "whole.mkv"), ("INPUT", "-c", "copy", "-live", "1")), is_sample=True)
     )
-    # starts, joints and cuts
+    return found
+
+
+def _starts() -> list[Entry]:
+    """Files that start or end in the middle, and joined ones."""
+    found = []
     for name, options in {
         "h264": H264, "h264open": OPEN, "h265open": H265_OPEN, "h265radl": H265_RADL, "mpeg2": MPEG2_25, "vvc": VVC,
     }.items():  # fmt: skip
@@ -286,7 +295,12 @@ def entries() -> list[Entry]:
     found.append(Entry("joined_mpeg2.ts", joined(MPEG2_25, MPEG2_25)))
     found.append(Entry("truncated.ts", cut_bytes(0.6, *H264)))
     found.append(Entry("truncated.mkv", cut_bytes(0.6, *H264)))
-    # orientation
+    return found
+
+
+def _orientations() -> list[Entry]:
+    """Display matrices in the header and with the pictures."""
+    found = []
     for name, options in DISPLAY.items():
         for container in ("mp4", "mkv", "mov"):
             turn = (*options, "INPUT", "-c", "copy")
@@ -298,8 +312,13 @@ def entries() -> list[Entry]:
         found.append(Entry(f"display_{degrees}.mp4", make, before=("-noautorotate",), view=view))
     for name, sei in {"rotate": "rotate=90", "flip": "flip=horizontal", "both": "rotate=90:flip=vertical"}.items():
         mark = ("INPUT", "-c", "copy", "-bsf:v", f"h264_metadata=display_orientation=insert:{sei}")
-        found.append(Entry(f"display_sei_{name}.mp4", derived((*H264, "whole.mp4"), mark)))
-    # transparency
+        found.append(Entry(f"display_sei_{name}.mp4", derived((*H264, "whole.mp4"), mark), is_sample=name == "both"))
+    return found
+
+
+def _pictures() -> list[Entry]:
+    """Transparency, interlaced fields, and several streams."""
+    found = []
     for name, (pixel_format, options) in {
         "prores.mov": ("yuva444p10", ("-c:v", "prores_ks", "-profile:v", "4")),
         "qtrle.mov": ("argb", ("-c:v", "qtrle")),
@@ -335,6 +354,11 @@ def entries() -> list[Entry]:
     found.append(Entry("streams_size.ts", several_streams(small, large)))
     found += [Entry(f"streams_cover.{container}", with_cover) for container in ("mp4", "mkv")]
     return found
+
+
+def entries() -> list[Entry]:
+    """All files of the corpus."""
+    return [*_codecs(), *_times(), *_starts(), *_orientations(), *_pictures()]
 
 
 def write(entry: Entry, ffmpeg: str, folder: Path) -> Path:

@@ -385,7 +385,7 @@ def packets_of(path) -> list[tuple[int, bool]]:
         return [(packet.pts, packet.is_keyframe) for packet in container.demux(video=0) if packet.size]
 
 
-@pytest.mark.parametrize("starts", [(0, 0), (90000, 0), (0, 90000), (0, 7, 3)])
+@pytest.mark.parametrize("starts", [(0, 0), (90000, 0), (0, 90000), (0, 7, 3), (200, 0)])
 def test_joined_recordings_are_one_video(tmp_path, starts):
     """Their seams are marked as damaged, although all frames decode (ffmpegfs#89), and their clocks jump."""
     parts = [write_clip(tmp_path / f"{n}.ts", 24, first_frame=start) for n, start in enumerate(starts)]

@@ -203,12 +203,8 @@ def test_a_processor_that_cannot_be_loaded_is_not_taken_for_absent(work, monkeyp
         raise LocalEntryNotFoundError("connection reset")
 
     monkeypatch.setattr(own_code, "hf_hub_download", no_answer)
-    monkeypatch.setattr(own_code.constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(OSError, match="whether user/model has a config.json"):
+    with pytest.raises(OSError, match="whether user/model has a .*json cannot be found out now"):
         own_classes("user/model")
-    with monkeypatch.context() as patch:  # then nothing but the cache is loaded
-        patch.setattr(own_code.constants, "HF_HUB_OFFLINE", True)
-        assert own_classes("user/model") == []
     with pytest.raises(OSError, match="whether user/model has a processor_config.json cannot be found out now"):
         train.load_processor(*arguments("user/model"), config)
 

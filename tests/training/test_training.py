@@ -300,7 +300,7 @@ def steps(tmp_path_factory) -> dict:
             for trainer, objective in CASES
             for split in SPLITS[1]
         }
-        ranks.finish(timeout=240)
+        ranks.finish(timeout=480)
     on_ranks = torch.load(path, weights_only=False)
     results["guards"] = on_ranks.pop("guards")
     assert {result["processes"] for result in on_ranks.values()} == {2}
