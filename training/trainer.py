@@ -33,6 +33,17 @@ logger = logging.get_logger(__name__)
 HEAD = "autoregressive_module"  # the attribute under which a model keeps its reconstruction head
 
 
+def prepare_for_training(model: nn.Module) -> nn.Module:
+    """Sets training mode; freezes what no feature passes through, and creates the teacher if the vision tower trains.
+
+    Call it after choosing what trains and before anything wraps the model.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name in ("freeze_unused_parts", "create_teacher"):  # a model of another kind may have neither
+        getattr(base, name, lambda: None)()
+    return model.train()
+
+
 class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
     """Trains language modeling and next-frame reconstruction together.
 
@@ -127,9 +138,9 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer."""
-        # Trainer wraps the model for several ranks before it first calls train(), by which the model freezes what it does
-        # not use and copies a tower that trains: DDP would wait in vain for the former, FSDP cannot copy what it split.
-        self.model.train()
+        # Before Trainer wraps the model for several ranks: DDP would wait in vain for the gradients of parts that no feature
+        # passes through, and FSDP leaves nothing to copy of a tower that it shards.
+        prepare_for_training(self.model)
         return super().train(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:

@@ -513,7 +513,8 @@ def test_what_cannot_be_imagined_is_said():
         tiny_model(enable_autoregressive=False).imagine(1, **inputs)
     with pytest.raises(ValueError, match="nothing to compare with"):
         model.imagine(1, **inputs)[0].frame_metrics()
-    trained = moving_model(freeze_tower=False).train()
+    trained = moving_model(freeze_tower=False)
+    trained.create_teacher()
     with pytest.raises(ValueError, match="features of its frozen teacher"):
         trained.eval().imagine(1, **inputs)
     assert isinstance(model.imagine(1, **inputs)[0], ImaginedFrames)
