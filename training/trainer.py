@@ -98,6 +98,8 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
             args.accelerator_config.dispatch_batches = False
         if head_learning_rate is not None and (kwargs.get("optimizers") or (None,))[0] is not None:
             raise ValueError("head_learning_rate has no effect on an optimizer that is given; set it there")
+        if args is not None and args.dataloader_pin_memory:
+            args.accelerator_config.non_blocking = True  # pixels go to the device while the step before still runs
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         if self.args.label_smoothing_factor:
             raise ValueError(

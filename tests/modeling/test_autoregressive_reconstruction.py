@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from llava_next_ar.configuration.configuration_llava_next_ar import LlavaNextARAutoregressiveConfig
 from llava_next_ar.modeling.autoregressive_reconstruction import (
     AutoregressiveReconstructionModule,
-    seconds_since,
     create_autoregressive_reconstruction_module,
+    seconds_since,
 )
 from llava_next_ar.modeling.frame_masks import FrameLevelMaskGenerator as Masks
 from llava_next_ar.modeling.reconstruction_metrics import Reconstruction, straight_line, summarize_frame_metrics
