@@ -24,7 +24,7 @@ from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 
 from ..configuration.configuration_llava_next_ar import LlavaNextARConfig
-from ..configuration.frame_token_layout import FrameTokenLayout, tensor_on
+from ..configuration.frame_token_layout import FrameTokenLayout, VideoTokens, tensor_on
 from .frame_predictor import ZeroInitializedLinear
 from .vision_teacher import encode_frames, no_graph_below, trains
 
@@ -225,6 +225,10 @@ class LlavaNextARModel(LlavaOnevisionModel):
             timestamps=timestamps,
             frame_types=frame_types,
         )
+
+    def video_tokens(self, features: VideoFeatures) -> tuple[VideoTokens, ...]:
+        """The token map of each encoded video."""
+        return self.token_layout.batch(features.num_frames, features.frame_types).videos
 
     @can_return_tuple
     def forward(
