@@ -242,8 +242,12 @@ class VideoBatch:
         """
         if len(features) != len(self.frame_types):
             raise ValueError(f"{len(self.frame_types)} frame types were given for {len(features)} frames")
-        pooled = self.layout.pool_by_type(features, self.frame_types, self.frames.on(features.device))
-        parts = [frames.flatten(0, 1) for frames in pooled if frames is not None]
+        parts = []
+        for frame_type, members in zip(FrameType, self.frames.on(features.device), strict=True):
+            if len(members):
+                # The common case, all frames alike, must not copy the features.
+                selected = features if len(members) == len(features) else features.index_select(0, members)
+                parts.append(self.layout.pool(selected, frame_type).flatten(0, 1))
         for count, name, vector in (
             (self.num_newlines, "image_newline", image_newline),
             (self.num_faster, "faster_token", faster_token),
@@ -382,30 +386,6 @@ class FrameTokenLayout:
             return pooled
         matrix = _unpooling((self.patches_height, self.patches_width), stride, self.pool_mode)
         return matrix.to(pooled) @ pooled
-
-    def pool_by_type(
-        self,
-        features: torch.Tensor,
-        frame_types: Sequence[FrameType],
-        numbers: Sequence[torch.Tensor],
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Pools the slow and the fast frames of `[F, P, D]`, each kind at once: `[slow, h * w, D]` and `[fast, h * w, D]`.
-
-        Args:
-            features: of all frames.
-            frame_types: of all frames.
-            numbers: of the slow and of the fast frames, int64.
-
-        Returns:
-            None for a kind that no frame is of.
-        """
-        pooled = []
-        for frame_type, members in zip(FrameType, numbers, strict=True):
-            count = len(members)
-            # The common case, all frames alike, must not copy the features.
-            selected = features if count == len(frame_types) else features.index_select(0, members) if count else None
-            pooled.append(None if selected is None else self.pool(selected, frame_type))
-        return pooled[0], pooled[1]
 
     @torch.compiler.disable
     def batch(

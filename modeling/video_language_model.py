@@ -3,6 +3,7 @@
 different length in one batch. The heads are in `modeling_llava_next_ar`.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +16,7 @@ from transformers import LlavaOnevisionModel
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava_onevision.modeling_llava_onevision import (
-    LlavaOnevisionModelOutputWithPast,
-    image_size_to_num_patches,
-)
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModelOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
@@ -26,7 +24,7 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple, mer
 from ..configuration.configuration_llava_next_ar import LlavaNextARConfig
 from ..configuration.frame_token_layout import FrameTokenLayout, VideoTokens, tensor_on
 from .frame_predictor import ZeroInitializedLinear
-from .vision_teacher import encode_frames, no_graph_below, trains
+from .vision_teacher import encode_frames, no_graph_below, no_graph_of_frozen, trains
 
 logger = logging.get_logger(__name__)
 
@@ -123,37 +121,10 @@ class LlavaNextARModel(LlavaOnevisionModel):
         ]
         return packed, torch.tensor([len(tokens) for tokens in packed], device=image_features[0].device)
 
-    @merge_with_config_defaults
-    @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        image_sizes: torch.Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        vision_aspect_ratio: str | None = None,
-        batch_num_images: torch.LongTensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
-        """As in `LlavaOnevisionModel`, with the tower run by `encode_frames`."""
-        sizes = torch.as_tensor(image_sizes).tolist()
-        in_sample = [1] * len(sizes) if batch_num_images is None else torch.as_tensor(batch_num_images).tolist()
-        is_alone = [count == 1 for count in in_sample for _ in range(count)]  # else an image has no tiles
-        pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
-        num_views = [
-            image_size_to_num_patches(image_size=size, grid_pinpoints=pinpoints, patch_size=side) if alone else 1
-            for size, alone in zip(sizes, is_alone)  # noqa: B905  # transformers allows images of no sample
-        ]
-        if pixel_values.dim() == 5:  # padded to the most views
-            pixel_values = torch.cat([views[:count] for views, count in zip(pixel_values, num_views, strict=True)])
-        elif pixel_values.dim() != 4:
-            raise ValueError(f"pixel_values of shape {pixel_values.shape}, expect to be of 4 or 5 dimensions")
-        outputs, features = encode_frames(
-            self.vision_tower, pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs
-        )
-        projected = self.multi_modal_projector(features).split(num_views)
-        outputs.pooler_output, _ = self.pack_image_features(projected, sizes, self.image_newline, vision_aspect_ratio)
-        return outputs
+    @functools.wraps(LlavaOnevisionModel.get_image_features)  # `generate` reads the names of its arguments
+    def get_image_features(self, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        with no_graph_of_frozen(self.vision_tower, pixel_values):
+            return super().get_image_features(pixel_values, *args, **kwargs)
 
     @merge_with_config_defaults
     @can_return_tuple

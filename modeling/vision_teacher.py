@@ -33,17 +33,20 @@ def encode_frames(
     """
     # Naming the layer keeps the tower from storing the hidden states of all the others.
     kept = kwargs.pop("output_hidden_states", None) or hidden_states_to_keep(layer)
-    needs_graph = pixel_values.requires_grad or trains(tower)
-    below_trains = pixel_values.requires_grad or trains(getattr(tower, "embeddings", None))
-    layers = getattr(getattr(tower, "encoder", None), "layers", ())
-    with torch.set_grad_enabled(torch.is_grad_enabled() and needs_graph), no_graph_below(layers, below_trains):
+    with no_graph_of_frozen(tower, pixel_values):
         outputs = tower(pixel_values, output_hidden_states=kept, return_dict=True, **kwargs)
-        if isinstance(layer, int):
-            features = outputs.hidden_states[layer]
-        else:
-            features = torch.cat([outputs.hidden_states[index] for index in layer], dim=-1)
-        features = features[:, 1:] if strategy == "default" else features
-    return outputs, features if needs_graph else features.detach()
+    layers = [layer] if isinstance(layer, int) else layer
+    features = torch.cat([outputs.hidden_states[index] for index in layers], dim=-1)
+    return outputs, features[:, 1:] if strategy == "default" else features
+
+
+@contextmanager
+def no_graph_of_frozen(tower: nn.Module, pixel_values: torch.Tensor) -> Iterator[None]:
+    """While it lasts, a vision tower builds no graph, or none below its first layer that trains; what runs after it does."""
+    layers = getattr(getattr(tower, "encoder", None), "layers", ())
+    below_trains = pixel_values.requires_grad or trains(getattr(tower, "embeddings", None))
+    with no_graph_below([tower], pixel_values.requires_grad), no_graph_below(layers, below_trains):
+        yield
 
 
 def trains(*parts: nn.Module | nn.Parameter | None) -> bool:
@@ -73,7 +76,7 @@ def no_graph_below(layers: Sequence[nn.Module], below_trains: bool) -> Iterator[
 
     def start_graph(layer: nn.Module, args: Any, output: Any) -> None:
         torch.set_grad_enabled(True)
-        if checkpointed:  # reentrant checkpoints pass on gradients only where an input requires one
+        if first < len(layers):  # reentrant checkpoints pass on gradients only where an input requires one
             (output if isinstance(output, torch.Tensor) else output[0]).requires_grad_()
 
     hook = layers[first - 1].register_forward_hook(start_graph)
