@@ -1,5 +1,5 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Which token of the sequence is which patch of which frame.
+"""Mapping between the tokens of a sequence and the patches of video frames.
 
 `FrameTokenLayout` is the single place that knows how a video becomes tokens. Three parties ask it and therefore cannot
 disagree: the processor (how many placeholders to write), the model (how to assemble projected features) and the
@@ -11,11 +11,13 @@ h x w the grid of a pooled frame, L tokens of one video.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from enum import IntEnum
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -154,6 +156,116 @@ class VideoTokens:
         return int(matches.nonzero().item())
 
 
+@torch.compiler.disable  # numbers of the host, not of the graph
+def tensor_on(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array as a tensor on a device. The host does not wait for what the device is doing."""
+    with torch.inference_mode(False), torch.device("cpu"):  # usable in training and while a model is built, too
+        tensor = torch.from_numpy(array)
+        # Only from pinned memory does a copy wait for its turn on the device instead of on the host.
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+@dataclass(eq=False)
+class DeviceTensors:
+    """Constant arrays with one copy for each device that uses them: a training step that needs one again copies nothing."""
+
+    arrays: tuple[np.ndarray, ...]
+    _copies: dict[torch.device, tuple[torch.Tensor, ...]] = field(default_factory=dict, repr=False)
+
+    @torch.compiler.disable
+    def on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """The arrays as tensors on a device, not to be written to."""
+        if device not in self._copies:
+            copies = tuple(tensor_on(array, device) for array in self.arrays)
+            if any(type(copy) is not torch.Tensor for copy in copies):  # of a tracer, which holds no values
+                return copies
+            self._copies[device] = copies
+        return self._copies[device]
+
+
+@dataclass(frozen=True, eq=False)
+class VideoBatch:
+    """The tokens of all videos of a batch, one video behind the other. Built by `FrameTokenLayout.batch`.
+
+    Shape letters: N videos, F frames, L tokens and n patch tokens of all videos together.
+
+    Attributes:
+        layout: of all videos.
+        videos: the token map of each.
+        num_frames, num_tokens: of each.
+        frame_types: of each of the F frames.
+        frame_grids: pooled `(h, w)` of each of the F frames.
+        num_newlines, num_faster: how many of the L tokens are newlines and faster tokens.
+        is_in_order: all patches come first, then all newlines, then all faster tokens.
+        frames: index arrays over frames: numbers of the slow frames, numbers of the fast ones.
+        tokens: index arrays over tokens: `[L]` where in [patches of slow frames, patches of fast frames, newlines, faster
+            tokens] each token is found; `[n]` which tokens are patches; `[N]` the first token of each video.
+        places: `[n]` the frame of each patch token; `[n, 2]` float32 its place in the frame, from 0 to 1.
+    """
+
+    layout: "FrameTokenLayout"
+    videos: tuple[VideoTokens, ...]
+    num_frames: tuple[int, ...]
+    num_tokens: tuple[int, ...]
+    frame_types: tuple[FrameType, ...]
+    frame_grids: tuple[tuple[int, int], ...]
+    num_newlines: int
+    num_faster: int
+    is_in_order: bool
+    frames: DeviceTensors
+    tokens: DeviceTensors
+    places: DeviceTensors
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __repr__(self) -> str:
+        return f"VideoBatch(num_tokens={self.num_tokens}, num_frames={self.num_frames})"
+
+    def assemble(
+        self,
+        features: torch.Tensor,
+        image_newline: torch.Tensor | None = None,
+        faster_token: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Puts the projected features of all videos in sequence order.
+
+        Args:
+            features: `[F, P, D]`, unpooled, after the projector.
+            image_newline, faster_token: learned `[D]` vectors, needed where the layout uses them.
+
+        Returns:
+            `[L, D]`.
+
+        Raises:
+            ValueError: if the layout needs a learned token that is not given, or the frames are not F.
+        """
+        if len(features) != len(self.frame_types):
+            raise ValueError(f"{len(self.frame_types)} frame types were given for {len(features)} frames")
+        parts = []
+        for frame_type, members in zip(FrameType, self.frames.on(features.device), strict=True):
+            if len(members):
+                # The common case, all frames alike, must not copy the features.
+                selected = features if len(members) == len(features) else features.index_select(0, members)
+                parts.append(self.layout.pool(selected, frame_type).flatten(0, 1))
+        for count, name, vector in (
+            (self.num_newlines, "image_newline", image_newline),
+            (self.num_faster, "faster_token", faster_token),
+        ):
+            if not count:
+                continue
+            if vector is None:
+                raise ValueError(
+                    f"newline_position={self.layout.newline_position!r}, "
+                    f"add_faster_video={self.layout.add_faster_video} needs `{name}`, which is missing"
+                )
+            parts.append(vector.to(features).expand(count, -1))
+        if self.is_in_order:
+            return torch.cat(parts)
+        # A permutation: every row is read once, so that the gradient is a copy, too, in whatever order it is made.
+        return torch.cat(parts).index_select(0, self.tokens.on(features.device)[0])
+
+
 @dataclass(frozen=True, kw_only=True)
 class FrameTokenLayout:
     """How the frames of a video are laid out as tokens. Frozen, hashable, validated at construction.
@@ -275,25 +387,18 @@ class FrameTokenLayout:
         matrix = _unpooling((self.patches_height, self.patches_width), stride, self.pool_mode)
         return matrix.to(pooled) @ pooled
 
-    def pool_frames(
-        self, features: torch.Tensor, frame_types: "tuple[FrameType, ...] | list[int]"
-    ) -> list[torch.Tensor]:
-        """Pools each frame of `[T, P, D]` by its own type: a list of T tensors `[h * w, D]`.
+    @torch.compiler.disable
+    def batch(
+        self, num_frames: Sequence[int], frame_types: "Sequence[Sequence[int] | torch.Tensor | None] | None" = None
+    ) -> VideoBatch:
+        """The token map of videos of these numbers of frames, with explicit types (slow 0, fast 1) of each or None.
 
         Raises:
-            ValueError: if there is not one type for each frame.
+            ValueError: as `frame_types`.
         """
-        frame_types = [FrameType(int(frame_type)) for frame_type in frame_types]
-        if len(frame_types) != features.shape[0]:
-            raise ValueError(f"{len(frame_types)} frame types were given for {features.shape[0]} frames")
-        pooled: list[torch.Tensor] = [features[0]] * len(frame_types)
-        for frame_type in set(frame_types):
-            members = [frame for frame, other in enumerate(frame_types) if other is frame_type]
-            # The common case, all frames alike, must not copy the features.
-            selected = features if len(members) == len(frame_types) else features[members]
-            for frame, value in zip(members, self.pool(selected, frame_type), strict=True):
-                pooled[frame] = value
-        return pooled
+        explicit = [None] * len(num_frames) if frame_types is None else frame_types
+        types = (self.frame_types(count, own) for count, own in zip(num_frames, explicit, strict=True))
+        return _video_batch(self, tuple(types))
 
     def assemble(
         self,
@@ -302,35 +407,11 @@ class FrameTokenLayout:
         faster_token: torch.Tensor | None = None,
         frame_types: "torch.Tensor | list[int] | None" = None,
     ) -> torch.Tensor:
-        """Puts the projected features of one video in sequence order.
+        """Puts the projected features of one video in sequence order: `[T, P, D]` to `[L, D]`.
 
-        Args:
-            features: `[T, P, D]`, unpooled, after the projector.
-            image_newline, faster_token: learned `[D]` vectors, needed where the layout uses them.
-            frame_types: explicit types (slow 0, fast 1) of the frames.
-
-        Returns:
-            `[L, D]` with `L = num_tokens(T, frame_types)`.
-
-        Raises:
-            ValueError: if the layout needs a learned token that is not given.
+        `frame_types` are the explicit types (slow 0, fast 1) of the frames; else see `VideoBatch.assemble`.
         """
-        tokens = self.video(features.shape[0], frame_types)
-        out = features.new_empty(len(tokens), features.shape[-1])
-        kind = tokens.kind.to(features.device)
-        out[kind == TokenKind.PATCH] = torch.cat(self.pool_frames(features, tokens.frame_types))
-        for token_kind, name, vector in (
-            (TokenKind.NEWLINE, "image_newline", image_newline),
-            (TokenKind.FASTER, "faster_token", faster_token),
-        ):
-            if (tokens.kind == token_kind).any():
-                if vector is None:
-                    raise ValueError(
-                        f"newline_position={self.newline_position!r}, add_faster_video={self.add_faster_video} needs "
-                        f"`{name}`, which is missing"
-                    )
-                out[kind == token_kind] = vector.to(out)
-        return out
+        return self.batch([len(features)], [frame_types]).assemble(features, image_newline, faster_token)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a JSON file."""
@@ -382,44 +463,72 @@ class FrameTokenLayout:
 
 @lru_cache(maxsize=128)  # about 1 MB each for a long video
 def _video_tokens(layout: FrameTokenLayout, frame_types: tuple[FrameType, ...]) -> VideoTokens:
+    blocks = {frame_type: _frame_tokens(layout, frame_type) for frame_type in set(frame_types)}
+    entries = np.concatenate([blocks[frame_type] for frame_type in frame_types])
+    frame = np.repeat(np.arange(len(frame_types)), [len(blocks[frame_type]) for frame_type in frame_types])
+    if layout.newline_position == "one_token":
+        entries = np.concatenate([entries, [[TokenKind.NEWLINE, -1, -1]]])
+        frame = np.append(frame, -1)
     # The cache outlives the caller's context: tensors made in inference mode could not be used in training later,
     # those made while a model is built on the meta device would hold no values.
     with torch.inference_mode(False), torch.device("cpu"):
-        return _build_video_tokens(layout, frame_types)
-
-
-def _build_video_tokens(layout: FrameTokenLayout, frame_types: tuple[FrameType, ...]) -> VideoTokens:
-    entries: list[torch.Tensor] = []  # [tokens of a frame, 4]: kind, frame, row, column
-    frame_grids = []
-    for frame, frame_type in enumerate(frame_types):
-        height, width = layout.frame_grid(frame_type)
-        frame_grids.append((height, width))
-        rows = torch.arange(height)[:, None].expand(height, width)
-        columns = torch.arange(width)[None, :].expand(height, width)
-        kinds = torch.full((height, width), int(TokenKind.PATCH))
-        if layout.newline_position == "grid":
-            rows = torch.arange(height)[:, None].expand(height, width + 1)
-            columns = nn.functional.pad(columns, (0, 1), value=-1)
-            kinds = nn.functional.pad(kinds, (0, 1), value=int(TokenKind.NEWLINE))
-        frame_entry = torch.stack(
-            [kinds.flatten(), torch.full_like(kinds, frame).flatten(), rows.flatten(), columns.flatten()], dim=1
+        kind, row, column = (torch.from_numpy(np.ascontiguousarray(values)) for values in entries.T)
+        return VideoTokens(
+            kind=kind,
+            frame=torch.from_numpy(frame),
+            row=row,
+            column=column,
+            frame_types=frame_types,
+            frame_grids=tuple(layout.frame_grid(frame_type) for frame_type in frame_types),
         )
-        closing = []
-        if layout.newline_position == "frame":
-            closing.append([int(TokenKind.NEWLINE), frame, -1, -1])
-        if layout.is_slow_fast:
-            closing.append([int(TokenKind.FASTER), frame, -1, -1])
-        entries.append(torch.cat([frame_entry, torch.tensor(closing, dtype=torch.long).reshape(-1, 4)]))
-    if layout.newline_position == "one_token":
-        entries.append(torch.tensor([[int(TokenKind.NEWLINE), -1, -1, -1]]))
-    kind, frame, row, column = torch.cat(entries).unbind(dim=1)
-    return VideoTokens(
-        kind=kind.contiguous(),
-        frame=frame.contiguous(),
-        row=row.contiguous(),
-        column=column.contiguous(),
-        frame_types=frame_types,
-        frame_grids=tuple(frame_grids),
+
+
+def _frame_tokens(layout: FrameTokenLayout, frame_type: FrameType) -> np.ndarray:
+    """`[tokens of a frame, 3]` int64: kind, row, column."""
+    height, width = layout.frame_grid(frame_type)
+    row, column = np.indices((height, width))
+    tokens = np.stack([np.full((height, width), TokenKind.PATCH), row, column], axis=-1)
+    if layout.newline_position == "grid":
+        newlines = np.stack([np.full(height, TokenKind.NEWLINE), np.arange(height), np.full(height, -1)], axis=-1)
+        tokens = np.concatenate([tokens, newlines[:, None]], axis=1)
+    closing = [TokenKind.NEWLINE] * (layout.newline_position == "frame") + [TokenKind.FASTER] * layout.is_slow_fast
+    closing = np.array([[kind, -1, -1] for kind in closing], dtype=np.int64).reshape(-1, 3)
+    return np.concatenate([tokens.reshape(-1, 3), closing])
+
+
+@lru_cache(maxsize=16)  # about 4 MB each for 8 videos of 32 frames, on the host and on the device
+def _video_batch(layout: FrameTokenLayout, frame_types: tuple[tuple[FrameType, ...], ...]) -> VideoBatch:
+    videos = tuple(_video_tokens(layout, types) for types in frame_types)
+    num_frames, num_tokens = tuple(map(len, frame_types)), tuple(map(len, videos))
+    all_types = tuple(frame_type for types in frame_types for frame_type in types)
+    first_frame = np.cumsum((0, *num_frames))[:-1]
+    kind, frame, row, column = (
+        np.concatenate([getattr(video, name).numpy() for video in videos])
+        for name in ("kind", "frame", "row", "column")
+    )
+    frame = np.where(frame < 0, -1, frame + np.repeat(first_frame, num_tokens))
+    is_fast = np.array(all_types) == FrameType.FAST
+    # Parts of what `assemble` puts together: slow patches, fast patches, newlines, faster tokens.
+    is_patch = kind == TokenKind.PATCH
+    part = np.select([is_patch & ~is_fast[frame], is_patch, kind == TokenKind.NEWLINE], [0, 1, 2], 3)
+    source = np.empty_like(part)
+    source[np.argsort(part, kind="stable")] = np.arange(len(part))
+    patches = np.flatnonzero(is_patch)
+    grids = np.array([layout.frame_grid(frame_type) for frame_type in all_types], dtype=np.float32)
+    place = (np.stack([row[patches], column[patches]], axis=1) + np.float32(0.5)).astype(np.float32)
+    return VideoBatch(
+        layout=layout,
+        videos=videos,
+        num_frames=num_frames,
+        num_tokens=num_tokens,
+        frame_types=all_types,
+        frame_grids=tuple(grid for video in videos for grid in video.frame_grids),
+        num_newlines=int((part == 2).sum()),
+        num_faster=int((part == 3).sum()),
+        is_in_order=bool((np.diff(part) >= 0).all()),
+        frames=DeviceTensors((np.flatnonzero(~is_fast), np.flatnonzero(is_fast))),
+        tokens=DeviceTensors((source, patches, np.cumsum((0, *num_tokens))[:-1])),
+        places=DeviceTensors((frame[patches], place / grids[frame[patches]])),
     )
 
 
@@ -437,9 +546,14 @@ def split_video_positions(video_token_mask: torch.Tensor, num_tokens: list[int])
         ValueError: if the placeholders are not as many as the videos' tokens.
     """
     positions = video_token_mask.flatten().nonzero().squeeze(1)
-    if positions.shape[0] != sum(num_tokens):
+    check_num_placeholders(len(positions), num_tokens)
+    return list(positions.split(num_tokens))
+
+
+def check_num_placeholders(num_placeholders: int, num_tokens: Sequence[int]) -> None:
+    """Raises ValueError unless there are as many video placeholders as tokens `num_tokens` of all videos."""
+    if num_placeholders != sum(num_tokens):
         raise ValueError(
-            f"the sequences hold {positions.shape[0]} video placeholders, but the {len(num_tokens)} videos take "
+            f"the sequences hold {num_placeholders} video placeholders, but the {len(num_tokens)} videos take "
             f"{sum(num_tokens)} tokens ({', '.join(map(str, num_tokens))}); truncation is the usual cause"
         )
-    return list(positions.split(num_tokens))

@@ -25,24 +25,25 @@ from torch import nn
 from transformers.utils import logging
 
 from ..configuration.configuration_llava_next_ar import LlavaNextARAutoregressiveConfig
-from ..configuration.frame_token_layout import FrameTokenLayout, FrameType, VideoTokens
-from ..configuration.transformers_compat import hidden_states_to_keep
-from .frame_masks import FrameLevelMaskGenerator
+from ..configuration.frame_token_layout import FrameTokenLayout, FrameType, VideoBatch, VideoTokens
 from .frame_predictor import (
     FramePredictorBlock,
+    PredictionPlan,
     PredictorMemory,
     ZeroInitializedLinear,
+    in_order,
+    plan_predictions,
     resample_states,
     sinusoids,
-    stack_padded,
 )
+from .loss_functions import zero_through
 from .reconstruction_metrics import Reconstruction
 from .vision_teacher import (
     Unregistered,
     adapter_layers,
     adapters_off,
     copy_without_adapters,
-    select_vision_features,
+    encode_frames,
     tower_trains,
 )
 
@@ -62,21 +63,13 @@ def seconds_since(first: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
     return (times - first).float()  # float64 may hold seconds since 1970, float32 does not
 
 
-def _seconds_and_gaps(times: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Times of a clip's frames `[T]` -> seconds since the first, and seconds to the frame after each."""
-    seconds = seconds_since(times[0], times)
-    gaps = seconds.diff()
-    # The frame after the last has no time; its gap is taken to be the last one.
-    return seconds, torch.cat([gaps, gaps[-1:]]) if len(gaps) else torch.ones_like(seconds)
-
-
 class AutoregressiveReconstructionModule(nn.Module):
     """Predicts the next frame's frozen vision features from the language model's hidden states.
 
     **Teacher.** As long as the vision tower is frozen, it is its own teacher: no memory, no time, nothing extra saved.
     With adapters on the tower (PEFT), the teacher is the tower with the adapters off: one more tower pass, nothing extra
     saved; before they are merged, `keep_teacher` copies the tower without them. When the tower itself trains,
-    `prepare_teacher` makes a frozen copy before the first step. A copy is a submodule (`teacher`), follows `.to()`, is
+    `create_teacher` makes a frozen copy before the first step. A copy is a submodule (`teacher`), follows `.to()`, is
     saved with the checkpoint under `autoregressive_module.teacher.*`, and `autoregressive_config.separate_teacher` is set
     so that it is found again on reload.
 
@@ -97,10 +90,10 @@ class AutoregressiveReconstructionModule(nn.Module):
     # `FramePredictorBlock`. What it makes of a frame may depend on the frames in `visible`, and on no other.
     block_class: type[nn.Module] = FramePredictorBlock
 
-    # Wavelengths in seconds, from faster than any frame rate to longer than most clips.
-    TIME_WAVELENGTHS = torch.logspace(math.log10(0.1), math.log10(1000.0), 16)
-    # Wavelengths in units of the frame's side.
-    POSITION_WAVELENGTHS = torch.logspace(math.log10(2.0), math.log10(0.0625), 8)
+    # The first and the last power of ten, and how many wavelengths between them. In seconds, from faster than any frame rate
+    # to longer than most clips; and in units of the frame's side.
+    TIME_WAVELENGTHS = (math.log10(0.1), math.log10(1000.0), 16)
+    POSITION_WAVELENGTHS = (math.log10(2.0), math.log10(0.0625), 8)
 
     def __init__(
         self,
@@ -121,7 +114,7 @@ class AutoregressiveReconstructionModule(nn.Module):
         dim = config.embedding_dim
         self.input_norm = nn.LayerNorm(hidden_size)
         self.input_projection = nn.Linear(hidden_size, dim)
-        num_place_features = 4 * len(self.POSITION_WAVELENGTHS) + 4 * len(self.TIME_WAVELENGTHS)
+        num_place_features = 4 * self.POSITION_WAVELENGTHS[-1] + 4 * self.TIME_WAVELENGTHS[-1]
         self.place_projection = nn.Linear(num_place_features, dim)
         self.blocks = nn.ModuleList(self.block_class(dim, config.num_heads) for _ in range(config.num_layers))
         self.output_norm = nn.LayerNorm(dim)
@@ -130,10 +123,10 @@ class AutoregressiveReconstructionModule(nn.Module):
         self._vision_tower = Unregistered(vision_tower)
 
     def train(self, mode: bool = True) -> "AutoregressiveReconstructionModule":
+        """As in torch, but the teacher stays in eval mode."""
         super().train(mode)
         if self.teacher is not None:
-            # from_pretrained makes every parameter trainable, then calls eval(), which is train(False).
-            self.teacher.requires_grad_(False).eval()
+            self.teacher.eval()
         return self
 
     # ---- teacher ---------------------------------------------------------------------------------------------------
@@ -142,20 +135,22 @@ class AutoregressiveReconstructionModule(nn.Module):
         """Whether what is predicted are the very features that the projector reads."""
         return self.teacher is None and not adapter_layers(vision_tower)
 
-    def prepare_teacher(self, vision_tower: nn.Module) -> None:
-        """Makes the frozen copy if the tower is about to train. Call before wrapping the model (DDP, FSDP).
-
-        `LlavaNextARForConditionalGeneration.train()` calls it, and with it every Trainer.
+    def create_teacher(self, vision_tower: nn.Module) -> None:
+        """Keeps a frozen copy of the tower if it trains and there is none yet. Call before wrapping the model (DDP, FSDP).
 
         Raises:
-            RuntimeError: if DeepSpeed's ZeRO-3 has split the tower, as it does while it loads.
+            RuntimeError: if DeepSpeed's ZeRO-3 or FSDP has sharded the tower.
         """
         if self.teacher is not None or adapter_layers(vision_tower) or not tower_trains(vision_tower, []):
             return
-        if any(hasattr(parameter, "ds_id") for parameter in vision_tower.parameters()):
+        # Of ZeRO-3, of FSDP2's DTensor.
+        if any(
+            hasattr(parameter, name) for parameter in vision_tower.parameters() for name in ("ds_id", "placements")
+        ):
             raise RuntimeError(
-                "ZeRO-3 has split the vision tower, of which the head needs a frozen copy to train: make the copy without "
-                "DeepSpeed (unfreeze the tower, model.train(), model.save_pretrained) and train from that folder"
+                "the vision tower is sharded (ZeRO-3, FSDP), and the head needs a frozen copy of it to train: unfreeze the "
+                "tower and call model.create_teacher() before the model is sharded, or save the model then and train from "
+                "that folder"
             )
         self.teacher = copy.deepcopy(vision_tower).requires_grad_(False).eval()
         self.config.separate_teacher = True
@@ -175,12 +170,8 @@ class AutoregressiveReconstructionModule(nn.Module):
         """Features of frames `[F, 3, H, W]` at the layer that the projector reads: `[F, P, Dv]`."""
         # Quantized weights are integers, but never those of all layers.
         dtype = next(parameter.dtype for parameter in tower.parameters() if parameter.is_floating_point())
-        # Naming the layer keeps the tower from storing the hidden states of all the others.
-        kept = hidden_states_to_keep(self.vision_feature_layer)
-        outputs = tower(pixel_values.to(dtype), output_hidden_states=kept, return_dict=True)
-        return select_vision_features(
-            outputs.hidden_states, self.vision_feature_layer, self.vision_feature_select_strategy
-        )
+        layer, strategy = self.vision_feature_layer, self.vision_feature_select_strategy
+        return encode_frames(tower, pixel_values.to(dtype), layer, strategy)[1]
 
     @torch.no_grad()
     def teacher_features(
@@ -207,7 +198,7 @@ class AutoregressiveReconstructionModule(nn.Module):
                 "the vision tower has adapters, and weights of its own train as well (bias='all' is a usual cause): with "
                 "the adapters off it would be no fixed teacher"
                 if adapters
-                else "the vision tower trains, but its frozen copy, the teacher, was not made: call model.train() after "
+                else "the vision tower trains, but its frozen copy, the teacher, was not made: call create_teacher after "
                 "unfreezing the tower and before the first step"
             )
         if adapters:
@@ -219,85 +210,59 @@ class AutoregressiveReconstructionModule(nn.Module):
 
     # ---- prediction ------------------------------------------------------------------------------------------------
 
-    def _place_features(self, clip: VideoTokens, seconds: torch.Tensor, gaps: torch.Tensor) -> torch.Tensor:
-        """Where and when each patch of a clip is: `[num_patches, features]` float32, in the order of the hidden states.
+    def _place_features(self, batch: VideoBatch, seconds: torch.Tensor, gaps: torch.Tensor) -> torch.Tensor:
+        """Where and when each patch is: `[num_patches, features]` float32, in the order of the hidden states.
 
-        `seconds` `[T]` since the first frame, and `gaps` `[T]` to the frame after, which is the one to be predicted.
+        `seconds` `[F]` since the first frame of the clip, and `gaps` `[F]` to the frame after, which is to be predicted.
         """
-        device = seconds.device
-        offsets = clip.patch_offsets
-        frame = clip.frame[offsets].to(device)
-        grid = torch.tensor(clip.frame_grids, device=device)[frame]  # [patches, 2]
-        place = torch.stack([clip.row[offsets], clip.column[offsets]], dim=1).to(device)
-        place = (place + 0.5) / grid
-        time_wavelengths = self.TIME_WAVELENGTHS.to(device)
-        return torch.cat(
-            [
-                sinusoids(place, self.POSITION_WAVELENGTHS.to(device)).flatten(1),
-                sinusoids(seconds, time_wavelengths)[frame],
-                sinusoids(gaps, time_wavelengths)[frame],
-            ],
-            dim=1,
+        frame, place = batch.places.on(seconds.device)
+        place_waves, time_waves = (
+            torch.logspace(*powers, device=seconds.device)
+            for powers in (self.POSITION_WAVELENGTHS, self.TIME_WAVELENGTHS)
         )
+        times = sinusoids(torch.stack([seconds, gaps], dim=1), time_waves).flatten(1)
+        return torch.cat([sinusoids(place, place_waves).flatten(1), times.index_select(0, frame)], dim=1)
 
     def _embed(self, hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """`[num_patches, hidden]` and their `_place_features` -> what the first block reads, `[num_patches, E]`."""
-        dtype = self.input_norm.weight.dtype  # the projection may be quantized
+        """`[num_patches, hidden]` and their `_place_features` -> input of the first block, `[num_patches, E]`."""
+        dtype = self.input_norm.weight.dtype  # of a quantized projection, the weights have another one
         x = self.input_projection(self.input_norm(hidden_states.to(dtype)))
         return x + self.place_projection(places.to(dtype))
 
-    def _visible_frames(
-        self, clips: Sequence[VideoTokens], frame_types: Sequence[Sequence[int] | None]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Visible frames over the whole batch: `[F, K]` indices and validity; no frame sees another clip."""
-        per_clip = []
-        for clip, types in zip(clips, frame_types, strict=True):
-            visibility = FrameLevelMaskGenerator.frame_visibility(
-                len(clip.frame_types),
-                self.config.num_hist,
-                types if self.config.use_fast_slow_frames else None,
-                causal=self.config.use_frame_causal_mask,
-            )
-            per_clip.append(FrameLevelMaskGenerator.visible_frames(visibility))
-        width = max(visible.shape[1] for visible, _ in per_clip)
-        indices, validity, first = [], [], 0
-        for visible, valid in per_clip:
-            padding = width - visible.shape[1]
-            own = torch.arange(len(visible))[:, None].expand(-1, padding)
-            indices.append(torch.cat([visible, own], dim=1) + first)
-            validity.append(nn.functional.pad(valid, (0, padding)))
-            first += len(visible)
-        return torch.cat(indices), torch.cat(validity)
+    @torch.compiler.disable  # numbers of the host, not of the graph
+    def _plan(self, batch: VideoBatch, frame_types: Sequence[Sequence[int] | None] | None) -> PredictionPlan:
+        if self.token_layout.is_slow_fast:
+            frame_types = [clip.frame_types for clip in batch.videos]
+        elif frame_types is None:
+            frame_types = [None] * len(batch)
+        return plan_predictions(
+            batch.frame_grids,
+            batch.num_frames,
+            tuple(None if types is None else tuple(map(int, types)) for types in frame_types),
+            self.target_layout,
+            self.config.num_hist,
+            self.config.use_fast_slow_frames,
+            self.config.use_frame_causal_mask,
+        )
 
     def _predictor_states(
-        self,
-        hidden_states: torch.Tensor,
-        clips: Sequence[VideoTokens],
-        timestamps: Sequence[torch.Tensor],
-        frame_types: Sequence[Sequence[int] | None],
-    ) -> list[torch.Tensor]:
-        """Runs the predictor: hidden states `[num_patches, hidden]` -> for each frame `[h * w, E]`."""
-        counts = [height * width for clip in clips for height, width in clip.frame_grids]
+        self, hidden_states: torch.Tensor, batch: VideoBatch, plan: PredictionPlan, times: torch.Tensor
+    ) -> torch.Tensor:
+        """Runs the predictor: hidden states `[num_patches, hidden]`, times `[F]` -> `[F, P, E]`, padded at the end."""
         device = hidden_states.device
-        places = [
-            self._place_features(clip, *_seconds_and_gaps(times))
-            for clip, times in zip(clips, timestamps, strict=True)
-        ]
-        x = self._embed(hidden_states, torch.cat(places))
-        visible, valid = self._visible_frames(clips, frame_types)
-        visible, valid = visible.to(device), valid.to(device)
-        key_mask = valid[:, :, None].expand(-1, -1, max(counts))  # [F, K, P]
-        if len(set(counts)) == 1:
-            x = x.view(len(counts), counts[0], -1)
-        else:
-            x = stack_padded(x.split(counts))  # [F, P, E]
-            exists = torch.arange(max(counts), device=device) < torch.tensor(counts, device=device)[:, None]
-            key_mask = key_mask & exists[visible]
-        key_mask = None if visible.shape[1] == 1 and len(set(counts)) == 1 else key_mask.flatten(1)[:, None, None]
+        first, gap_from, gap_to, is_alone = plan.times.on(device)
+        seconds = seconds_since(times.index_select(0, first), times)
+        gaps = seconds.index_select(0, gap_to) - seconds.index_select(0, gap_from)
+        if plan.has_lone_frames:
+            gaps = gaps.masked_fill(is_alone, 1.0)
+        x = self._embed(hidden_states, self._place_features(batch, seconds, gaps))
+        visible, key_mask, slots = plan.attention.on(device)
+        if plan.is_ragged:
+            x = x.new_zeros(plan.num_frames * plan.num_patches, x.shape[-1]).index_copy(0, slots, x)
+        x = x.view(plan.num_frames, plan.num_patches, -1)
         for block in self.blocks:
-            x = block(x, visible, key_mask)
-        x = self.output_norm(x)
-        return [frame[:count] for frame, count in zip(x, counts, strict=True)]
+            x = block(x, visible, key_mask if plan.is_masked else None)
+        return self.output_norm(x)
 
     def open_memory(self) -> PredictorMemory:
         """What `step` keeps of the frames of one clip.
@@ -329,7 +294,8 @@ class AutoregressiveReconstructionModule(nn.Module):
         Returns:
             `[h * w, E]`, for `predict`.
         """
-        x = self._embed(hidden_states, self._place_features(frame, seconds[None], gap[None]))
+        batch = self.token_layout.batch([1], [frame.frame_types])
+        x = self._embed(hidden_states, self._place_features(batch, seconds[None], gap[None]))
         return self.output_norm(memory.run(self.blocks, x, frame_type if self.config.use_fast_slow_frames else None))
 
     def predict(self, states: torch.Tensor, copies: torch.Tensor) -> torch.Tensor:
@@ -364,47 +330,36 @@ class AutoregressiveReconstructionModule(nn.Module):
         Returns:
             The predictions with the loss of each clip, or None if no clip has two frames.
         """
-        clip_lengths = [len(clip.frame_types) for clip in clips]
-        if max(clip_lengths, default=0) < 2:
+        lengths = [len(clip.frame_types) for clip in clips]
+        if max(lengths, default=0) < 2:
             return None
-        if timestamps is None:
-            timestamps = [torch.arange(length, device=hidden_states.device).float() for length in clip_lengths]
-        if self.token_layout.is_slow_fast:
-            frame_types = [clip.frame_types for clip in clips]
-        elif frame_types is None:
-            frame_types = [None] * len(clips)
-        states = self._predictor_states(hidden_states, clips, timestamps, frame_types)
+        device = hidden_states.device
+        batch = self.token_layout.batch(lengths, [clip.frame_types for clip in clips])
+        plan = self._plan(batch, frame_types)
+        times = (
+            torch.arange(plan.num_frames, device=device).float() if timestamps is None else torch.cat(list(timestamps))
+        )
+        states = self._predictor_states(hidden_states, batch, plan, times)
+        on_grid = {kind: self.targets(vision_features, kind) for kind in {group.frame_type for group in plan.groups}}
 
-        predictions, targets, copies, candidates, grids, places = [], [], [], [], [], []
-        first = 0
-        for video, (clip, length) in enumerate(zip(clips, clip_lengths, strict=True)):
-            features = vision_features[first : first + length]
-            clip_states = states[first : first + length]
-            first += length
-            if length < 2:
-                continue
-            kinds = self.target_layout.frame_types(length, frame_types[video])
-            frames_on_grid = {kind: self.targets(features, kind) for kind in set(kinds[1:])}
-            for frame in range(1, length):
-                on_grid = frames_on_grid[kinds[frame]]
-                grid = self.target_layout.frame_grid(kinds[frame])
-                predictions.append(resample_states(clip_states[frame - 1], clip.frame_grids[frame - 1], grid))
-                targets.append(on_grid[frame])
-                copies.append(on_grid[frame - 1])
-                candidates.append(on_grid)
-                grids.append(grid)
-                places.append((video, frame))
+        predictions, targets, copies, losses = [], [], [], []
+        for group, sources in zip(plan.groups, plan.sources.on(device), strict=True):
+            copies.append(on_grid[group.frame_type].index_select(0, sources))
+            targets.append(on_grid[group.frame_type].index_select(0, sources + 1))
+            of_sources = states.index_select(0, sources)[:, : math.prod(group.source)]
+            predictions.append(self.predict(resample_states(of_sources, group.source, group.target), copies[-1]))
+            losses.append(self._frame_loss(predictions[-1], targets[-1], group.target))
 
-        copies, targets = stack_padded(copies), stack_padded(targets)
-        predictions = self.predict(stack_padded(predictions), copies)
-        counts = torch.tensor([height * width for height, width in grids], device=targets.device)
-        patch_mask = torch.arange(targets.shape[1], device=targets.device) < counts[:, None]
-        frame_loss = self._frame_loss(predictions, targets, patch_mask, grids)
-        frame_video, frame_index = torch.tensor(places, device=targets.device).unbind(1)
-        video_index, num_predicted = frame_video.unique_consecutive(return_counts=True)
-        loss_per_video = torch.stack([loss.mean() for loss in frame_loss.split(num_predicted.tolist())])
+        order, patch_mask, frame_video, frame_index, grids, slots, video_index, num_predicted = plan.frames.on(device)
+        predictions, targets, copies, frame_loss = (
+            in_order(values, order) for values in (predictions, targets, copies, losses)
+        )
+        of_videos = frame_loss.new_zeros(len(plan.num_predicted) * max(plan.num_predicted)).index_copy(
+            0, slots, frame_loss
+        )
+        of_clips = {kind: frames.split(lengths) for kind, frames in on_grid.items()}
         return Reconstruction(
-            loss_per_video=loss_per_video,
+            loss_per_video=of_videos.view(len(plan.num_predicted), -1).sum(1) / num_predicted,
             video_index=video_index,
             predictions=predictions,
             targets=targets,
@@ -412,34 +367,22 @@ class AutoregressiveReconstructionModule(nn.Module):
             patch_mask=patch_mask,
             frame_video=frame_video,
             frame_index=frame_index,
-            candidates=tuple(candidates),
-            grids=tuple(grids),
+            candidates=tuple(of_clips[kind][clip] for clip, kind in plan.videos),
+            grids=grids,
         )
 
-    def _frame_loss(
-        self,
-        predictions: torch.Tensor,
-        targets: torch.Tensor,
-        patch_mask: torch.Tensor,
-        grids: Sequence[tuple[int, int]],
-    ) -> torch.Tensor:
-        """`[M]`: mean over patches, and over the pyramid of coarser grids with `enable_multiscale_pooling`."""
-        loss = (self.patch_loss(predictions, targets) * patch_mask).sum(1) / patch_mask.sum(1)
+    def _frame_loss(self, predictions: torch.Tensor, targets: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """`[M, P', Dv]` twice -> `[M]`: mean over patches, and over coarser grids with `enable_multiscale_pooling`."""
+        loss = self.patch_loss(predictions, targets).mean(1)
         if not self.config.enable_multiscale_pooling:
             return loss
-        per_frame: list[torch.Tensor] = [loss[0]] * len(grids)
-        for grid in set(grids):
-            members = [m for m, other in enumerate(grids) if other == grid]
-            levels = [loss[members]]
-            pair = torch.cat([predictions[members], targets[members]])[:, : grid[0] * grid[1]]
-            pair = pair.transpose(1, 2).unflatten(2, grid)  # [2 * members, Dv, h, w]
-            while min(pair.shape[2:]) >= 2:
-                pair = nn.functional.avg_pool2d(pair, 2)
-                coarse = pair.flatten(2).transpose(1, 2)
-                levels.append(self.patch_loss(*coarse.chunk(2)).mean(1))
-            for m, value in zip(members, torch.stack(levels).mean(0), strict=True):
-                per_frame[m] = value
-        return torch.stack(per_frame)
+        levels = [loss]
+        pair = torch.cat([predictions, targets]).transpose(1, 2).unflatten(2, grid)  # [2 * M, Dv, h, w]
+        while min(pair.shape[2:]) >= 2:
+            pair = nn.functional.avg_pool2d(pair, 2)
+            coarse = pair.flatten(2).transpose(1, 2)
+            levels.append(self.patch_loss(*coarse.chunk(2)).mean(1))
+        return torch.stack(levels).mean(0)
 
     def patch_loss(self, predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The loss of each patch, `[M, P, Dv]` float32 twice -> `[M, P]`; by default `config.loss_type`.
@@ -474,7 +417,7 @@ class AutoregressiveReconstructionModule(nn.Module):
         hidden_states = torch.zeros(len(clip.patch_offsets), self.input_projection.in_features, device=device)
         if zero is not None:
             hidden_states = hidden_states + zero
-        return self(hidden_states, [clip], features).loss_per_video.sum() * 0
+        return zero_through(self(hidden_states, [clip], features).loss_per_video)
 
     def compute_autoregressive_loss(
         self,
@@ -571,5 +514,5 @@ def create_autoregressive_reconstruction_module(
     module = AutoregressiveReconstructionModule(
         config, hidden_size, vision_dim, layout, layer, strategy, vision_tower=vision_tower
     )
-    module.prepare_teacher(vision_tower)
+    module.create_teacher(vision_tower)
     return module

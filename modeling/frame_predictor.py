@@ -6,12 +6,16 @@ Shape letters: F frames of all clips together, P patches of a frame, E predictor
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..configuration.frame_token_layout import DeviceTensors, FrameTokenLayout, FrameType
 from .frame_masks import FrameLevelMaskGenerator
 
 
@@ -22,11 +26,11 @@ def sinusoids(values: torch.Tensor, wavelengths: torch.Tensor) -> torch.Tensor:
 
 
 def resample_states(states: torch.Tensor, grid: tuple[int, int], target: tuple[int, int]) -> torch.Tensor:
-    """`[h * w, E]` on one grid -> `[h' * w', E]` on another."""
+    """`[M, h * w, E]` on one grid -> `[M, h' * w', E]` on another."""
     if grid == target:
         return states
-    states = states.T.unflatten(1, grid)[None]
-    return nn.functional.interpolate(states, size=list(target), mode="bilinear")[0].flatten(1).T
+    states = states.transpose(1, 2).unflatten(2, grid)
+    return nn.functional.interpolate(states, size=list(target), mode="bilinear").flatten(2).transpose(1, 2)
 
 
 def stack_padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -37,6 +41,16 @@ def stack_padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     """
     longest = max(map(len, rows))
     return torch.stack([nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
+
+
+def in_order(groups: Sequence[torch.Tensor], order: torch.Tensor) -> torch.Tensor:
+    """`[M_i, P_i, ...]` or `[M_i]` tensors of groups of frames -> one of all frames, padded with zeros, taken in `order`."""
+    if len(groups) == 1:
+        return groups[0]
+    if groups[0].ndim > 1:
+        longest = max(group.shape[1] for group in groups)
+        groups = [nn.functional.pad(group, (0, 0, 0, longest - group.shape[1])) for group in groups]
+    return torch.cat(list(groups)).index_select(0, order)
 
 
 class ZeroInitializedLinear(nn.Linear):
@@ -86,6 +100,154 @@ class FramePredictorBlock(GradientCheckpointingLayer):
     def forward(self, x: torch.Tensor, visible: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x), visible, key_mask)
         return x + self.mlp(self.mlp_norm(x))
+
+
+@dataclass(frozen=True)
+class FrameGroup:
+    """`count` predicted frames, pooled as `frame_type`: from frames on the grid `source` to frames on the grid `target`."""
+
+    frame_type: FrameType
+    source: tuple[int, int]
+    target: tuple[int, int]
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class PredictionPlan:
+    """Which frame of a batch is predicted from which, as index arrays: all that the predictor needs but features and times.
+
+    Shape letters as in the module, of all clips together; P the most patches of a frame that is read, P' of one that is
+    predicted; M predicted frames; N clips of two frames or more, with R predicted frames at most.
+
+    Attributes:
+        num_frames: F.
+        num_patches: P.
+        is_ragged: frames that are read differ in their number of patches.
+        is_masked: not every patch of `visible` may be attended to.
+        has_lone_frames: a clip has one frame alone.
+        groups: the M frames by grids; one alone where all are alike.
+        num_predicted: of each clip with two frames or more.
+        videos: for each of the M frames its clip, and how it is pooled.
+        times: `[F]` first frame of each frame's clip, `[F]` and `[F]` the frames between which its gap lies, `[F]` bool
+            whether it is alone.
+        attention: `[F, K]` visible frames, `[F, 1, 1, K * P]` bool which of their patches count, `[patches]` the slot of
+            each patch in `[F * P]`.
+        sources: for each group the frames that are predicted from.
+        frames: `[M]` where in the groups each frame is, `[M, P']` bool its patches, `[M]` its clip, `[M]` its number in it,
+            `[M, 2]` its grid, `[M]` its slot in `[N * R]`, `[N]` the clips, `[N]` how many frames of each are predicted.
+    """
+
+    num_frames: int
+    num_patches: int
+    is_ragged: bool
+    is_masked: bool
+    has_lone_frames: bool
+    groups: tuple[FrameGroup, ...]
+    num_predicted: tuple[int, ...]
+    videos: tuple[tuple[int, FrameType], ...]
+    times: DeviceTensors
+    attention: DeviceTensors
+    sources: DeviceTensors
+    frames: DeviceTensors
+
+
+@lru_cache(maxsize=16)
+def plan_predictions(
+    read_grids: tuple[tuple[int, int], ...],
+    num_frames: tuple[int, ...],
+    frame_types: tuple[tuple[int, ...] | None, ...],
+    layout: FrameTokenLayout,
+    window_size: int,
+    uses_types: bool,
+    is_causal: bool,
+) -> PredictionPlan:
+    """The plan of a batch of clips; a step with the same clips takes the one that it took before.
+
+    Args:
+        read_grids: `(h, w)` of each frame as the language model reads it.
+        num_frames: of each clip.
+        frame_types: of each clip slow (0) or fast (1) for each frame, or None.
+        layout: of the frames that are predicted.
+        window_size, uses_types, is_causal: `num_hist`, `use_fast_slow_frames`, `use_frame_causal_mask` of the head.
+    """
+    first = np.cumsum((0, *num_frames))[:-1]
+    number = np.concatenate([np.arange(length) for length in num_frames])  # of each frame in its clip
+    first_of_frame, clip_of_frame = np.repeat(first, num_frames), np.repeat(np.arange(len(num_frames)), num_frames)
+    length_of_frame = np.repeat(num_frames, num_frames)
+    everyone = np.arange(len(number))
+    # The frame after the last has no time; its gap is taken to be the last one.
+    gap_from = np.where((number == length_of_frame - 1) & (number > 0), everyone - 1, everyone)
+    gap_to = np.minimum(gap_from + 1, first_of_frame + length_of_frame - 1)
+
+    counts = np.array([height * width for height, width in read_grids])
+    num_patches = int(counts.max())
+    exists = np.arange(num_patches) < counts[:, None]  # [F, P]
+    visible, valid = _visible_frames(num_frames, frame_types if uses_types else None, window_size, is_causal)
+    key_mask = valid[:, :, None] & exists[visible]  # [F, K, P]
+
+    kinds = [
+        kind for length, own in zip(num_frames, frame_types, strict=True) for kind in layout.frame_types(length, own)
+    ]
+    predicted = everyone[number > 0]
+    members: dict[tuple[tuple[int, int], FrameType], list[int]] = {}
+    for place, frame in enumerate(predicted):
+        members.setdefault((read_grids[frame - 1], kinds[frame]), []).append(place)
+    groups = tuple(
+        FrameGroup(kind, source, layout.frame_grid(kind), len(places)) for (source, kind), places in members.items()
+    )
+    in_groups = np.argsort(np.concatenate([*members.values(), np.empty(0)]), kind="stable")
+    grids = tuple(layout.frame_grid(kinds[frame]) for frame in predicted)
+    target_counts = np.array([height * width for height, width in grids], dtype=np.int64)
+    clip, num_predicted = clip_of_frame[predicted], tuple(length - 1 for length in num_frames if length > 1)
+    row = np.repeat(np.arange(len(num_predicted)), num_predicted)
+    return PredictionPlan(
+        num_frames=len(number),
+        num_patches=num_patches,
+        is_ragged=len(set(counts.tolist())) > 1,
+        is_masked=not key_mask.all(),
+        has_lone_frames=1 in num_frames,
+        groups=groups,
+        num_predicted=num_predicted,
+        videos=tuple(zip(clip.tolist(), (kinds[frame] for frame in predicted), strict=True)),
+        times=DeviceTensors((first_of_frame, gap_from, gap_to, length_of_frame == 1)),
+        attention=DeviceTensors((visible, key_mask.reshape(len(number), 1, 1, -1), np.flatnonzero(exists))),
+        sources=DeviceTensors(tuple(predicted[places] - 1 for places in members.values())),
+        frames=DeviceTensors(
+            (
+                in_groups,
+                np.arange(target_counts.max(initial=0)) < target_counts[:, None],
+                clip,
+                number[predicted],
+                np.array(grids, dtype=np.int64).reshape(-1, 2),
+                row * max(num_predicted, default=0) + number[predicted] - 1,
+                np.flatnonzero(np.array(num_frames) > 1),
+                np.array(num_predicted, dtype=np.int64),
+            )
+        ),
+    )
+
+
+def _visible_frames(
+    num_frames: Sequence[int], frame_types: Sequence[Sequence[int] | None] | None, window_size: int, is_causal: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Visible frames over the whole batch: `[F, K]` indices and validity; no frame sees another clip."""
+    frame_types = [None] * len(num_frames) if frame_types is None else frame_types
+    with torch.inference_mode(False), torch.device("cpu"):
+        per_clip = [
+            FrameLevelMaskGenerator.visible_frames(
+                FrameLevelMaskGenerator.frame_visibility(length, window_size, types, causal=is_causal)
+            )
+            for length, types in zip(num_frames, frame_types, strict=True)
+        ]
+    width = max(visible.shape[1] for visible, _ in per_clip)
+    indices, validity, first = [], [], 0
+    for visible, valid in per_clip:
+        missing = (0, width - visible.shape[1])
+        padded = np.pad(visible.numpy(), ((0, 0), missing), constant_values=-1)
+        indices.append(np.where(padded < 0, np.arange(len(visible))[:, None], padded) + first)
+        validity.append(np.pad(valid.numpy(), ((0, 0), missing)))
+        first += len(visible)
+    return np.concatenate(indices), np.concatenate(validity)
 
 
 class PredictorMemory:

@@ -220,7 +220,7 @@ class FrameStream:
         kind, gap = self._target_type(frame_type), (seconds - last.seconds).to(device)
         states = head.step(last.hidden_states, frame, last.seconds.to(device), gap, last.frame_type, self._memory)
         grid = head.target_layout.frame_grid(kind)
-        states = resample_states(states, frame.frame_grids[0], grid)
+        (states,) = resample_states(states[None], frame.frame_grids[0], grid)
         (copy,) = head.targets(last.teacher_features[None], kind)
         prediction = head.predict(states, copy)
         self._next = FramePrediction(self.num_frames, kind, float(seconds), prediction, copy, grid)

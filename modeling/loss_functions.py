@@ -6,12 +6,11 @@ Shape letters: B samples, S tokens, n supervised positions of the batch, N video
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
-
-from .reconstruction_metrics import Reconstruction
 
 # Logits that exist at a time: 256 MB in float32, 441 positions of Qwen2's vocabulary.
 LOGITS_AT_A_TIME = 2**26
@@ -73,41 +72,57 @@ def _is_gathered_at_each_call(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule) or any(hasattr(weight, "ds_id") for weight in module.parameters())
 
 
+def zero_through(*tensors: torch.Tensor) -> torch.Tensor:
+    """A zero through which a zero gradient reaches tensors; finite, whatever they hold (`x.sum() * 0` is not)."""
+    return sum(tensor.flatten()[:0].sum() for tensor in tensors)
+
+
+@torch.compiler.disable  # numbers of the host, not of the graph
+def shares_of_videos(
+    labels: torch.Tensor, packed_position_ids: torch.Tensor | None, first_token: np.ndarray
+) -> np.ndarray:
+    """`[N]` float32: labels of the sample that each video belongs to, divided by the videos of that sample.
+
+    Args:
+        labels: `[B, S]`, on the CPU.
+        packed_position_ids: `[B, S]` where several samples share a row, on the CPU.
+        first_token: `[N]`, where in the flattened batch each video begins.
+    """
+    # [B * S]: which sample a token belongs to. A row is one, unless several are packed in it.
+    starts = np.zeros(labels.shape, dtype=bool)
+    starts[:, 0] = True
+    if packed_position_ids is not None:
+        starts[:, 1:] |= np.diff(packed_position_ids.expand(labels.shape).numpy()) != 1
+    sample_of_token = starts.ravel().cumsum() - 1
+    is_target = labels.numpy() != -100
+    is_target[:, 0] = False
+    samples = sample_of_token[first_token]
+    items_in_sample = np.bincount(sample_of_token[is_target.ravel()], minlength=sample_of_token[-1] + 1)
+    return (items_in_sample[samples] / np.bincount(samples, minlength=1)[samples]).astype(np.float32)
+
+
 def reduce_video_losses(
-    reconstruction: Reconstruction,
-    first_token: torch.Tensor,
-    labels: torch.Tensor | None,
-    packed_position_ids: torch.Tensor | None,
+    losses: torch.Tensor,
+    shares: torch.Tensor | None,
     num_items_in_batch: int | torch.Tensor | None,
     num_videos_in_batch: int | torch.Tensor | None,
 ) -> torch.Tensor:
     """The unweighted reconstruction loss of a micro-batch.
 
     Args:
-        reconstruction: with the loss of each video.
-        first_token: `[N]` int64, where in the flattened batch each video begins.
-        labels: `[B, S]`.
-        packed_position_ids: `[B, S]` where several samples share a row.
-        num_items_in_batch, num_videos_in_batch: see `LlavaNextARForConditionalGeneration.forward`, which tells the three
+        losses: `[N]`, of each video with two frames or more.
+        shares: `[N]` of `shares_of_videos`; None without labels.
+        num_items_in_batch, num_videos_in_batch: see `LlavaNextARForConditionalGeneration.forward`, which documents the three
             ways of counting.
     """
-    losses = reconstruction.loss_per_video
     if num_videos_in_batch is not None:
-        count = num_videos_in_batch
-        return losses.sum() / (count.to(losses.device) if isinstance(count, torch.Tensor) else count)
-    if num_items_in_batch is None or labels is None:
+        return losses.sum() / _count_on(num_videos_in_batch, losses.device)
+    if num_items_in_batch is None or shares is None:
         return losses.mean()
-    # [B * S]: which sample a token belongs to. A row is one, unless several are packed in it.
-    starts = torch.zeros_like(labels, dtype=torch.bool)
-    starts[:, 0] = True
-    if packed_position_ids is not None:
-        starts[:, 1:] |= packed_position_ids.diff() != 1
-    sample_of_token = starts.flatten().cumsum(0) - 1
-    num_samples = int(sample_of_token[-1]) + 1
-    is_target = nn.functional.pad(labels[:, 1:] != -100, (1, 0)).flatten()
-    items_in_sample = torch.bincount(sample_of_token[is_target], minlength=num_samples)
-    samples = sample_of_token[first_token.to(labels.device)[reconstruction.video_index.to(labels.device)]]
-    videos_in_sample = torch.bincount(samples, minlength=num_samples)
-    shares = (items_in_sample[samples] / videos_in_sample[samples]).to(losses.device)
     # In a step without any label no sample has a share: zero, not 0 / 0.
-    return (losses * shares).sum() / max(int(num_items_in_batch), 1)
+    count = _count_on(num_items_in_batch, losses.device)
+    return (losses * shares).sum() / (count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
+
+
+def _count_on(count: int | torch.Tensor, device: torch.device) -> int | torch.Tensor:
+    return count.to(device) if isinstance(count, torch.Tensor) else count

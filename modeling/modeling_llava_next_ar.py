@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import GenerationMixin, LlavaOnevisionForConditionalGeneration
@@ -24,14 +25,14 @@ from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 
 from ..configuration.configuration_llava_next_ar import LlavaNextARConfig
-from ..configuration.frame_token_layout import split_video_positions
+from ..configuration.frame_token_layout import check_num_placeholders, tensor_on
 from ..configuration.transformers_compat import check_prefill, slice_logits_to_keep
 from ..hub.hub_code import AUTO_MAP, class_reference
 from ..hub.pushed_model import MODEL_TAGS, PushableModel, travels_with_code
 from .autoregressive_reconstruction import AutoregressiveReconstructionModule
 from .frame_rollout import ImaginedFrames, imagine_videos
 from .frame_surprise import SURPRISE_FLOOR, SurpriseStream, VideoSurprise, surprise_of_videos
-from .loss_functions import reduce_video_losses, summed_cross_entropy
+from .loss_functions import reduce_video_losses, shares_of_videos, summed_cross_entropy, zero_through
 from .reconstruction_metrics import NextFramePrediction, Reconstruction
 from .video_language_model import (
     MEDIA_INPUTS,
@@ -39,6 +40,7 @@ from .video_language_model import (
     VideoFeatures,
     check_media_given,
     init_own_weights,
+    to_host,
     warn_beyond_positions,
     with_frames_first,
 )
@@ -132,6 +134,7 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = _without_heads(kwargs["quantization_config"])
         model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model.freeze_unused_parts()  # transformers makes every parameter trainable
         missing = [key for key in loading_info["missing_keys"] if key.startswith("autoregressive_module.teacher.")]
         if missing:
             raise ValueError(
@@ -194,12 +197,27 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         """
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
-    def train(self, mode: bool = True) -> "LlavaNextARForConditionalGeneration":
-        """As in torch; when the vision tower trains, the head's teacher is made from it first (see there)."""
-        super().train(mode)
-        if mode and self.autoregressive_module is not None:
-            self.autoregressive_module.prepare_teacher(self.model.vision_tower)
-        return self
+    def freeze_unused_parts(self) -> None:
+        """Freezes the parts of the vision tower that no feature passes through, and the teacher.
+
+        The constructor and `from_pretrained` do so; call it again after making parameters trainable.
+        """
+        self.model.freeze_unused_parts()
+        teacher = getattr(self.autoregressive_module, "teacher", None)
+        if teacher is not None:
+            teacher.requires_grad_(False).eval()
+
+    def create_teacher(self) -> None:
+        """Keeps a frozen copy of the vision tower as the head's teacher if the tower trains; otherwise does nothing.
+
+        `AutoregressiveTrainer` calls it. In a loop of your own call it after choosing what trains and before wrapping the
+        model (DDP, FSDP); else the first training step does.
+
+        Raises:
+            RuntimeError: if the tower's weights are sharded already.
+        """
+        if self.autoregressive_module is not None:
+            self.autoregressive_module.create_teacher(self.model.vision_tower)
 
     def keep_teacher(self) -> None:
         """Keeps the teacher of the head as it is; call before adapters are merged into the model.
@@ -249,6 +267,7 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         video_frame_types: torch.Tensor | None = None,
         video_timestamps: torch.Tensor | None = None,
         video_layout: torch.Tensor | None = None,
+        video_pixel_norm: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -263,8 +282,8 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         r"""Runs the model; with `labels`, computes both losses.
 
         Args:
-            pixel_values_videos, video_frame_mask, video_frame_types, video_timestamps, video_layout: the videos, as
-                `LlavaNextARVideoProcessor` and `LlavaNextARProcessor` give them (see `get_video_features`);
+            pixel_values_videos, video_frame_mask, video_frame_types, video_timestamps, video_layout, video_pixel_norm: the
+                videos, as `LlavaNextARVideoProcessor` and `LlavaNextARProcessor` give them (see `get_video_features`);
                 `video_timestamps` `[N, T]` in seconds or integers of nanoseconds, one second apart if None.
             labels: `[B, S]`, -100 where there is no target.
             position_ids: `[B, S]`; in a packed batch (`LlavaVideoCollator(packing=True)`) they restart at every sample, and
@@ -292,6 +311,23 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         encoded = dict(mm_encoder_outputs or {})
         if pixel_values_videos is not None and encoded.get("video") is not None:
             raise ValueError("both pixels and encoded features of the videos were given")
+        cache = next((kwargs[name] for name in _CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
+        has_cache = cache is not None
+        has_pixels = pixel_values is not None or pixel_values_videos is not None
+        may_be_packed = position_ids is not None and attention_mask is None and not has_cache
+        # One transfer for all that the host must know of the batch, before anything is computed: no later step waits.
+        host_ids, host_labels, host_positions, *host = to_host(
+            input_ids if has_pixels or not (has_cache or torch.compiler.is_compiling()) else None,
+            labels if shift_labels is None else shift_labels,
+            position_ids if may_be_packed else None,
+            *(video_frame_mask, video_frame_types, video_layout, image_sizes, batch_num_images),
+        )
+        video_frame_mask, video_frame_types, video_layout, image_sizes, batch_num_images = host
+        is_packed = may_be_packed and bool((host_positions.diff() != 1).any())
+        if is_packed:
+            # With a cache, transformers takes the samples of a row for one sequence and lets them see each other.
+            use_cache = False
+        found = {} if host_ids is None else self._find_placeholders(host_ids)
         if pixel_values_videos is not None:
             encoded["video"] = self.model.get_video_features(
                 pixel_values_videos,
@@ -299,28 +335,25 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
                 video_frame_types=video_frame_types,
                 video_timestamps=video_timestamps,
                 video_layout=video_layout,
+                video_pixel_norm=video_pixel_norm,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 return_dict=True,
             )
-            if input_ids is not None:  # an early, speaking error for the likeliest mistake
-                num_tokens = [len(tokens) for tokens in encoded["video"].video_tokens]
-                split_video_positions(input_ids == self.config.video_token_id, num_tokens)
-        cache = next((kwargs[name] for name in _CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
-        has_cache = cache is not None
+            if found:  # an early error for the likeliest mistake
+                check_num_placeholders(len(found["video"]), list(map(len, encoded["video"].pooler_output)))
         if not has_cache:
-            self._check_media(input_ids, inputs_embeds, {"pixel_values": pixel_values, **encoded})
+            self._check_media(found, inputs_embeds, {"pixel_values": pixel_values, **encoded})
         if labels is None:
             self._check_length(inputs_embeds if input_ids is None else input_ids, cache, position_ids)
-        is_packed = position_ids is not None and attention_mask is None and not has_cache
-        is_packed = is_packed and bool((position_ids.diff() != 1).any())
-        if is_packed:
-            # With a cache, transformers takes the samples of a row for one sequence and lets them see each other.
-            use_cache = False
+        wants_reconstruction = (labels is not None or return_reconstruction) and not skip_reconstruction
+        trains = labels is not None and self.training
         zero = None
-        if labels is not None and (self.training or _has_several_ranks()):
+        if trains or (labels is not None and _has_several_ranks()):
             has_images = pixel_values is not None or encoded.get("image") is not None
             zero = self._touch_vision(has_videos=encoded.get("video") is not None, has_images=has_images)
+        if trains and wants_reconstruction:
+            self.create_teacher()
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -334,6 +367,9 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             mm_encoder_outputs=encoded,
+            placeholders={n: tensor_on(where, self.device) for n, where in found.items()}
+            if has_pixels and found
+            else None,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -342,37 +378,28 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         if labels is None or not skip_logits:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         if labels is not None:
-            main_loss = self._main_loss(hidden_states, logits, labels, num_items_in_batch, shift_labels)
+            main_loss = self._main_loss(hidden_states, logits, labels, host_labels, num_items_in_batch, shift_labels)
 
         reconstruction = autoregressive_loss = None
-        wants_reconstruction = (labels is not None or return_reconstruction) and not skip_reconstruction
         if wants_reconstruction and self.autoregressive_module is not None and pixel_values_videos is not None:
-            # Without ids, the placeholders are the positions that were given as their embedding.
-            _, video_token_mask = self.model.get_placeholder_mask(
-                input_ids, hidden_states if input_ids is not None else inputs_embeds
+            positions = found.get("video")
+            if positions is None:  # without ids, the placeholders are the positions that were given as their embedding
+                _, mask = self.model.get_placeholder_mask(None, inputs_embeds)
+                positions = np.flatnonzero(mask[..., 0].cpu().numpy())
+            reconstruction, shares = self._reconstruct(
+                hidden_states, positions, encoded["video"], host_labels, host_positions if is_packed else None
             )
-            reconstruction, first_token = self._reconstruct(hidden_states, video_token_mask[..., 0], encoded["video"])
         if reconstruction is not None:
             autoregressive_loss = reduce_video_losses(
-                reconstruction,
-                first_token,
-                labels,
-                position_ids if is_packed else None,
-                num_items_in_batch,
-                num_videos_in_batch,
+                reconstruction.loss_per_video, shares, num_items_in_batch, num_videos_in_batch
             )
 
         loss = main_loss
         if main_loss is not None and autoregressive_loss is not None:
             loss = main_loss + self.config.autoregressive_config.loss_weight * autoregressive_loss
         if zero is not None:
-            head = self.autoregressive_module
-            touches_head = wants_reconstruction or (
-                head is not None and any(p.requires_grad for p in head.parameters())
-            )
-            if autoregressive_loss is None and head is not None and touches_head:
-                tower = self.model.vision_tower if _has_several_ranks() else None
-                zero = zero + head.zero_touch(hidden_states.sum() * 0, tower)
+            if autoregressive_loss is None:
+                zero = zero + self._touch_head(hidden_states, wants_reconstruction)
             loss = loss + zero
 
         return LlavaNextAROutput(
@@ -384,8 +411,15 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
         )
 
+    @torch.compiler.disable  # numbers of the host, not of the graph
+    def _find_placeholders(self, input_ids: torch.Tensor) -> dict[str, np.ndarray]:
+        """Where in the flattened ids `[B, S]`, on the CPU, images and videos belong."""
+        flat = input_ids.numpy().ravel()
+        tokens = {"image": self.config.image_token_id, "video": self.config.video_token_id}
+        return {name: np.flatnonzero(flat == token) for name, token in tokens.items()}
+
     def _check_media(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None, inputs: dict[str, Any]
+        self, found: dict[str, np.ndarray], inputs_embeds: torch.Tensor | None, inputs: dict[str, Any]
     ) -> None:
         """Raises ValueError for placeholders of a kind that has neither pixels nor, under its own name, features."""
         missing = [
@@ -393,14 +427,12 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         ]
         if not missing or torch.compiler.is_compiling():
             return
-        if input_ids is not None and input_ids.numel():
-            masks = {kind: input_ids == getattr(self.config, f"{kind}_token_id") for kind in MEDIA_INPUTS}
-        elif inputs_embeds is not None:
-            masks = dict(zip(MEDIA_INPUTS, self.model.get_placeholder_mask(None, inputs_embeds), strict=True))
-        else:
-            return
+        counts = {kind: len(positions) for kind, positions in found.items()}
+        if not found and inputs_embeds is not None:
+            masks = self.model.get_placeholder_mask(None, inputs_embeds)
+            counts = {kind: int(mask[..., 0].sum()) for kind, mask in zip(MEDIA_INPUTS, masks, strict=True)}
         for kind in missing:
-            check_media_given(kind, int(masks[kind].sum()))
+            check_media_given(kind, counts.get(kind, 0))
 
     def _check_length(self, prompts: torch.Tensor, cache: Any, position_ids: torch.LongTensor | None) -> None:
         """Warns of prompts that are too long."""
@@ -420,36 +452,41 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         tower runs once for videos and once for images, on one blank frame where there is none, before the language model.
         """
         several_ranks = _has_several_ranks()
-        zero = 0
-        if not has_videos and (several_ranks or not has_images):
-            zero = zero + self._run_vision_on_blank()
+        num_runs = int(not has_videos and (several_ranks or not has_images)) + int(not has_images and several_ranks)
         tokens = (self.model.image_newline, self.model.faster_token)  # no layout uses both of them always
-        zero = zero + sum((token * 0).sum() for token in tokens if token is not None)
-        if not has_images and several_ranks:
-            zero = zero + self._run_vision_on_blank()
+        zero = zero_through(*(token for token in tokens if token is not None))
+        vision = self.config.vision_config
+        for _ in range(num_runs):
+            blank = torch.zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size, device=self.device)
+            features = self.model.get_video_features(blank.to(self.dtype), return_dict=True).pooler_output
+            zero = zero + zero_through(*features)
         return zero
 
-    def _run_vision_on_blank(self) -> torch.Tensor:
-        vision = self.config.vision_config
-        shape = (1, 1, vision.num_channels, vision.image_size, vision.image_size)
-        pixels = torch.zeros(shape, device=self.device, dtype=self.dtype)
-        (features,) = self.model.get_video_features(pixels, return_dict=True).pooler_output
-        return features.sum() * 0
+    def _touch_head(self, hidden_states: torch.Tensor, wants_reconstruction: bool) -> torch.Tensor | float:
+        """The same for the head, after the language model."""
+        head = self.autoregressive_module
+        if head is None or not (wants_reconstruction or any(p.requires_grad for p in head.parameters())):
+            return 0.0
+        return head.zero_touch(zero_through(hidden_states), self.model.vision_tower if _has_several_ranks() else None)
 
     def _main_loss(
         self,
         hidden_states: torch.Tensor,
         logits: torch.Tensor | None,
         labels: torch.Tensor,
+        host_labels: torch.Tensor,
         num_items_in_batch: int | torch.Tensor | None,
         shift_labels: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Next-token cross-entropy, over the supervised positions only if no logits were made."""
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
-        supervised = targets != -100
+        """Next-token cross-entropy, over the supervised positions only if no logits were made.
+
+        `host_labels` are the labels, or `shift_labels` where they are given, on the CPU.
+        """
+        shifted = nn.functional.pad(host_labels[:, 1:], (0, 1), value=-100) if shift_labels is None else host_labels
+        supervised = np.flatnonzero(shifted.numpy().ravel() != -100)
         if logits is not None:
-            if not supervised.any():
-                return logits.sum() * 0.0
+            if not len(supervised):
+                return zero_through(logits)
             return self.loss_function(
                 logits=logits,
                 labels=labels,
@@ -457,38 +494,45 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
                 num_items_in_batch=num_items_in_batch,
                 shift_labels=shift_labels,
             )
-        targets = targets[supervised]
-        loss = summed_cross_entropy(self.lm_head, hidden_states[supervised], targets)
-        if not len(targets):
+        device = hidden_states.device
+        targets = tensor_on(shifted.numpy().ravel()[supervised], device)
+        selected = hidden_states.flatten(0, 1).index_select(0, tensor_on(supervised, device))
+        loss = summed_cross_entropy(self.lm_head, selected, targets)
+        if not len(supervised):
             return loss  # zero, also where the whole step has no target
-        count = num_items_in_batch if num_items_in_batch is not None else len(targets)
+        count = num_items_in_batch if num_items_in_batch is not None else len(supervised)
         return loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
 
     def _reconstruct(
-        self, hidden_states: torch.Tensor, video_token_mask: torch.Tensor, video: VideoFeatures
-    ) -> tuple[Reconstruction | None, torch.Tensor]:
-        """The head on the videos of the batch, and `[N]` where in the flattened batch each video begins."""
-        device = hidden_states.device
-        positions = split_video_positions(video_token_mask, [len(tokens) for tokens in video.video_tokens])
-        first_token = torch.stack([where[0] for where in positions])
-        if max(len(tokens.frame_types) for tokens in video.video_tokens) < 2:
-            return None, first_token  # nothing to predict, and no need for the teacher
-        patches = torch.cat(
-            [
-                where[tokens.patch_offsets.to(where.device)]
-                for where, tokens in zip(positions, video.video_tokens, strict=True)
-            ]
-        )
-        head = self.autoregressive_module
+        self,
+        hidden_states: torch.Tensor,
+        positions: np.ndarray,
+        video: VideoFeatures,
+        labels: torch.Tensor | None,
+        packed_position_ids: torch.Tensor | None,
+    ) -> tuple[Reconstruction | None, torch.Tensor | None]:
+        """The head on the videos of the batch, and with labels `[N]` the share of the labels that each loss counts by.
+
+        `positions` are those of the video tokens in the flattened batch; labels and position ids lie on the CPU.
+        """
+        batch, device = self.config.frame_token_layout.batch(video.num_frames, video.frame_types), hidden_states.device
+        check_num_placeholders(len(positions), batch.num_tokens)
+        if max(video.num_frames) < 2:
+            return None, None  # nothing to predict, and no need for the teacher
+        patches, first_token = batch.tokens.arrays[1:]
+        head, shares = self.autoregressive_module, None
         teacher_features = head.teacher_features(self.model.vision_tower, video.pixel_values, video.vision_features)
         reconstruction = head(
-            hidden_states.flatten(0, 1)[patches],
-            video.video_tokens,
+            hidden_states.flatten(0, 1).index_select(0, tensor_on(positions[patches], device)),
+            batch.videos,
             teacher_features.to(device),
             None if video.timestamps is None else [times.to(device) for times in video.timestamps],
             video.frame_types,
         )
-        return reconstruction, first_token
+        if labels is not None:
+            first_token = positions[first_token[np.array(video.num_frames) > 1]]
+            shares = tensor_on(shares_of_videos(labels, packed_position_ids, first_token), device)
+        return reconstruction, shares
 
     @torch.no_grad()
     def predict_next_frames(self, **inputs: Any) -> list[NextFramePrediction]:

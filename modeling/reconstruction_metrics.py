@@ -86,7 +86,7 @@ class Reconstruction(ModelOutput):
         frame_video, frame_index (`torch.LongTensor` of shape `(M,)`): the clip, and the frame in it, that is predicted.
         candidates (`tuple` of `torch.FloatTensor`): for each predicted frame, all frames of its clip on its grid
             `(T, P, Dv)`; views of few tensors.
-        grids (`tuple` of `(int, int)`): grid of each predicted frame.
+        grids (`torch.LongTensor` of shape `(M, 2)`): grid of each predicted frame.
     """
 
     loss_per_video: torch.FloatTensor | None = None
@@ -98,7 +98,7 @@ class Reconstruction(ModelOutput):
     frame_video: torch.LongTensor | None = None
     frame_index: torch.LongTensor | None = None
     candidates: tuple[torch.FloatTensor, ...] | None = None
-    grids: tuple[tuple[int, int], ...] | None = None
+    grids: torch.LongTensor | None = None
 
     @torch.no_grad()
     def frame_metrics(self) -> dict[str, torch.Tensor]:
@@ -151,7 +151,7 @@ class Reconstruction(ModelOutput):
                     predictions=_unpadded(self.predictions[members], sizes),
                     targets=_unpadded(self.targets[members], sizes),
                     copies=_unpadded(self.copies[members], sizes),
-                    grids=[self.grids[m] for m in members.tolist()],
+                    grids=[(height, width) for height, width in self.grids[members].tolist()],
                     frame_metrics=own_metrics,
                     metrics=summarize_frame_metrics(own_metrics),
                     video_index=video,

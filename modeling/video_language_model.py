@@ -3,11 +3,13 @@
 different length in one batch. The heads are in `modeling_llava_next_ar`.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import LlavaOnevisionModel
@@ -20,10 +22,9 @@ from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
 
 from ..configuration.configuration_llava_next_ar import LlavaNextARConfig
-from ..configuration.frame_token_layout import FrameTokenLayout, VideoTokens
-from ..configuration.transformers_compat import hidden_states_to_keep
+from ..configuration.frame_token_layout import FrameTokenLayout, VideoTokens, tensor_on
 from .frame_predictor import ZeroInitializedLinear
-from .vision_teacher import select_vision_features
+from .vision_teacher import encode_frames, no_graph_below, no_graph_of_frozen, trains
 
 logger = logging.get_logger(__name__)
 
@@ -39,28 +40,31 @@ for _name, _origin in (
 # Inputs of `generate` for each kind of media, the pixels first.
 MEDIA_INPUTS = {
     "image": ("pixel_values", "image_sizes", "batch_num_images"),
-    "video": ("pixel_values_videos", "video_frame_mask", "video_frame_types", "video_timestamps", "video_layout"),
+    "video": (
+        *("pixel_values_videos", "video_frame_mask", "video_frame_types", "video_timestamps"),
+        *("video_layout", "video_pixel_norm"),
+    ),
 }
 
 
 @dataclass
 class VideoFeatures(BaseModelOutputWithPooling):
-    """What the model knows of the videos of a batch before the language model.
+    """Encoded videos of a batch, as the language model takes them.
 
     Args:
         pooler_output (`list` of `torch.FloatTensor` of shape `(num_tokens, hidden_size)`): for each video its features in
             sequence order, newline and faster tokens included.
-        vision_features (`torch.FloatTensor` of shape `(num_frames, num_patches, vision_dim)`): what the projector read,
+        vision_features (`torch.FloatTensor` of shape `(num_frames, num_patches, vision_dim)`): input of the projector,
             unpooled, all real frames of all videos.
-        video_tokens (`tuple` of `VideoTokens`): the token map of each video.
         pixel_values (`torch.FloatTensor` of shape `(num_frames, 3, height, width)`): the real frames of all videos.
+        num_frames (`tuple` of `int`): real frames of each video.
         timestamps (`tuple` of `torch.Tensor`, *optional*): for each video the times of its frames, as they were given.
-        frame_types (`tuple` of `list[int]`, *optional*): for each video what the video processor chose its frames as.
+        frame_types (`tuple` of `list[int]`, *optional*): for each video the types that the video processor chose.
     """
 
     vision_features: torch.FloatTensor | None = None
-    video_tokens: tuple[VideoTokens, ...] | None = None
     pixel_values: torch.FloatTensor | None = None
+    num_frames: tuple[int, ...] | None = None
     timestamps: tuple[torch.Tensor, ...] | None = None
     frame_types: tuple[list[int], ...] | None = None
 
@@ -84,15 +88,21 @@ class LlavaNextARModel(LlavaOnevisionModel):
         self.faster_token = None
         if self.token_layout.is_slow_fast:
             self.faster_token = nn.Parameter(torch.randn_like(self.image_newline) * _embedding_std(config))
+        self.freeze_unused_parts()
         self.post_init()
 
-    def train(self, mode: bool = True) -> "LlavaNextARModel":
-        """As in torch, and freezes what the vision features never pass through.
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "LlavaNextARModel":
+        """As in transformers, which makes every parameter trainable; what no feature passes through is frozen again."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_unused_parts()
+        return loaded
 
-        Were those parts trainable, distributed training would wait for gradients that never come. Here, because
-        `from_pretrained` makes every parameter trainable and then calls `eval()`, which is `train(False)`.
+    def freeze_unused_parts(self) -> None:
+        """Freezes the parts of the vision tower that no vision feature passes through.
+
+        Were they trainable, distributed training would wait for gradients that never come.
         """
-        super().train(mode)
         unused = [getattr(self.vision_tower, name, None) for name in ("post_layernorm", "head")]
         layers = getattr(getattr(self.vision_tower, "encoder", None), "layers", ())
         last = self.config.vision_feature_layer
@@ -102,7 +112,6 @@ class LlavaNextARModel(LlavaOnevisionModel):
         for module in (*unused, *layers[last:]):
             if isinstance(module, nn.Module):
                 module.requires_grad_(False)
-        return self
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -124,6 +133,11 @@ class LlavaNextARModel(LlavaOnevisionModel):
         ]
         return packed, torch.tensor([len(tokens) for tokens in packed], device=image_features[0].device)
 
+    @functools.wraps(LlavaOnevisionModel.get_image_features)  # `generate` reads the names of its arguments
+    def get_image_features(self, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        with no_graph_of_frozen(self.vision_tower, pixel_values):
+            return super().get_image_features(pixel_values, *args, **kwargs)
+
     @merge_with_config_defaults
     @can_return_tuple
     def get_video_features(
@@ -133,6 +147,7 @@ class LlavaNextARModel(LlavaOnevisionModel):
         video_frame_types: torch.Tensor | None = None,
         video_timestamps: torch.Tensor | None = None,
         video_layout: torch.Tensor | None = None,
+        video_pixel_norm: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         **kwargs: Any,
@@ -140,50 +155,56 @@ class LlavaNextARModel(LlavaOnevisionModel):
         """Encodes, projects, pools and lays out videos.
 
         Args:
-            pixel_values_videos: `[N, T, 3, H, W]`, shorter videos padded at the end.
+            pixel_values_videos: `[N, T, 3, H, W]`, shorter videos padded at the end; uint8 with `video_pixel_norm`.
             video_frame_mask: `[N, T]` bool, True at real frames; all are real if None. Padding costs no tower time.
             video_frame_types: `[N, T]` slow (0) or fast (1), where the video processor chose them.
             video_timestamps: `[N, T]` seconds, or integers of nanoseconds; kept for the head.
             video_layout: `[N, 7]`, the layout that the processor wrote placeholders for.
+            video_pixel_norm: `[N, 2, 3]` int64, divisor and offset of each channel in billionths: pixels are `x / divisor -
+                offset`.
 
         Raises:
-            ValueError: if the processor's layout is another (naming the key), a video has no real frame, or its padding is
-                not at the end.
+            ValueError: if the processor's layout is another (naming the key), a video has no real frame, its padding is not
+                at the end, or pixels are integers without `video_pixel_norm`.
         """
+        # All that decides about shapes, in one transfer: after it, nothing waits for the device.
+        video_frame_mask, video_frame_types, video_layout = to_host(video_frame_mask, video_frame_types, video_layout)
         if video_layout is not None:
-            for row in video_layout.unique(dim=0).cpu():
-                self.token_layout.check_same(FrameTokenLayout.from_tensor(row))
+            check_layout(self.token_layout, video_layout)
         lengths = video_lengths(pixel_values_videos, video_frame_mask)
-        whole = video_frame_mask is None
-        frames = pixel_values_videos.flatten(0, 1) if whole else pixel_values_videos[video_frame_mask.bool()]
+        frame_types = None
+        if video_frame_types is not None:
+            frame_types = tuple(row[:length] for row, length in zip(video_frame_types.tolist(), lengths, strict=True))
+        batch = self.token_layout.batch(lengths, frame_types)
 
-        def of_each_video(values: torch.Tensor | None) -> tuple[torch.Tensor, ...] | None:
-            if values is None:
-                return None
-            return tuple(row[:length] for row, length in zip(values, lengths, strict=True))
+        frames, device = pixel_values_videos.flatten(0, 1), pixel_values_videos.device
+        is_padded = sum(lengths) < len(frames)
+        real = None
+        if is_padded:
+            real = tensor_on(np.flatnonzero(video_frame_mask.numpy()), device)
+            frames = frames.index_select(0, real)
+        if not frames.is_floating_point():
+            frames = normalise_pixels(frames, video_pixel_norm, lengths)
+        timestamps = video_timestamps
+        if timestamps is not None:
+            timestamps = timestamps.flatten()
+            if is_padded:
+                timestamps = timestamps.index_select(0, real.to(timestamps.device))
+            timestamps = timestamps.split(lengths)
 
-        timestamps, frame_types = of_each_video(video_timestamps), of_each_video(video_frame_types)
-        frame_types = None if frame_types is None else tuple(types.tolist() for types in frame_types)
-
-        kept = kwargs.pop("output_hidden_states", None) or hidden_states_to_keep(vision_feature_layer)
-        outputs = self.vision_tower(frames, output_hidden_states=kept, return_dict=True, **kwargs)
-        vision_features = select_vision_features(
-            outputs.hidden_states, vision_feature_layer, vision_feature_select_strategy
+        outputs, vision_features = encode_frames(
+            self.vision_tower, frames, vision_feature_layer, vision_feature_select_strategy, **kwargs
         )
         projected = self.multi_modal_projector(vision_features)
-        assembled, video_tokens = [], []
-        for video, features in enumerate(projected.split(lengths)):
-            types = None if frame_types is None else frame_types[video]
-            assembled.append(self.token_layout.assemble(features, self.image_newline, self.faster_token, types))
-            video_tokens.append(self.token_layout.video(lengths[video], types))
+        assembled = batch.assemble(projected, self.image_newline, self.faster_token)
         return VideoFeatures(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=assembled,
+            pooler_output=list(assembled.split(batch.num_tokens)),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             vision_features=vision_features,
-            video_tokens=tuple(video_tokens),
             pixel_values=frames,
+            num_frames=tuple(lengths),
             timestamps=timestamps,
             frame_types=frame_types,
         )
@@ -236,6 +257,10 @@ class LlavaNextARModel(LlavaOnevisionModel):
         kept = [video for video, part in enumerate(parts) if part.any()]
         return {name: values[kept] for name, values in videos.items()}, torch.cat([parts[video] for video in kept])
 
+    def video_tokens(self, features: VideoFeatures) -> tuple[VideoTokens, ...]:
+        """The token map of each encoded video."""
+        return self.token_layout.batch(features.num_frames, features.frame_types).videos
+
     @can_return_tuple
     def forward(
         self,
@@ -255,15 +280,19 @@ class LlavaNextARModel(LlavaOnevisionModel):
         video_frame_types: torch.Tensor | None = None,
         video_timestamps: torch.Tensor | None = None,
         video_layout: torch.Tensor | None = None,
+        video_pixel_norm: torch.Tensor | None = None,
         use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        placeholders: dict[str, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaOnevisionModelOutputWithPast:
         """As `LlavaOnevisionModel.forward`, with the video inputs of `get_video_features`.
 
-        The cache is among `kwargs`: `past_key_values`, since transformers 5.24 `cache`.
+        The cache is among `kwargs`: `past_key_values`, since transformers 5.24 `cache`. `placeholders`, where they are known
+        already: `image` and `video` with the int64 positions of their placeholders in the flattened `input_ids`.
         """
         encoded = dict(mm_encoder_outputs or {})
+        needs_graph, below_trains = self._needs_graph(inputs_embeds, encoded, kwargs)
         for name, pixels in (("image", pixel_values), ("video", pixel_values_videos)):
             if pixels is not None and encoded.get(name) is not None:
                 raise ValueError(f"both pixels and encoded features of the {name}s were given")
@@ -289,24 +318,106 @@ class LlavaNextARModel(LlavaOnevisionModel):
                 video_frame_types=video_frame_types,
                 video_timestamps=video_timestamps,
                 video_layout=video_layout,
+                video_pixel_norm=video_pixel_norm,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 return_dict=True,
             )
-        if encoded.get("video") is not None:
+        if placeholders is not None:
+            # OneVision's forward would look for them once more, and wait for the device to compare their number.
+            inputs_embeds, input_ids = self._embed(input_ids, encoded, placeholders), None
+            encoded = {}
+        elif encoded.get("video") is not None:
             # OneVision's forward wants one tensor; videos of different length only concatenate.
-            encoded["video"] = BaseModelOutputWithPooling(
-                pooler_output=torch.cat(list(encoded["video"].pooler_output))[None]
+            features = torch.cat(list(encoded["video"].pooler_output))
+            encoded["video"] = BaseModelOutputWithPooling(pooler_output=features[None])
+        layers = getattr(self.language_model, "layers", ())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and needs_graph), no_graph_below(layers, below_trains):
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                mm_encoder_outputs=encoded,
+                **kwargs,
             )
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            mm_encoder_outputs=encoded,
-            **kwargs,
+
+    def _needs_graph(
+        self, inputs_embeds: torch.Tensor | None, encoded: dict[str, Any], kwargs: dict[str, Any]
+    ) -> tuple[bool, bool]:
+        """Whether a gradient may be asked of the language model, and whether one of its input.
+
+        Below a head that trains alone it is not. But activation checkpointing makes the embeddings require one, so that
+        the frozen language model would run twice and be back-propagated for nothing.
+        """
+        if not self.training:
+            return True, True
+        given = [inputs_embeds, *(features for one in encoded.values() if one for features in one.pooler_output)]
+        has_cache = any(kwargs.get(name) is not None for name in ("past_key_values", "cache"))
+        below = (self.get_input_embeddings(), self.vision_tower, self.multi_modal_projector)
+        below_trains = (
+            has_cache
+            or trains(*below, self.image_newline, self.faster_token)
+            or any(tensor is not None and tensor.requires_grad for tensor in given)
         )
+        return below_trains or trains(self.language_model), below_trains
+
+    def _embed(
+        self,
+        input_ids: torch.LongTensor,
+        encoded: dict[str, BaseModelOutputWithPooling],
+        placeholders: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """Embeddings `[B, S, hidden_size]` with the features of images and videos in place of their placeholders."""
+        embeddings = self.get_input_embeddings()(input_ids)
+        flat = embeddings.flatten(0, 1)
+        for name, output in encoded.items():
+            if output is None:
+                continue
+            features = torch.cat(list(output.pooler_output))
+            if len(features) != len(placeholders[name]):
+                raise ValueError(
+                    f"{name} features and {name} tokens do not match, tokens: {len(placeholders[name])}, "
+                    f"features: {len(features)}"
+                )
+            flat = flat.index_copy(0, placeholders[name].to(flat.device), features.to(flat))
+        return flat.view_as(embeddings)
+
+
+def to_host(*tensors: Any) -> list[Any]:
+    """Integer and bool tensors on the CPU: one transfer for all that lie on a device; other values stay as they are."""
+    away = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu"]
+    if not away:
+        return list(tensors)
+    values = torch.cat([tensor.to(away[0].device).flatten().long() for tensor in away]).cpu()
+    pieces = iter(values.split([tensor.numel() for tensor in away]))
+    is_away = {id(tensor) for tensor in away}
+    return [next(pieces).view(value.shape).to(value.dtype) if id(value) in is_away else value for value in tensors]
+
+
+def check_layout(layout: FrameTokenLayout, given: torch.Tensor) -> None:
+    """Raises ValueError where one of the rows `[N, 7]` on the CPU (`FrameTokenLayout.as_tensor`) is not the layout."""
+    for row in sorted(set(map(tuple, given.tolist()))):
+        layout.check_same(FrameTokenLayout.from_tensor(torch.tensor(row)))
+
+
+def normalise_pixels(
+    frames: torch.Tensor, video_pixel_norm: torch.Tensor | None, num_frames: Sequence[int]
+) -> torch.Tensor:
+    """uint8 frames `[F, 3, H, W]` of videos -> float32, as the video processor would have normalised them.
+
+    Raises:
+        ValueError: if there is no `video_pixel_norm`.
+    """
+    if video_pixel_norm is None:
+        raise ValueError(
+            f"pixel_values_videos holds {frames.dtype}, which needs the video_pixel_norm that the video processor returns "
+            "with it"
+        )
+    norms = (video_pixel_norm.to(frames.device).double() * 1e-9).float()[..., None, None]
+    frames = frames.float().split(list(num_frames))
+    return torch.cat([video.div(divisor).sub_(offset) for video, (divisor, offset) in zip(frames, norms, strict=True)])
 
 
 def check_media_given(kind: str, num_placeholders: int) -> None:
@@ -340,7 +451,7 @@ def with_frames_first(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def video_lengths(pixel_values_videos: torch.Tensor, video_frame_mask: torch.Tensor | None) -> list[int]:
-    """How many real frames each of the videos `[N, T, 3, H, W]` has; `video_frame_mask` as in `get_video_features`.
+    """Numbers of real frames of the videos `[N, T, 3, H, W]`; `video_frame_mask` as in `get_video_features`.
 
     Raises:
         ValueError: if a video has no real frame, or its padding is not at the end.
@@ -348,9 +459,9 @@ def video_lengths(pixel_values_videos: torch.Tensor, video_frame_mask: torch.Ten
     num_videos, num_frames = pixel_values_videos.shape[:2]
     if video_frame_mask is None:
         return [num_frames] * num_videos
-    if (video_frame_mask[:, 1:].bool() & ~video_frame_mask[:, :-1].bool()).any():
+    lengths = [sum(map(bool, row)) for row in video_frame_mask.tolist()]
+    if any(not all(row[:length]) for row, length in zip(video_frame_mask.tolist(), lengths, strict=True)):
         raise ValueError("video_frame_mask must be True for the first frames of a video and False for the rest")
-    lengths = video_frame_mask.sum(1).tolist()
     if 0 in lengths:
         raise ValueError(f"video {lengths.index(0)} of the batch has no real frame in video_frame_mask")
     return lengths

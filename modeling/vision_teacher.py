@@ -1,5 +1,5 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""What the head must know of a vision tower to use it as its teacher: which features are read, what of it trains, adapters.
+"""The vision tower and its use as a teacher: running it, the features that are read, adapters, what of it trains.
 
 Shape letters: F frames, P patches of a frame, Dv width of the vision features.
 """
@@ -12,16 +12,84 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..configuration.transformers_compat import hidden_states_to_keep
 
-def select_vision_features(
-    hidden_states: Sequence[torch.Tensor], layer: int | list[int], strategy: str
-) -> torch.Tensor:
-    """The features that the projector reads: `[F, P, Dv]` from the vision tower's hidden states."""
-    if isinstance(layer, int):
-        features = hidden_states[layer]
-    else:
-        features = torch.cat([hidden_states[index] for index in layer], dim=-1)
-    return features[:, 1:] if strategy == "default" else features
+
+def encode_frames(
+    tower: nn.Module, pixel_values: torch.Tensor, layer: int | list[int], strategy: str, **kwargs: Any
+) -> tuple[Any, torch.Tensor]:
+    """Runs a vision tower, without a graph if nothing of it trains.
+
+    Activation checkpointing makes the output of every embedding require a gradient, the frozen tower's too: with a graph it
+    would run twice and be back-propagated for nothing.
+
+    Args:
+        tower: a transformers vision model.
+        pixel_values: `[F, 3, H, W]`.
+        layer, strategy: `vision_feature_layer` and `vision_feature_select_strategy` of the configuration.
+        kwargs: for the tower.
+
+    Returns:
+        The tower's output, and the features that the projector reads, `[F, P, Dv]`.
+    """
+    # Naming the layer keeps the tower from storing the hidden states of all the others.
+    kept = kwargs.pop("output_hidden_states", None) or hidden_states_to_keep(layer)
+    with no_graph_of_frozen(tower, pixel_values):
+        outputs = tower(pixel_values, output_hidden_states=kept, return_dict=True, **kwargs)
+    layers = [layer] if isinstance(layer, int) else layer
+    features = torch.cat([outputs.hidden_states[index] for index in layers], dim=-1)
+    return outputs, features[:, 1:] if strategy == "default" else features
+
+
+@contextmanager
+def no_graph_of_frozen(tower: nn.Module, pixel_values: torch.Tensor) -> Iterator[None]:
+    """While it lasts, a vision tower builds no graph, or none below its first layer that trains; what runs after it does."""
+    layers = getattr(getattr(tower, "encoder", None), "layers", ())
+    below_trains = pixel_values.requires_grad or trains(getattr(tower, "embeddings", None))
+    with no_graph_below([tower], pixel_values.requires_grad), no_graph_below(layers, below_trains):
+        yield
+
+
+def trains(*parts: nn.Module | nn.Parameter | None) -> bool:
+    """Whether a parameter among modules and parameters requires a gradient."""
+    return any(
+        parameter.requires_grad
+        for part in parts
+        if part is not None
+        for parameter in (part.parameters() if isinstance(part, nn.Module) else (part,))
+    )
+
+
+@contextmanager
+def no_graph_below(layers: Sequence[nn.Module], below_trains: bool) -> Iterator[None]:
+    """While it lasts, a forward pass through layers builds no graph below the first of them that trains.
+
+    Args:
+        layers: in the order in which they run.
+        below_trains: a gradient is needed for the input of the first.
+    """
+    first = next((index for index, layer in enumerate(layers) if trains(layer)), len(layers))
+    if below_trains or first == 0 or not torch.is_grad_enabled():
+        yield
+        return
+    # Checkpointing would undo within a layer what is switched on there; without a graph it has nothing to save.
+    checkpointed = [layer for layer in layers[:first] if getattr(layer, "gradient_checkpointing", False)]
+
+    def start_graph(layer: nn.Module, args: Any, output: Any) -> None:
+        torch.set_grad_enabled(True)
+        if first < len(layers):  # reentrant checkpoints pass on gradients only where an input requires one
+            (output if isinstance(output, torch.Tensor) else output[0]).requires_grad_()
+
+    hook = layers[first - 1].register_forward_hook(start_graph)
+    try:
+        for layer in checkpointed:
+            layer.gradient_checkpointing = False
+        with torch.no_grad():
+            yield
+    finally:
+        hook.remove()
+        for layer in checkpointed:
+            layer.gradient_checkpointing = True
 
 
 def adapter_layers(module: nn.Module) -> list[nn.Module]:

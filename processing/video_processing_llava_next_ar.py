@@ -182,6 +182,8 @@ class LlavaNextARVideoProcessorKwargs(VideosKwargs, total=False):
         Whether to return the video at the other `scale_factors` too.
     scale_factors (`list[float]`, *optional*, defaults to `[1.0, 0.75, 0.5]`):
         Sizes as fractions of the main one; 1.0, the main one itself, is among them.
+    return_uint8 (`bool`, *optional*, defaults to `False`):
+        Whether to leave pixels as 8 bits, a quarter of the bytes on the way to a GPU; the model normalises them there.
     allow_partial (`bool`, *optional*, defaults to `False`):
         Whether a damaged video gives the frames that can be read, instead of an error.
     """
@@ -200,6 +202,7 @@ class LlavaNextARVideoProcessorKwargs(VideosKwargs, total=False):
     resize_backend: ResizeBackend | None
     enable_multiscale: bool | None
     scale_factors: list[float | int] | tuple[float | int, ...] | None
+    return_uint8: bool | None
     allow_partial: bool | None
     rescale_factor: float | int | None
     video_metadata: Any
@@ -220,6 +223,8 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
     A call returns a `BatchFeature` with
 
     - `pixel_values_videos` `[N, T, 3, H, W]` float32, shorter videos padded with zeros at the end;
+    - with `return_uint8` these as uint8, and `video_pixel_norm` `[N, 2, 3]` int64, divisor and offset of each channel in
+      billionths: the model computes `x / divisor - offset`;
     - `video_frame_mask` `[N, T]` bool, True at real frames;
     - `video_timestamps` `[N, T]` float32, seconds from the start of the video;
     - `video_frame_types` `[N, T]` int64, 0 slow and 1 fast, with slow and fast sampling only;
@@ -280,6 +285,7 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
     resize_backend = "torch"
     enable_multiscale = False
     scale_factors = [1.0, 0.75, 0.5]
+    return_uint8 = False
     allow_partial = False
 
     def __init__(self, **kwargs: Unpack[LlavaNextARVideoProcessorKwargs]) -> None:
@@ -321,7 +327,7 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
     def model_input_names(self) -> list[str]:
         """Keys that a call without further options returns."""
         names = ["pixel_values_videos", "video_frame_mask", "video_timestamps"]
-        names += ["video_frame_types"] * self.use_fast_slow_frames
+        names += ["video_frame_types"] * self.use_fast_slow_frames + ["video_pixel_norm"] * bool(self.return_uint8)
         return names + ["pixel_values_videos_scales"] * bool(self.enable_multiscale)
 
     def to_dict(self) -> dict[str, Any]:
@@ -556,11 +562,17 @@ def _collate(clips: list[Clip], options: dict[str, Any]) -> BatchFeature:
             f"videos of {sorted(set(lengths))} frames cannot become one tensor with do_pad=False: use do_pad=True, or "
             "return_tensors=None for a list"
         )
+    data: dict[str, Any] = {}
+    if options["return_uint8"]:
+        if any(scale.dtype != torch.uint8 for clip in clips for scale in clip.scales):
+            raise ValueError("return_uint8=True needs videos of whole numbers from 0 to 255, got floats")
+        norm = np.stack([np.broadcast_to(values, 3) for values in _divisor_and_offset(3, options)])
+        data["video_pixel_norm"] = [torch.from_numpy((norm * 1e9).round().astype(np.int64))] * len(clips)
     pixels = [
         _normalised([clip.scales[scale] for clip in clips], device, options) for scale in range(len(clips[0].scales))
     ]
     padded = [max(lengths) if is_batch else length for length in lengths]
-    data: dict[str, Any] = {
+    data |= {
         "video_frame_mask": [torch.arange(n) < length for n, length in zip(padded, lengths, strict=True)],
         "video_timestamps": [_pad(clip.timestamps.float(), n) for clip, n in zip(clips, padded, strict=True)],
     }
@@ -589,9 +601,10 @@ def _pad(values: torch.Tensor, length: int) -> torch.Tensor:
 def _normalised(
     videos: list[torch.Tensor], device: torch.device, options: dict[str, Any]
 ) -> "torch.Tensor | list[torch.Tensor]":
-    """Videos `[T, C, H, W]` as one `[N, T, C, H, W]` float32, or without `return_tensors` as a list."""
+    """Videos `[T, C, H, W]` as one `[N, T, C, H, W]`, or without `return_tensors` as a list; see `return_uint8`."""
+    dtype = torch.uint8 if options["return_uint8"] else torch.float32
     if options["return_tensors"] is None:
-        out = [torch.empty(video.shape, device=device) for video in videos]
+        out = [torch.empty(video.shape, device=device, dtype=dtype) for video in videos]
     else:
         shapes = {tuple(video.shape[1:]) for video in videos}
         if len(shapes) > 1:
@@ -599,9 +612,13 @@ def _normalised(
                 f"videos of different [C, H, W] {sorted(shapes)} cannot become one tensor: use do_resize=True with a "
                 "fixed height and width, or return_tensors=None for a list"
             )
-        out = torch.empty(len(videos), max(len(video) for video in videos), *videos[0].shape[1:], device=device)
+        shape = (len(videos), max(len(video) for video in videos), *videos[0].shape[1:])
+        out = torch.empty(shape, device=device, dtype=dtype)
     for video, target in zip(videos, out, strict=True):
-        _normalise_into(target[: len(video)], video.to(device), options)
+        if options["return_uint8"]:
+            target[: len(video)] = video
+        else:
+            _normalise_into(target[: len(video)], video.to(device), options)
         target[len(video) :] = 0
     if options["data_format"] not in (ChannelDimension.LAST, ChannelDimension.LAST.value):
         return out
@@ -617,17 +634,22 @@ def _normalise_into(target: torch.Tensor, frames: torch.Tensor, options: dict[st
     and std of 0.5 this is bit for bit what the towers were trained on, where the product was computed in float64; the
     textbook order in float32 is not.
     """
+    divisor, offset = _divisor_and_offset(frames.shape[1], options)
+    is_moved, divisor, offset = offset.any(), *(_per_channel(values, target.device) for values in (divisor, offset))
+    for frame, out in zip(frames, target, strict=True):  # [C, H, W]
+        torch.div(frame, divisor, out=out)
+        if is_moved:
+            out.sub_(offset)
+
+
+def _divisor_and_offset(num_channels: int, options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each channel, or one of all: pixels become `x / divisor - offset`."""
     mean, std = (options["image_mean"], options["image_std"]) if options["do_normalize"] else (0, 1)
     mean, std = np.atleast_1d(np.asarray(mean, dtype=np.float64)), np.atleast_1d(np.asarray(std, dtype=np.float64))
     for name, values in (("image_mean", mean), ("image_std", std)):
-        if len(values) not in (1, frames.shape[1]):
-            raise ValueError(f"{name} has {len(values)} values for a video of {frames.shape[1]} channels")
-    divisor = _per_channel(std / (options["rescale_factor"] if options["do_rescale"] else 1), target.device)
-    offset = _per_channel(mean / std, target.device)
-    for frame, out in zip(frames, target, strict=True):  # [C, H, W]
-        torch.div(frame, divisor, out=out)
-        if mean.any():
-            out.sub_(offset)
+        if len(values) not in (1, num_channels):
+            raise ValueError(f"{name} has {len(values)} values for a video of {num_channels} channels")
+    return std / (options["rescale_factor"] if options["do_rescale"] else 1), mean / std
 
 
 def _per_channel(values: np.ndarray, device: torch.device) -> torch.Tensor:

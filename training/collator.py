@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .bad_samples import is_bad_sample
 
+_OF_A_VIDEO = ("video_layout", "video_pixel_norm")  # without an entry for each frame
+
 
 def read_samples(samples: Sequence[Any]) -> list[Any]:
     """Samples of a stream come unread, see `UnreadSample`; here their media are decoded. Others stay as they are."""
@@ -72,9 +74,9 @@ class LlavaVideoCollator:
 
     Text is padded to `[B, S]`, or packed. Videos of all samples are stacked, shorter ones padded with zeros at the end:
     `pixel_values_videos` `[N, T, 3, H, W]`, `video_frame_mask`, `video_timestamps` and `video_frame_types` `[N, T]`,
-    `video_layout` `[N, 7]`. Times become int64 nanoseconds: DeepSpeed and FSDP cast every floating input to 16 bits, where
-    60 s and 60.1 s are the same. Images are stacked over their patches: `pixel_values` `[M, P, 3, H, W]`, `image_sizes`
-    `[M, 2]`, `batch_num_images` with the number of images of each sample that has any.
+    `video_layout` `[N, 7]`, `video_pixel_norm` `[N, 2, 3]`. Times become int64 nanoseconds: DeepSpeed and FSDP cast every
+    floating input to 16 bits, where 60 s and 60.1 s are the same. Images are stacked over their patches: `pixel_values`
+    `[M, P, 3, H, W]`, `image_sizes` `[M, 2]`, `batch_num_images` with the number of images of each sample that has any.
 
     Samples of a stream are read here. A `BadSample` is left out; where none is left, the batch is one token of padding
     without a label, from which nothing is learned.
@@ -126,12 +128,13 @@ class LlavaVideoCollator:
             "video_timestamps",
             "video_frame_types",
             "video_layout",
+            "video_pixel_norm",
         ):
             values = _of_all(name, with_video)
             if name == "video_timestamps":
                 values = [_to_nanoseconds(times) for times in values]
             if values:
-                batch[name] = torch.cat(values) if name == "video_layout" else _cat_padded(name, values)
+                batch[name] = torch.cat(values) if name in _OF_A_VIDEO else _cat_padded(name, values)
         with_images = [sample for sample in samples if "pixel_values" in sample]
         for name in ("pixel_values", "image_sizes", "batch_num_images"):
             values = _of_all(name, with_images)
@@ -192,8 +195,14 @@ def _cat_padded(name: str, values: list[torch.Tensor]) -> torch.Tensor:
     rests = {tuple(value.shape[2:]) for value in values}
     if len(rests) > 1:
         raise ValueError(f"{name} of one batch must agree in [3, H, W], got {sorted(rests)}")
-    longest = max(value.shape[1] for value in values)
-    out = values[0].new_zeros(sum(map(len, values)), longest, *rests.pop())
+    lengths = [value.shape[1] for value in values]
+    longest = max(lengths)
+    if len(values) == 1:
+        return values[0]
+    if len(set(lengths)) == 1:
+        return torch.cat(values)
+    out = values[0].new_empty(sum(map(len, values)), longest, *rests.pop())
     for rows, value in zip(out.split([len(value) for value in values]), values, strict=True):
         rows[:, : value.shape[1]] = value
+        rows[:, value.shape[1] :] = 0
     return out

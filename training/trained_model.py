@@ -15,7 +15,7 @@ from ..hub.pushed_model import hub_id
 from ..modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from .own_code import check_own_code
 from .recipes import ModelArguments
-from .trainer import HEAD
+from .trainer import HEAD, prepare_for_training
 
 # Parts of the model that every choice but `lora` trains: what stands between tower and language model, and the head.
 BRIDGE = ("multi_modal_projector", "image_newline", "faster_token")
@@ -162,8 +162,7 @@ def choose_trainable(model: Any, args: ModelArguments, training_args: TrainingAr
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    # Freezes unused parts again and makes the teacher's copy if the tower trains, before anything wraps the model.
-    return model.train()
+    return prepare_for_training(model)
 
 
 def add_adapters(model: Any, args: ModelArguments) -> Any:

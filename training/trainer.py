@@ -36,6 +36,17 @@ logger = logging.get_logger(__name__)
 HEAD = "autoregressive_module"  # the attribute under which a model keeps its reconstruction head
 
 
+def prepare_for_training(model: nn.Module) -> nn.Module:
+    """Sets training mode; freezes what no feature passes through, and creates the teacher if the vision tower trains.
+
+    Call it after choosing what trains and before anything wraps the model.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name in ("freeze_unused_parts", "create_teacher"):  # a model of another kind may have neither
+        getattr(base, name, lambda: None)()
+    return model.train()
+
+
 class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
     """Trains language modeling and next-frame reconstruction together.
 
@@ -95,6 +106,8 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
         args.accelerator_config.dispatch_batches = False  # by default, streams would be; any may come to be evaluated
         if head_learning_rate is not None and (kwargs.get("optimizers") or (None,))[0] is not None:
             raise ValueError("head_learning_rate has no effect on an optimizer that is given; set it there")
+        if args.dataloader_pin_memory:
+            args.accelerator_config.non_blocking = True  # pixels go to the device while the step before still runs
         # A model_init is called at once, and again by train().
         self.enable_autoregressive = enable_autoregressive
         self.head_learning_rate = head_learning_rate
@@ -151,10 +164,10 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer."""
-        # Trainer wraps the model for several ranks before it first calls train(), by which the model freezes what it does
-        # not use and copies a tower that trains: DDP would wait in vain for the former, FSDP cannot copy what it split.
+        # Before Trainer wraps the model for several ranks: DDP would wait in vain for the gradients of parts that no feature
+        # passes through, and FSDP leaves nothing to copy of a tower that it shards.
         if self.model_init is None:
-            self.model.train()
+            prepare_for_training(self.model)
         return super().train(*args, **kwargs)
 
     def _begin_run(self, checkpoint: str | None) -> None:

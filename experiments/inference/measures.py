@@ -260,17 +260,23 @@ def measure_tokens(
         video = model.model.get_video_features(
             **{name: value for name, value in batch.items() if "video" in name}, return_dict=True
         )
+        maps = model.model.video_tokens(video)
         choices = [[answer_tokens(processor, q.messages, choice) for choice in q.choices] for q in some]
         scores = [
             token_scores(own, features, tokens, _key(q, settings))
-            for own, features, tokens, q in zip(surprises, video.pooler_output, video.video_tokens, some, strict=True)
+            for own, features, tokens, q in zip(
+                surprises, video.pooler_output, model.model.video_tokens(video), some, strict=True
+            )
         ]
         answer = partial(_answer_pruned, model, batch, video, choices, some)
-        everything = [torch.ones(len(t.patch_offsets), dtype=torch.bool) for t in video.video_tokens]
+        everything = [torch.ones(len(t.patch_offsets), dtype=torch.bool) for t in maps]
         conditions["all", None].right += answer(everything)
         for share in shares:
             for way in TOKEN_SCORES:
-                ranked = [first_frame_first(own[way], t) for own, t in zip(scores, video.video_tokens, strict=True)]
+                ranked = [
+                    first_frame_first(own[way], t)
+                    for own, t in zip(scores, model.model.video_tokens(video), strict=True)
+                ]
                 conditions[way, share].right += answer([keep_tokens(own, share) for own in ranked])
     return list(conditions.values())
 
@@ -284,7 +290,7 @@ def _answer_pruned(
     keep: Sequence[torch.Tensor],
 ) -> list[int]:
     """1 where the most probable choice is right, given the patches `[P]` of each video that are to be kept."""
-    kept = [keep_with_newlines(own, tokens) for own, tokens in zip(keep, video.video_tokens, strict=True)]
+    kept = [keep_with_newlines(own, tokens) for own, tokens in zip(keep, model.model.video_tokens(video), strict=True)]
     pruned = prune_prompts(model, batch, video.pooler_output, kept)
     cache = DynamicCache(config=model.config.get_text_config())
     logits = model(**pruned.inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]

@@ -110,7 +110,7 @@ def measure_prefill(settings: PrefillSettings, shares: Sequence[float], *, progr
         batch = make_prompt(model, settings)
         pixels = batch["pixel_values_videos"]
         video = model.model.get_video_features(pixels, return_dict=True)
-        (features,), (tokens,) = video.pooler_output, video.video_tokens
+        (features,), (tokens,) = video.pooler_output, model.model.video_tokens(video)
         caches: dict[float, DynamicCache] = {}
         lengths: dict[float, int] = {}
 

@@ -1,5 +1,6 @@
 """The token layout of a video: properties of any layout, and the numbers of the original and of transformers."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from golden_data import MEDIA_PLACEHOLDER, parametrize_golden
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlavaOnevisionModel
 
 from llava_next_ar.configuration.frame_token_layout import (
@@ -259,17 +261,50 @@ def test_assemble_puts_pooled_features_and_learned_tokens(video):
     assert (assembled[tokens.kind == TokenKind.FASTER] == faster).all()
 
 
-@given(videos())
-@example((SLOW_FAST, 7, None))
-def test_pool_frames_equals_pooling_each_frame_alone(video):
-    layout, num_frames, types = video
-    frame_types = layout.frame_types(num_frames, types)
-    features = random_features(layout, num_frames)
-    pooled = layout.pool_frames(features, frame_types)
-    assert len(pooled) == num_frames
-    for frame, frame_type in enumerate(frame_types):
-        alone = layout.pool(features[frame : frame + 1], FrameType(frame_type))[0]
-        assert torch.equal(pooled[frame], alone)
+@given(videos(), videos())
+@example((SLOW_FAST, 7, None), (SLOW_FAST, 2, [1, 0]))
+def test_a_batch_is_its_videos_one_behind_the_other(video, other):
+    layout, *first = video
+    _, num_frames, types = other
+    lengths, of_types = (first[0], num_frames), (first[1], types)
+    batch = layout.batch(lengths, of_types)
+    assert layout.batch(lengths, of_types) is batch, "made once"
+    features = random_features(layout, sum(lengths))
+    newline, faster = torch.randn(2, features.shape[-1])
+    alone = [
+        layout.assemble(own, newline, faster, own_types)
+        for own, own_types in zip(features.split(lengths), of_types, strict=True)
+    ]
+    assert torch.equal(batch.assemble(features, newline, faster), torch.cat(alone))
+    assert batch.num_tokens == tuple(map(len, alone)) and batch.num_frames == lengths
+    maps = [layout.video(count, own) for count, own in zip(lengths, of_types, strict=True)]
+    _, patches, first_token = batch.tokens.on(torch.device("cpu"))
+    assert first_token.tolist() == [0, len(alone[0])]
+    assert torch.equal(patches, torch.cat([maps[0].patch_offsets, maps[1].patch_offsets + len(alone[0])]))
+    frame, place = batch.places.on(torch.device("cpu"))
+    expected = torch.cat([maps[0].frame[maps[0].patch_offsets], maps[1].frame[maps[1].patch_offsets] + lengths[0]])
+    assert torch.equal(frame, expected)
+    grids = torch.tensor(batch.frame_grids)[frame]
+    places = torch.cat([torch.stack([own.row, own.column], dim=1)[own.patch_offsets] for own in maps])
+    assert torch.equal(place, (places + 0.5) / grids)
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.device("meta")], ids=["inference", "meta"])
+def test_index_tensors_outlive_the_context_that_they_are_made_in(context):
+    layout = dataclasses.replace(SLOW_FAST, faster_token_stride=5 if context is torch.inference_mode else 6)
+    with context():
+        layout.batch([4, 3]).tokens.on(torch.device("cpu"))
+    features = random_features(layout, 7).requires_grad_()
+    layout.batch([4, 3]).assemble(features, torch.ones(3), torch.ones(3)).sum().backward()
+    assert features.grad.abs().sum() > 0
+
+
+def test_index_tensors_of_a_tracer_are_not_kept():
+    layout = dataclasses.replace(SLOW_FAST, faster_token_stride=7)
+    batch = layout.batch([2])
+    with FakeTensorMode():
+        batch.tokens.on(torch.device("cpu"))
+    assert all(type(tensor) is torch.Tensor for tensor in batch.tokens.on(torch.device("cpu")))
 
 
 def test_pooling_by_hand():
@@ -429,7 +464,7 @@ def test_check_same_names_every_key_that_differs_and_both_values():
         (lambda: SLOW_FAST.video(3, [0, 1]), "2 frame types were given for 3 frames"),
         (lambda: SLOW_FAST.video(3, [0, 1, 2]), r"must be 0 \(slow\) or 1 \(fast\), got \[0, 1, 2\]"),
         (lambda: FrameTokenLayout(patches_height=2, patches_width=2).video(3, [0]), "1 frame types .* 3 frames"),
-        (lambda: SLOW_FAST.pool_frames(torch.zeros(3, 20, 2), [0, 1]), "2 frame types were given for 3 frames"),
+        (lambda: SLOW_FAST.batch([2]).assemble(torch.zeros(3, 20, 2)), "2 frame types were given for 3 frames"),
         (lambda: SLOW_FAST.assemble(torch.zeros(3, 20, 2)), "'grid'.*`image_newline`.*missing"),
         (lambda: SLOW_FAST.assemble(torch.zeros(3, 20, 2), torch.zeros(2)), "True needs `faster_token`.*missing"),
         (lambda: SLOW_FAST.assemble(torch.zeros(3, 16, 2)), "16 patches a frame, but the grid 5x4 has 20"),

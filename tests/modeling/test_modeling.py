@@ -620,6 +620,7 @@ def _train_as_one_of_two(rank: int, wrapper: str, store: str) -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout
     )
     model = tiny_model(freeze_tower=False).train()
+    model.create_teacher()
     if wrapper == "ddp":
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
     else:
@@ -734,7 +735,7 @@ def test_the_teacher_gives_what_the_projector_reads(monkeypatch, layer):
     model = tiny_model(freeze_tower=False, vision_feature_layer=layer)
     inputs = video_batch(model.config, [[3], [2]])
     shared = targets(model, inputs)
-    model.train()
+    model.create_teacher()
     teacher = model.autoregressive_module.teacher
     assert teacher is not None and model.config.autoregressive_config.separate_teacher
     calls = count_calls(monkeypatch, model.model.vision_tower, teacher)
@@ -754,8 +755,8 @@ def test_the_copy_stays_while_the_tower_trains_and_survives_saving(tmp_path):
     for name, value in teacher.state_dict().items():
         assert torch.equal(value, start[name])
     assert torch.equal(targets(model, inputs), before)
-    model.train()
-    assert model.autoregressive_module.teacher is teacher, "the second call of train() must not copy the trained tower"
+    model.create_teacher()
+    assert model.autoregressive_module.teacher is teacher, "a second call must not copy the trained tower"
 
     model.save_pretrained(tmp_path)
     assert any(name.startswith("autoregressive_module.teacher.") for name in load_file(tmp_path / "model.safetensors"))
@@ -778,6 +779,7 @@ def test_the_copy_stays_while_the_tower_trains_and_survives_saving(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_copy_follows_the_model(dtype):
     model = tiny_model(freeze_tower=False).train()
+    model.create_teacher()
     model.to(dtype)
     assert {parameter.dtype for parameter in model.autoregressive_module.teacher.parameters()} == {dtype}
     inputs = video_batch(model.config, [[3]])
@@ -785,15 +787,51 @@ def test_the_copy_follows_the_model(dtype):
     model(**inputs).loss.backward()
 
 
-def test_a_tower_unfrozen_after_train_is_refused():
+@pytest.mark.parametrize("freeze_tower", [True, False])
+def test_a_model_straight_from_its_constructor_trains(freeze_tower):
+    """Only `train()` once made the teacher: the first step of a model that was in training mode already failed."""
+    torch.manual_seed(0)
+    model = LlavaNextARForConditionalGeneration(tiny_config())
+    if freeze_tower:
+        model.model.vision_tower.requires_grad_(False)
+    inputs = video_batch(model.config, [[4], [3]])
+    before = targets(model.eval(), inputs)
+    output = model.train()(**inputs, return_reconstruction=True)
+    assert torch.equal(output.reconstruction.targets, before)
+    grads = gradients(model, output.loss)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == set(grads) and any("vision_tower" in name for name in trained) != freeze_tower
+    assert (model.autoregressive_module.teacher is None) == freeze_tower
+
+
+def test_train_changes_neither_weights_nor_configuration():
+    model = tiny_model(freeze_tower=False)
+    model.requires_grad_(True)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}, model.config.to_dict()
+    model.train()
+    assert ({name: p.requires_grad for name, p in model.named_parameters()}, model.config.to_dict()) == before
+    model.freeze_unused_parts()
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {f"model.vision_tower.post_layernorm.{part}" for part in ("weight", "bias")}
+
+
+def test_a_tower_unfrozen_later_keeps_its_first_weights_as_teacher():
     model = tiny_model().train()
     inputs = video_batch(model.config, [[3]])
+    before = targets(model, inputs)
     model(**inputs)
+    assert model.autoregressive_module.teacher is None
     model.model.vision_tower.requires_grad_(True)
-    with pytest.raises(RuntimeError, match=r"call model.train\(\) after unfreezing"):
-        model(**inputs)
-    model.train()
-    assert model(**inputs).loss.isfinite() and model.autoregressive_module.teacher is not None
+    train_briefly(model, inputs, steps=3)
+    assert torch.equal(targets(model, inputs), before)
+
+
+@pytest.mark.parametrize("attribute", ["ds_id", "placements"])
+def test_a_sharded_tower_cannot_be_copied(attribute):
+    model = tiny_model(freeze_tower=False).train()
+    setattr(next(model.model.vision_tower.parameters()), attribute, 0)
+    with pytest.raises(RuntimeError, match=r"sharded.*model\.create_teacher\(\) before"):
+        model(**video_batch(model.config, [[3]]))
 
 
 def test_parts_that_no_feature_passes_through_do_not_train(tmp_path):

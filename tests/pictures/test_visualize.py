@@ -394,8 +394,9 @@ def test_a_drawn_frame_shows_each_of_its_tokens():
 )
 def test_the_drawn_mask_is_the_heads(head, types):
     model = tiny_model(head=head)
-    tokens = model.config.frame_token_layout.video(5, types)
-    visible, valid = model.autoregressive_module._visible_frames([tokens], [types])
+    plan = model.autoregressive_module._plan(model.config.frame_token_layout.batch([5], [types]), [types])
+    visible, key_mask, _ = plan.attention.on(torch.device("cpu"))
+    valid = key_mask.view(5, visible.shape[1], -1).all(-1)
     expected = torch.zeros(5, 5, dtype=torch.bool)
     for frame in range(5):
         expected[frame, visible[frame][valid[frame]]] = True
