@@ -7,7 +7,6 @@ head and its loss, and a loss over the supervised positions alone.
 """
 
 import copy
-import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -35,13 +34,13 @@ from .frame_surprise import SURPRISE_FLOOR, SurpriseStream, VideoSurprise, surpr
 from .loss_functions import reduce_video_losses, shares_of_videos, summed_cross_entropy, zero_through
 from .reconstruction_metrics import NextFramePrediction, Reconstruction
 from .video_language_model import (
-    MEDIA_INPUTS,
     LlavaNextARModel,
     VideoFeatures,
-    check_media_given,
+    check_length,
+    check_media,
+    find_placeholders,
     init_own_weights,
     to_host,
-    warn_beyond_positions,
     with_frames_first,
 )
 
@@ -164,7 +163,8 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         if getattr(config, "is_assistant", False):  # drafts for another model, which transformers gives no media
             return super().generate(inputs, *args, **kwargs)
         if not num_cached:
-            self._check_media(ids, kwargs.get("inputs_embeds"), {**kwargs, **(kwargs.get("mm_encoder_outputs") or {})})
+            found = {} if ids is None or not ids.numel() else find_placeholders(self.config, ids.cpu())
+            check_media(self.model, found, {**kwargs, **(kwargs.get("mm_encoder_outputs") or {})})
         elif ids is not None:
             is_whole = mask is None or mask.shape[1] == ids.shape[1]  # else the mask alone has the cached part too
             if is_whole and num_cached >= ids.shape[1]:
@@ -327,7 +327,7 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         if is_packed:
             # With a cache, transformers takes the samples of a row for one sequence and lets them see each other.
             use_cache = False
-        found = {} if host_ids is None else self._find_placeholders(host_ids)
+        found = {} if host_ids is None else find_placeholders(self.config, host_ids)
         if pixel_values_videos is not None:
             encoded["video"] = self.model.get_video_features(
                 pixel_values_videos,
@@ -343,9 +343,9 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             if found:  # an early error for the likeliest mistake
                 check_num_placeholders(len(found["video"]), list(map(len, encoded["video"].pooler_output)))
         if not has_cache:
-            self._check_media(found, inputs_embeds, {"pixel_values": pixel_values, **encoded})
+            check_media(self.model, found, {"pixel_values": pixel_values, "inputs_embeds": inputs_embeds, **encoded})
         if labels is None:
-            self._check_length(inputs_embeds if input_ids is None else input_ids, cache, position_ids)
+            check_length(self.config, inputs_embeds if input_ids is None else input_ids, cache, position_ids)
         wants_reconstruction = (labels is not None or return_reconstruction) and not skip_reconstruction
         trains = labels is not None and self.training
         zero = None
@@ -411,39 +411,6 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
         )
 
-    @torch.compiler.disable  # numbers of the host, not of the graph
-    def _find_placeholders(self, input_ids: torch.Tensor) -> dict[str, np.ndarray]:
-        """Where in the flattened ids `[B, S]`, on the CPU, images and videos belong."""
-        flat = input_ids.numpy().ravel()
-        tokens = {"image": self.config.image_token_id, "video": self.config.video_token_id}
-        return {name: np.flatnonzero(flat == token) for name, token in tokens.items()}
-
-    def _check_media(
-        self, found: dict[str, np.ndarray], inputs_embeds: torch.Tensor | None, inputs: dict[str, Any]
-    ) -> None:
-        """Raises ValueError for placeholders of a kind that has neither pixels nor, under its own name, features."""
-        missing = [
-            kind for kind, names in MEDIA_INPUTS.items() if inputs.get(names[0]) is None and inputs.get(kind) is None
-        ]
-        if not missing or torch.compiler.is_compiling():
-            return
-        counts = {kind: len(positions) for kind, positions in found.items()}
-        if not found and inputs_embeds is not None:
-            masks = self.model.get_placeholder_mask(None, inputs_embeds)
-            counts = {kind: int(mask[..., 0].sum()) for kind, mask in zip(MEDIA_INPUTS, masks, strict=True)}
-        for kind in missing:
-            check_media_given(kind, counts.get(kind, 0))
-
-    def _check_length(self, prompts: torch.Tensor, cache: Any, position_ids: torch.LongTensor | None) -> None:
-        """Warns of prompts that are too long."""
-        if prompts.shape[1] == 1 or torch.compiler.is_compiling():  # one token is decoded
-            return
-        before = 0 if cache is None else int(cache.get_seq_length())
-        after = before + prompts.shape[1]
-        if after > getattr(self.config.text_config, "max_position_embeddings", math.inf):
-            after = after if position_ids is None else int(position_ids.max()) + 1  # without padding
-            warn_beyond_positions(self.config, before, after)
-
     def _touch_vision(self, has_videos: bool, has_images: bool) -> torch.Tensor:
         """A zero that came through the vision parts that a batch leaves out.
 
@@ -452,14 +419,17 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         tower runs once for videos and once for images, on one blank frame where there is none, before the language model.
         """
         several_ranks = _has_several_ranks()
-        num_runs = int(not has_videos and (several_ranks or not has_images)) + int(not has_images and several_ranks)
-        tokens = (self.model.image_newline, self.model.faster_token)  # no layout uses both of them always
-        zero = zero_through(*(token for token in tokens if token is not None))
+        misses = (not has_videos and (several_ranks or not has_images), not has_images and several_ranks)
+        tokens = [token for token in (self.model.image_newline, self.model.faster_token) if token is not None]
         vision = self.config.vision_config
-        for _ in range(num_runs):
-            blank = torch.zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size, device=self.device)
-            features = self.model.get_video_features(blank.to(self.dtype), return_dict=True).pooler_output
-            zero = zero + zero_through(*features)
+        shape = (1, 1, vision.num_channels, vision.image_size, vision.image_size)
+        zero = 0
+        # The tokens, of which no layout uses both always, come between: gradients must become ready in one order on all ranks.
+        for is_missing, others in zip(misses, (tokens, ()), strict=True):
+            if is_missing:
+                blank = torch.zeros(shape, device=self.device, dtype=self.dtype)
+                zero = zero + zero_through(*self.model.get_video_features(blank, return_dict=True).pooler_output)
+            zero = zero + zero_through(*others)
         return zero
 
     def _touch_head(self, hidden_states: torch.Tensor, wants_reconstruction: bool) -> torch.Tensor | float:

@@ -420,6 +420,34 @@ def normalise_pixels(
     return torch.cat([video.div(divisor).sub_(offset) for video, (divisor, offset) in zip(frames, norms, strict=True)])
 
 
+@torch.compiler.disable  # numbers of the host, not of the graph
+def find_placeholders(config: LlavaNextARConfig, input_ids: torch.Tensor) -> dict[str, np.ndarray]:
+    """Positions of images and videos in the flattened ids `[B, S]`, which are on the CPU."""
+    flat = input_ids.numpy().ravel()
+    return {kind: np.flatnonzero(flat == getattr(config, f"{kind}_token_id")) for kind in MEDIA_INPUTS}
+
+
+def check_media(model: LlavaNextARModel, found: dict[str, np.ndarray], inputs: dict[str, Any]) -> None:
+    """Raises ValueError for placeholders of a kind that has neither pixels nor, under its own name, features.
+
+    Args:
+        model: the base model.
+        found: see `find_placeholders`; empty if there are no ids, but `inputs_embeds`.
+        inputs: arguments of the call.
+    """
+    missing = [
+        kind for kind, names in MEDIA_INPUTS.items() if inputs.get(names[0]) is None and inputs.get(kind) is None
+    ]
+    if not missing or torch.compiler.is_compiling():
+        return
+    counts = {kind: len(positions) for kind, positions in found.items()}
+    if not found and inputs.get("inputs_embeds") is not None:
+        masks = model.get_placeholder_mask(None, inputs["inputs_embeds"])
+        counts = {kind: int(mask[..., 0].sum()) for kind, mask in zip(MEDIA_INPUTS, masks, strict=True)}
+    for kind in missing:
+        check_media_given(kind, counts.get(kind, 0))
+
+
 def check_media_given(kind: str, num_placeholders: int) -> None:
     """Raises ValueError for placeholders without images or videos: the answer would not be about them."""
     if num_placeholders:
@@ -428,6 +456,19 @@ def check_media_given(kind: str, num_placeholders: int) -> None:
             "processor returns: inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, "
             'return_tensors="pt", ...), then model.generate(**inputs)'
         )
+
+
+def check_length(
+    config: LlavaNextARConfig, prompts: torch.Tensor, cache: Any, position_ids: torch.LongTensor | None
+) -> None:
+    """Warns of prompts `[B, S]` or `[B, S, hidden_size]` that leave the positions of the language model."""
+    if prompts.shape[1] == 1 or torch.compiler.is_compiling():  # one token is decoded
+        return
+    before = 0 if cache is None else int(cache.get_seq_length())
+    after = before + prompts.shape[1]
+    if after > getattr(config.text_config, "max_position_embeddings", math.inf):
+        after = after if position_ids is None else int(position_ids.max()) + 1  # without padding
+        warn_beyond_positions(config, before, after)
 
 
 def warn_beyond_positions(config: LlavaNextARConfig, before: int, after: int) -> None:

@@ -27,6 +27,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from training_runs import difference
 
+from llava_next_ar.training.trainer import prepare_for_training
+
 KINDS: dict[str, dict[str, Any]] = {
     "text": {"lengths": []},
     "image": {"lengths": [], "image": True},
@@ -72,7 +74,7 @@ def build(train_tower: bool = False, tower_lora: bool = False, frozen: str = "",
         )
         model = get_peft_model(model, lora)
     model.activation_checkpointing_enable({"use_reentrant": False})
-    return model.train()
+    return prepare_for_training(model)
 
 
 def shard(model: torch.nn.Module) -> torch.nn.Module:
