@@ -158,7 +158,8 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
         """As in Trainer; each model is prepared as one that is given."""
         model = super().call_model_init(trial)
         self._prepare_model(model)
-        return model.train()
+        prepare_for_training(model)
+        return model
 
     # ---- runs -------------------------------------------------------------------------------------------------------
 
