@@ -11,7 +11,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,24 +84,41 @@ class Conversion:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConversionOptions:
+    """Options of `convert_checkpoint`."""
+
+    to: Format = "llava_next_ar"
+    """Format of the result."""
+    dtype: str | torch.dtype | None = None
+    """Type of all floating-point tensors; as stored if None."""
+    pool_mode: str | None = None
+    """`average | max | bilinear`; short for `config_overrides={"mm_spatial_pool_mode": ...}`."""
+    config_overrides: Mapping[str, Any] | None = None
+    """Keys of the source's `config.json`, read as if they had these values."""
+    vision_config: Mapping[str, Any] | None = None
+    """For an original checkpoint, its whole vision tower; see `settings_from_original_config`."""
+    autoregressive_config: Mapping[str, Any] | None = None
+    """Keys of the new head."""
+    tokenizer: str | os.PathLike | None = None
+    """Folder or Hub id, if not the source."""
+    image_token_id: int | None = None
+    """Id of the placeholder; the tokenizer's if None."""
+    video_token_id: int | None = None
+    num_frames: int | None = None
+    """Frames of a video, for an original checkpoint."""
+    base_model: str | None = None
+    """Hub id for the model card, if the source is a folder."""
+    revision: str | None = None
+    """Of the Hub id."""
+    max_shard_size: int = 5 * 10**9
+    """Bytes of a shard."""
+    progress: bool = True
+    """Show a progress bar."""
+
+
 def convert_checkpoint(
-    source: str | os.PathLike,
-    output: str | os.PathLike,
-    *,
-    to: Format = "llava_next_ar",
-    dtype: str | torch.dtype | None = None,
-    pool_mode: str | None = None,
-    config_overrides: Mapping[str, Any] | None = None,
-    vision_config: Mapping[str, Any] | None = None,
-    autoregressive_config: Mapping[str, Any] | None = None,
-    tokenizer: str | os.PathLike | None = None,
-    image_token_id: int | None = None,
-    video_token_id: int | None = None,
-    num_frames: int | None = None,
-    base_model: str | None = None,
-    revision: str | None = None,
-    max_shard_size: int = 5 * 10**9,
-    progress: bool = True,
+    source: str | os.PathLike, output: str | os.PathLike, options: ConversionOptions | None = None, **keys: Any
 ) -> Conversion:
     """Converts a checkpoint into a complete folder: weights, configuration, processor, code and model card.
 
@@ -112,19 +129,8 @@ def convert_checkpoint(
     Args:
         source: folder or Hub id with safetensors. Pickles are never read.
         output: folder to be made; must not exist, or be empty.
-        to: what it becomes.
-        dtype: type of all floating-point tensors; as stored if None.
-        pool_mode: `average | max | bilinear`; short for `config_overrides={"mm_spatial_pool_mode": ...}`.
-        config_overrides: keys of the source's `config.json`, read as if they had these values.
-        vision_config: for an original checkpoint, its whole vision tower; see `settings_from_original_config`.
-        autoregressive_config: keys of the new head.
-        tokenizer: folder or Hub id, if not the source.
-        image_token_id, video_token_id: ids of the placeholders; the tokenizer's if None.
-        num_frames: frames of a video, for an original checkpoint.
-        base_model: Hub id for the model card, if the source is a folder.
-        revision: of the Hub id.
-        max_shard_size: bytes of a shard.
-        progress: whether to show a progress bar.
+        options: see there.
+        keys: fields of `options`, which win over those of the object.
 
     Raises:
         CheckpointError: if the tensors are not those of the model, naming the missing, unexpected and wrongly shaped
@@ -133,65 +139,57 @@ def convert_checkpoint(
         FileExistsError: if `output` holds something.
         FileNotFoundError: if the source has no `config.json`.
     """
+    options = replace(options or ConversionOptions(), **keys)
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists already and is not an empty folder")
-    folder, hub_id = _fetch(source, revision)
-    overrides = dict(config_overrides or {})
-    if pool_mode is not None:
-        overrides["mm_spatial_pool_mode"] = pool_mode
+    folder, hub_id = _fetch(source, options.revision)
+    overrides = dict(options.config_overrides or {})
+    if options.pool_mode is not None:
+        overrides["mm_spatial_pool_mode"] = options.pool_mode
     values = {**_read_config(folder), **overrides}
     kind = "original" if is_original_config(values) else values.get("model_type")
-    if (kind, to) not in {
+    if (kind, options.to) not in {
         ("llava_onevision", "llava_next_ar"),
         ("original", "llava_next_ar"),
         ("llava_next_ar", "llava_onevision"),
     }:
-        raise ValueError(f"cannot convert a {kind!r} checkpoint to {to!r}")
+        raise ValueError(f"cannot convert a {kind!r} checkpoint to {options.to!r}")
 
     if kind != "original":  # whose overrides are keys of its own
         LlavaNextARConfig.check_keywords(overrides)
     notes: list[str] = []
-    processor_options = None
-    if kind == "original":
-        settings = settings_from_original_config(
-            values, vision_config=vision_config, autoregressive_config=autoregressive_config, num_frames=num_frames
-        )
-        config, processor_options = settings.config, settings.processor
-        notes += settings.notes
-    elif to == "llava_next_ar":
-        config = LlavaNextARConfig.from_dict(values, autoregressive_config=dict(autoregressive_config or {}))
-    else:
-        config = onevision_config(LlavaNextARConfig.from_dict(values))
-
-    tokenizer_source = Path(tokenizer) if tokenizer is not None and Path(tokenizer).exists() else tokenizer
+    config, processor_options = _target_config(kind, values, options, notes)
+    tokenizer_source = options.tokenizer
+    if tokenizer_source is not None and Path(tokenizer_source).exists():
+        tokenizer_source = Path(tokenizer_source)
     processor = None
-    if to == "llava_next_ar":
+    if options.to == "llava_next_ar":
         processor = _processor(folder, tokenizer_source, config, processor_options)
-        _choose_placeholders(config, processor, image_token_id, video_token_id, notes)
+        _choose_placeholders(config, processor, options.image_token_id, options.video_token_id, notes)
     ours, theirs = LlavaNextARForConditionalGeneration, LlavaOnevisionForConditionalGeneration
-    model_class = ours if to == "llava_next_ar" else theirs
+    model_class = ours if options.to == "llava_next_ar" else theirs
     plan = plan_tensors(read_index(folder), config, model_class, ORIGINAL_KEYS if kind == "original" else (), notes)
-    plan = _cast(plan, config, dtype)
+    plan = _cast(plan, config, options.dtype)
     config.architectures = [model_class.__name__]
 
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
-        _write_weights(partial, plan, max_shard_size, progress)
+        _write_weights(partial, plan, options.max_shard_size, options.progress)
         _write_generation_config(folder, partial, config)
         if processor is not None:
             processor.save_pretrained(partial)
-        elif to == "llava_onevision":
+        elif options.to == "llava_onevision":
             _export_processor(folder, partial, notes)
-        if to == "llava_onevision" and values.get("enable_autoregressive", True):
+        if options.to == "llava_onevision" and values.get("enable_autoregressive", True):
             notes.append(f"the head ({HEAD}*) is left out: LLaVA-OneVision has none")
-        if to == "llava_next_ar":
+        if options.to == "llava_next_ar":
             if config.enable_autoregressive:
                 notes.append(f"the head ({HEAD}*) is new: it is initialised when the model is loaded")
             if processor is None:
                 notes.append("the source has no tokenizer, so no processor was written; give one with --tokenizer")
-            card = _model_card(hub_id or base_model, kind, notes)
+            card = _model_card(hub_id or options.base_model, kind, notes)
             (partial / "README.md").write_text(card, encoding="utf-8")
         config.save_pretrained(partial)  # last: without it a folder does not look like a model
         if output.exists():
@@ -201,6 +199,25 @@ def convert_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return Conversion(output, config, len(plan), sum(tensor.num_bytes for tensor in plan), notes)
+
+
+def _target_config(
+    kind: str, values: dict[str, Any], options: ConversionOptions, notes: list[str]
+) -> tuple[Any, dict[str, Any] | None]:
+    """Configuration of the result and, from an original checkpoint, options of its processor; adds to the notes."""
+    if kind == "original":
+        settings = settings_from_original_config(
+            values,
+            vision_config=options.vision_config,
+            autoregressive_config=options.autoregressive_config,
+            num_frames=options.num_frames,
+        )
+        notes += settings.notes
+        return settings.config, settings.processor
+    if options.to == "llava_next_ar":
+        head = dict(options.autoregressive_config or {})
+        return LlavaNextARConfig.from_dict(values, autoregressive_config=head), None
+    return onevision_config(LlavaNextARConfig.from_dict(values)), None
 
 
 # -- Configuration

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..processing.video_processing_llava_next_ar import choose_policy
+from ..processing.frame_sampling import choose_policy
 from ..training.collator import LlavaVideoCollator
 from ..training.data import LlavaVideoDataset
 from .settings import EvaluationSettings

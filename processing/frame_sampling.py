@@ -17,7 +17,7 @@ That is the default of one policy, `num_frames`, which samples as transformers d
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -383,3 +383,102 @@ def _llava_step(native_fps: float, fps: float) -> int:
     if step < 1:
         raise ValueError(f"fps={fps} is more than the video has to give ({native_fps:g} frames a second)")
     return step
+
+
+# -- Options of a processor and of a call -> one `FrameSampling`
+
+# Of `FrameSampling`: all settings, those that are off by default, those of slow and fast frames, policies that read fps.
+_LIMITS = ("video_start", "video_end")  # of one video, not of a processor
+SAMPLING_SETTINGS = tuple(field.name for field in fields(FrameSampling) if field.name not in ("policy", *_LIMITS))
+OPTIONAL_SETTINGS = tuple(name for name in SAMPLING_SETTINGS if not getattr(FrameSampling, name))
+_FAST_SLOW_SETTINGS = tuple(inspect.getfullargspec(SAMPLING_POLICIES["fast_slow"]).kwonlyargs)
+_READ_FPS = tuple(name for name, read in SAMPLING_POLICIES.items() if "fps" in inspect.getfullargspec(read).kwonlyargs)
+_READ_NUM_FRAMES = ("num_frames", "uniform_time")
+
+
+def choose_policy(stored: str, given: Mapping[str, Any]) -> str:
+    """The sampling policy: the one that is named, else the one that the given settings imply, else the stored one.
+
+    `use_fast_slow_frames=True` implies `fast_slow`, `fps` implies `fps`, `sample_rate` implies `every_nth`, and
+    `num_frames` implies `uniform`, unless the stored policy reads the setting already.
+
+    Args:
+        stored: the processor's own policy.
+        given: options named by the caller, without those that are None.
+
+    Raises:
+        ValueError: if the given options contradict each other.
+    """
+    fast_slow = given.get("use_fast_slow_frames")
+    policy = given.get("sampling")
+    if policy is not None:
+        if fast_slow is not None and fast_slow != (policy == "fast_slow"):
+            raise ValueError(f"sampling={policy!r} contradicts use_fast_slow_frames={fast_slow!r}")
+    elif "fps" in given and "num_frames" in given:
+        raise ValueError(
+            f"fps={given['fps']!r} and num_frames={given['num_frames']!r} exclude each other; to limit the number of "
+            "frames at a given fps, use max_frames"
+        )
+    elif fast_slow:
+        policy = "fast_slow"
+    elif "fps" in given:
+        policy = stored if stored in _READ_FPS else "fps"
+    elif "sample_rate" in given:
+        policy = "every_nth"
+    elif "num_frames" in given:
+        policy = stored if stored in _READ_NUM_FRAMES else "uniform"
+    else:
+        policy = "uniform" if fast_slow is False and stored == "fast_slow" else stored
+    if not isinstance(policy, str) or policy not in SAMPLING_POLICIES:
+        raise ValueError(f"sampling={policy!r} is not one of {', '.join(SAMPLING_POLICIES)}")
+    return policy
+
+
+def choose_sampling(stored: Mapping[str, Any], given: Mapping[str, Any]) -> FrameSampling:
+    """Which frames a call takes. What the call says wins over what the processor stores; see `choose_policy`.
+
+    Args:
+        stored: the processor's own options, the name of its policy under `sampling`.
+        given: options named in the call, without those that are None.
+
+    Raises:
+        ValueError: on a contradiction, a value out of range, or a setting that the policy would ignore.
+    """
+    policy = choose_policy(stored["sampling"], given)
+    settings = {name: stored[name] for name in SAMPLING_SETTINGS if stored.get(name) is not None}
+    if policy != stored["sampling"]:  # what served the stored policy is no mistake in the call
+        settings = {name: settings[name] for name in settings if name not in OPTIONAL_SETTINGS}
+    for name in _FAST_SLOW_SETTINGS if policy != "fast_slow" else ():
+        if name in given:
+            raise ValueError(f"{name}={given[name]!r} has no effect with sampling={policy!r}")
+    given = {name: given[name] for name in (*SAMPLING_SETTINGS, *_LIMITS) if name in given}
+    return FrameSampling(policy=policy, **{**settings, **given})
+
+
+def with_own_options(stored: Mapping[str, Any], call: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call (see `choose_sampling`) for a video with sampling options of its own, which win. Its
+    `max_frames` is an upper limit whatever the policy."""
+    given = {name: value for name, value in call.items() if value is not None}
+    if own.keys() & {"sampling", "fps", "num_frames", "sample_rate"}:
+        given = {name: given[name] for name in given.keys() - {"sampling", "use_fast_slow_frames", *SAMPLING_SETTINGS}}
+        given["do_sample_frames"] = True
+    elif own and not given.get("do_sample_frames", stored["do_sample_frames"]):
+        given |= {"do_sample_frames": True, "sampling": "every_nth", "sample_rate": 1}
+    given |= own
+    if "max_frames" in own and choose_policy(stored["sampling"], given) in ("uniform", "num_frames"):
+        FrameSampling(policy="every_nth", sample_rate=1, max_frames=own["max_frames"])  # validates it
+        limit = min(given.pop("max_frames"), given.get("num_frames", stored["num_frames"]))
+        given |= {"num_frames": limit, "sampling": given.get("sampling", "uniform")}
+    return given
+
+
+def head_sampling(config: Any) -> dict[str, Any]:
+    """Sampling options of the slow and fast frames that a model's reconstruction head asks for; empty if it does not.
+
+    Args:
+        config: a `LlavaNextARConfig`.
+    """
+    head = config.autoregressive_config
+    if not (config.enable_autoregressive and head.use_fast_slow_frames):
+        return {}
+    return {name: getattr(head, name) for name in ("use_fast_slow_frames", *_FAST_SLOW_SETTINGS)}

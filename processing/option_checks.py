@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig
 from transformers.image_utils import PILImageResampling
 
+from ..configuration.frame_token_layout import FrameTokenLayout
 from ..configuration.image_token_layout import UnpadRounding
 from .video_decoding import MAX_FRAME_PIXELS
 
@@ -149,3 +150,43 @@ def check_processor_file(values: Mapping[str, Any]) -> None:
         for option in ("size", "crop_size"):
             if isinstance(part.get(option), list) and len(part[option]) != 2:
                 raise ValueError(f"{option} of the {name} must be a pair (height, width), got {part[option]!r}")
+
+
+def resolve_layout(
+    layout: "FrameTokenLayout | dict[str, Any] | None", num_image_tokens: int | None, select_strategy: str | None
+) -> FrameTokenLayout | None:
+    if layout is not None:
+        # A layout of a model that was loaded from the Hub is of another class of the same name: it travels as values.
+        if not (isinstance(layout, dict) or hasattr(layout, "to_dict")):
+            raise ValueError(f"frame_token_layout must be a FrameTokenLayout or a dict, got {layout!r}")
+        try:
+            layout = FrameTokenLayout.from_dict(layout if isinstance(layout, dict) else layout.to_dict())
+        except (ValueError, TypeError) as error:  # the latter if a key is missing
+            raise ValueError(f"frame_token_layout: {error}") from error
+    num_patches = _num_patches(num_image_tokens, select_strategy)
+    if layout is None:
+        if num_patches is None:
+            return None
+        side = math.isqrt(num_patches)
+        if side**2 != num_patches:
+            raise ValueError(
+                f"num_image_tokens={num_image_tokens} is not a square number, so the patch grid is unknown: give the "
+                "frame_token_layout of the model's configuration"
+            )
+        return FrameTokenLayout(patches_height=side, patches_width=side)
+    if num_patches is not None and num_patches != layout.patches_height * layout.patches_width:
+        raise ValueError(
+            f"num_image_tokens={num_image_tokens} contradicts the layout's {layout.patches_height}x"
+            f"{layout.patches_width} patches (patches_height x patches_width)"
+        )
+    return layout
+
+
+def _num_patches(num_image_tokens: int | None, select_strategy: str | None) -> int | None:
+    """LLaVA-OneVision counts a class token where the strategy later drops it; patches are what is left."""
+    if num_image_tokens is None:
+        return None
+    without_class_token = num_image_tokens - 1
+    if select_strategy == "default" and math.isqrt(without_class_token) ** 2 == without_class_token:
+        return without_class_token
+    return num_image_tokens

@@ -9,7 +9,6 @@ errors where a mistake would otherwise reach the model: a placeholder without it
 
 import bisect
 import inspect
-import math
 import os
 import re
 from typing import Any
@@ -32,7 +31,7 @@ from ..configuration.key_names import refuse_misspelt, refuse_unknown, warn_unkn
 from ..configuration.transformers_compat import MARKED_CONTROL_TOKEN
 from ..hub.hub_code import AUTO_MAP
 from ..hub.pushed_model import travels_with_code
-from .frame_sampling import llava_video_times, time_instruction
+from .frame_sampling import head_sampling, llava_video_times, time_instruction
 from .llava_conversation import DEFAULT_CHAT_TEMPLATE, IMAGE_TOKEN, VIDEO_TOKEN, check_placeholders, prepare_messages
 from .option_checks import (
     SETTINGS,
@@ -40,12 +39,12 @@ from .option_checks import (
     check_processor_file,
     check_processor_settings,
     refuse_generation_options,
+    resolve_layout,
 )
 from .video_inputs import flatten_videos, load_images
 from .video_processing_llava_next_ar import (
     LlavaNextARVideoProcessor,
     LlavaNextARVideoProcessorKwargs,
-    head_sampling,
 )
 
 logger = logging.get_logger(__name__)
@@ -116,7 +115,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
             mm_patch_merge_type=mm_patch_merge_type,
             unpad_rounding=unpad_rounding,
         )
-        self.frame_token_layout = _resolve_layout(frame_token_layout, num_image_tokens, vision_feature_select_strategy)
+        self.frame_token_layout = resolve_layout(frame_token_layout, num_image_tokens, vision_feature_select_strategy)
         self.add_time_instruction = add_time_instruction
         self.mm_patch_merge_type = mm_patch_merge_type
         self.unpad_rounding = unpad_rounding
@@ -572,46 +571,6 @@ def layout_options(config: Any) -> dict[str, Any]:
     """
     names = ("frame_token_layout", "vision_aspect_ratio", "mm_patch_merge_type", "unpad_rounding")
     return {name: getattr(config, name) for name in names}
-
-
-def _resolve_layout(
-    layout: "FrameTokenLayout | dict[str, Any] | None", num_image_tokens: int | None, select_strategy: str | None
-) -> FrameTokenLayout | None:
-    if layout is not None:
-        # A layout of a model that was loaded from the Hub is of another class of the same name: it travels as values.
-        if not (isinstance(layout, dict) or hasattr(layout, "to_dict")):
-            raise ValueError(f"frame_token_layout must be a FrameTokenLayout or a dict, got {layout!r}")
-        try:
-            layout = FrameTokenLayout.from_dict(layout if isinstance(layout, dict) else layout.to_dict())
-        except (ValueError, TypeError) as error:  # the latter if a key is missing
-            raise ValueError(f"frame_token_layout: {error}") from error
-    num_patches = _num_patches(num_image_tokens, select_strategy)
-    if layout is None:
-        if num_patches is None:
-            return None
-        side = math.isqrt(num_patches)
-        if side**2 != num_patches:
-            raise ValueError(
-                f"num_image_tokens={num_image_tokens} is not a square number, so the patch grid is unknown: give the "
-                "frame_token_layout of the model's configuration"
-            )
-        return FrameTokenLayout(patches_height=side, patches_width=side)
-    if num_patches is not None and num_patches != layout.patches_height * layout.patches_width:
-        raise ValueError(
-            f"num_image_tokens={num_image_tokens} contradicts the layout's {layout.patches_height}x"
-            f"{layout.patches_width} patches (patches_height x patches_width)"
-        )
-    return layout
-
-
-def _num_patches(num_image_tokens: int | None, select_strategy: str | None) -> int | None:
-    """LLaVA-OneVision counts a class token where the strategy later drops it; patches are what is left."""
-    if num_image_tokens is None:
-        return None
-    without_class_token = num_image_tokens - 1
-    if select_strategy == "default" and math.isqrt(without_class_token) ** 2 == without_class_token:
-        return without_class_token
-    return num_image_tokens
 
 
 def _count_images(images: Any) -> list[int] | int:

@@ -1,8 +1,7 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
 """Video file -> exactly the frames asked for, and when each of them is shown.
 
-Three back ends. A reader serves one call and is closed: that works in DataLoader workers and after a fork, and memory
-stays flat over thousands of clips.
+Three back ends. A reader serves one call and is closed, which works in DataLoader workers and keeps memory flat.
 
 `PyAVReader` is exact for every container and codec that FFmpeg knows, and fast. One pass over the packets, which
 decodes nothing, yields times and key frames. Then only those groups of pictures are decoded that hold a wanted frame,
@@ -11,8 +10,7 @@ groups at once (FFmpeg releases the interpreter lock). A frame is recognised by 
 packets do not show which frames come out (field pairs, hidden frames, damage, containers without presentation times),
 frames and times are those of a full decode. The reference is the ffmpeg command. Transparency is laid on white.
 
-`DecordReader` and `TorchCodecReader` are in other_decoders.py. Where PyAV is installed, a file for which they would
-return other frames is refused by name.
+`DecordReader` and `TorchCodecReader` (other_decoders.py) refuse files for which PyAV, where installed, finds other frames.
 
 Videos come from strangers. FFmpeg goes by content, not by suffix, and some of its formats are lists of other files, or
 of addresses to connect to: `PyAVReader` opens nothing but the one file, and only as one of `FORMATS`. Frames larger than
@@ -49,6 +47,7 @@ from .video_reader import (
     Emit,
     FrameReader,
     RgbConverter,
+    SeekMissed,
     TimesChanged,
     VideoReadError,
     clock_offsets,
@@ -56,6 +55,7 @@ from .video_reader import (
     filled_times,
     frame_rate,
     oblique,
+    set_threads,
     why_unreadable,
 )
 
@@ -90,10 +90,6 @@ _AV_HEADER_OPTIONS = {
     "container_options": {**_AV_OPEN_OPTIONS["container_options"], "probesize": "32"},
     "options": {**_DECODER_OPTIONS, "skip_frame": "all"},
 }
-
-
-class _SeekMissed(Exception):
-    """The demuxer landed behind the key frame that it was sent to."""
 
 
 @dataclass(frozen=True)
@@ -427,7 +423,7 @@ class PyAVReader:
                     opened = self._unused.pop()  # atomic, as `popleft` below
                 except IndexError:
                     opened = stack.enter_context(self._open())
-                _set_threads(opened.codec, threads_each)
+                set_threads(opened.codec, threads_each)
                 while True:
                     try:
                         group = groups.popleft()
@@ -435,9 +431,9 @@ class PyAVReader:
                         return
                     try:
                         done, lost = self._decode_group(opened, group, emit, to_rgb, seek=True)
-                    except _SeekMissed:
+                    except SeekMissed:
                         opened = stack.enter_context(self._open())
-                        _set_threads(opened.codec, threads_each)
+                        set_threads(opened.codec, threads_each)
                         done, lost = self._decode_group(opened, group, emit, to_rgb, seek=False)
                     seen.update(done)
                     failed.update(lost)
@@ -508,7 +504,7 @@ class PyAVReader:
             if position < group.first:
                 continue
             if seek and not started and position > group.first:
-                raise _SeekMissed
+                raise SeekMissed
             started = True
             if may_skip:
                 codec.skip_frame = "DEFAULT" if packet.pts in group.wanted else "NONREF"
@@ -517,14 +513,14 @@ class PyAVReader:
             if position == group.last:
                 break
         if seek and not started:
-            raise _SeekMissed
+            raise SeekMissed
         yield from codec.decode(None)  # what the decoder still holds back
 
     def _intact_frames(self, lost: list[str]) -> Iterator[Any]:
         """Decodes all: the frames that came out whole, in order of time. `lost` receives the reason of each loss."""
         with self._open() as opened:
             # One thread where errors must be told from those before the first key frame: several report them late.
-            _set_threads(opened.codec, 1 if self._first_key else self._num_threads)
+            set_threads(opened.codec, 1 if self._first_key else self._num_threads)
             packets = itertools.islice(self._packets(opened.container, opened.stream, lost), self._num_skipped, None)
             started, intact = False, True
             for packet in itertools.chain(packets, [None]):  # None: frames that the decoder still holds back
@@ -560,11 +556,6 @@ class PyAVReader:
                 if not wanted:
                     break
         return wanted
-
-
-def _set_threads(codec: Any, num_threads: int) -> None:
-    """Must come before the first frame is decoded."""
-    codec.thread_count, codec.thread_type = num_threads, "AUTO" if num_threads > 1 else "SLICE"
 
 
 FILE_READERS: dict[str, Callable[[str | bytes, str, int], FrameReader]] = {

@@ -11,12 +11,9 @@ bit; the default `"torch"` is several times as fast and differs by at most 2 of 
 Shape letters: N videos, T frames of the longest, C channels (3 once converted to RGB), H x W pixels.
 """
 
-import inspect
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +31,17 @@ from transformers.video_utils import VideoMetadata
 from ..configuration.key_names import keep_unknown, refuse_misspelt, refuse_unknown, warn_unknown
 from ..hub.hub_code import AUTO_MAP
 from ..hub.pushed_model import travels_with_code
+from .frame_sampling import (
+    OPTIONAL_SETTINGS,
+    SAMPLING_SETTINGS,
+    FrameSampling,
+    choose_policy,
+    choose_sampling,
+    with_own_options,
+)
 from .option_checks import check_pixel_options
 from .video_decoding import VideoBackend
-from .video_frames import SAMPLING_POLICIES, FrameSampling, ResizeBackend, resize_frames
+from .video_frames import ResizeBackend, resize_frames
 from .video_inputs import Clip, MediaRequest, check_metadata, flatten_metadata, flatten_videos, is_request, read_clip
 
 _RESAMPLE = {PILImageResampling.BICUBIC: "bicubic", PILImageResampling.BILINEAR: "bilinear"}
@@ -57,102 +62,6 @@ _PIXEL_KEYS = {
 }
 # Keys of a saved file that are no options.
 _FILE_KEYS = {"auto_map", "processor_class", "video_processor_type"}
-
-# Of `FrameSampling`: all settings, those that are off by default, those of slow and fast frames, policies that read fps.
-_LIMITS = ("video_start", "video_end")  # of one video, not of a processor
-_SETTINGS = tuple(field.name for field in fields(FrameSampling) if field.name not in ("policy", *_LIMITS))
-_OPTIONAL_SETTINGS = tuple(name for name in _SETTINGS if not getattr(FrameSampling, name))
-_FAST_SLOW_SETTINGS = tuple(inspect.getfullargspec(SAMPLING_POLICIES["fast_slow"]).kwonlyargs)
-_READ_FPS = tuple(name for name, read in SAMPLING_POLICIES.items() if "fps" in inspect.getfullargspec(read).kwonlyargs)
-_READ_NUM_FRAMES = ("num_frames", "uniform_time")
-
-
-def choose_policy(stored: str, given: Mapping[str, Any]) -> str:
-    """The sampling policy: the one that is named, else the one that the given settings imply, else the stored one.
-
-    `use_fast_slow_frames=True` implies `fast_slow`, `fps` implies `fps`, `sample_rate` implies `every_nth`, and
-    `num_frames` implies `uniform`, unless the stored policy reads the setting already.
-
-    Args:
-        stored: the processor's own policy.
-        given: options named by the caller, without those that are None.
-
-    Raises:
-        ValueError: if the given options contradict each other.
-    """
-    fast_slow = given.get("use_fast_slow_frames")
-    policy = given.get("sampling")
-    if policy is not None:
-        if fast_slow is not None and fast_slow != (policy == "fast_slow"):
-            raise ValueError(f"sampling={policy!r} contradicts use_fast_slow_frames={fast_slow!r}")
-    elif "fps" in given and "num_frames" in given:
-        raise ValueError(
-            f"fps={given['fps']!r} and num_frames={given['num_frames']!r} exclude each other; to limit the number of "
-            "frames at a given fps, use max_frames"
-        )
-    elif fast_slow:
-        policy = "fast_slow"
-    elif "fps" in given:
-        policy = stored if stored in _READ_FPS else "fps"
-    elif "sample_rate" in given:
-        policy = "every_nth"
-    elif "num_frames" in given:
-        policy = stored if stored in _READ_NUM_FRAMES else "uniform"
-    else:
-        policy = "uniform" if fast_slow is False and stored == "fast_slow" else stored
-    if not isinstance(policy, str) or policy not in SAMPLING_POLICIES:
-        raise ValueError(f"sampling={policy!r} is not one of {', '.join(SAMPLING_POLICIES)}")
-    return policy
-
-
-def choose_sampling(stored: Mapping[str, Any], given: Mapping[str, Any]) -> FrameSampling:
-    """Which frames a call takes. What the call says wins over what the processor stores; see `choose_policy`.
-
-    Args:
-        stored: the processor's own options, the name of its policy under `sampling`.
-        given: options named in the call, without those that are None.
-
-    Raises:
-        ValueError: on a contradiction, a value out of range, or a setting that the policy would ignore.
-    """
-    policy = choose_policy(stored["sampling"], given)
-    settings = {name: stored[name] for name in _SETTINGS if stored.get(name) is not None}
-    if policy != stored["sampling"]:  # what served the stored policy is no mistake in the call
-        settings = {name: settings[name] for name in settings if name not in _OPTIONAL_SETTINGS}
-    for name in _FAST_SLOW_SETTINGS if policy != "fast_slow" else ():
-        if name in given:
-            raise ValueError(f"{name}={given[name]!r} has no effect with sampling={policy!r}")
-    given = {name: given[name] for name in (*_SETTINGS, *_LIMITS) if name in given}
-    return FrameSampling(policy=policy, **{**settings, **given})
-
-
-def with_own_options(stored: Mapping[str, Any], call: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a call (see `choose_sampling`) for a video with sampling options of its own, which win. Its
-    `max_frames` is an upper limit whatever the policy."""
-    given = {name: value for name, value in call.items() if value is not None}
-    if own.keys() & {"sampling", "fps", "num_frames", "sample_rate"}:
-        given = {name: given[name] for name in given.keys() - {"sampling", "use_fast_slow_frames", *_SETTINGS}}
-        given["do_sample_frames"] = True
-    elif own and not given.get("do_sample_frames", stored["do_sample_frames"]):
-        given |= {"do_sample_frames": True, "sampling": "every_nth", "sample_rate": 1}
-    given |= own
-    if "max_frames" in own and choose_policy(stored["sampling"], given) in ("uniform", "num_frames"):
-        FrameSampling(policy="every_nth", sample_rate=1, max_frames=own["max_frames"])  # validates it
-        limit = min(given.pop("max_frames"), given.get("num_frames", stored["num_frames"]))
-        given |= {"num_frames": limit, "sampling": given.get("sampling", "uniform")}
-    return given
-
-
-def head_sampling(config: Any) -> dict[str, Any]:
-    """Sampling options of the slow and fast frames that a model's reconstruction head asks for; empty if it does not.
-
-    Args:
-        config: a `LlavaNextARConfig`.
-    """
-    head = config.autoregressive_config
-    if not (config.enable_autoregressive and head.use_fast_slow_frames):
-        return {}
-    return {name: getattr(head, name) for name in ("use_fast_slow_frames", *_FAST_SLOW_SETTINGS)}
 
 
 class LlavaNextARVideoProcessorKwargs(VideosKwargs, total=False):
@@ -351,7 +260,7 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
         values["sampling"] = choose_policy(stored, given)
         values.pop("use_fast_slow_frames", None)
         if values["sampling"] != stored:
-            values = {name: value for name, value in values.items() if name not in _OPTIONAL_SETTINGS}
+            values = {name: value for name, value in values.items() if name not in OPTIONAL_SETTINGS}
         loaded = super().from_dict(values, **kwargs)
         keep_unknown(loaded[0] if isinstance(loaded, tuple) else loaded, unknown, "the video processor's file")
         warn_unknown(unknown, options, "the video processor's file")
@@ -428,7 +337,7 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
     ) -> tuple[Any, ...]:
         """(metadata, sampling, options, further arguments of `read_clip`); `fps` is that of frames without times."""
         try:
-            self._check_types({name: request.options[name] for name in request.options.keys() & _SETTINGS})
+            self._check_types({name: request.options[name] for name in request.options.keys() & SAMPLING_SETTINGS})
             own, metadata, loading = request.sampling_options(metadata)
             own_kwargs = with_own_options(self._stored(), kwargs, own)
             return metadata, self.sampling_for(**own_kwargs), own_kwargs, loading

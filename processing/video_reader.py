@@ -42,6 +42,10 @@ class VideoReadError(ValueError):
         return type(self), (self.source, self.cause)
 
 
+class SeekMissed(Exception):
+    """The demuxer landed behind the key frame that it was sent to."""
+
+
 class TimesChanged(Exception):
     """Decoding has shown that packets are not frames here. `timestamps` is now right: select and read again."""
 
@@ -257,3 +261,8 @@ def why_unreadable(file: str | bytes, message: str) -> str:
                 break
             start += size
     return f"it is truncated: an MP4 file without its index, the moov atom ({message})"
+
+
+def set_threads(codec: Any, num_threads: int) -> None:
+    """Must come before the first frame is decoded."""
+    codec.thread_count, codec.thread_type = num_threads, "AUTO" if num_threads > 1 else "SLICE"

@@ -46,9 +46,10 @@ from transformers.utils import logging
 
 from ..configuration.configuration_llava_next_ar import LlavaNextARConfig
 from ..hub.model_card import write_card
+from ..processing.frame_sampling import head_sampling
 from ..processing.llava_conversation import DEFAULT_CHAT_TEMPLATE
 from ..processing.processing_llava_next_ar import LlavaNextARProcessor, layout_options
-from ..processing.video_processing_llava_next_ar import LlavaNextARVideoProcessorKwargs, head_sampling
+from ..processing.video_processing_llava_next_ar import LlavaNextARVideoProcessorKwargs
 from .bad_samples import BadSampleLedger, TooManyBadSamplesError
 from .checkpoints import UNFINISHED, replace_model
 from .collator import LlavaVideoCollator

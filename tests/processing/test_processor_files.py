@@ -10,9 +10,9 @@ from tiny_processor import tiny_processor
 
 from llava_next_ar.configuration import key_names
 from llava_next_ar.configuration.configuration_llava_next_ar import LlavaNextARAutoregressiveConfig
-from llava_next_ar.processing.frame_sampling import FrameSampling
+from llava_next_ar.processing.frame_sampling import FrameSampling, head_sampling
 from llava_next_ar.processing.processing_llava_next_ar import LlavaNextARProcessor
-from llava_next_ar.processing.video_processing_llava_next_ar import LlavaNextARVideoProcessor, head_sampling
+from llava_next_ar.processing.video_processing_llava_next_ar import LlavaNextARVideoProcessor
 
 
 @pytest.fixture
