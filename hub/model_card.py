@@ -32,7 +32,7 @@ GENERATED = "<!-- Generated from model_card.md and written again with every push
 # Keys of a recipe that say where things are on one computer, or who may push.
 _PRIVATE_KEYS = {
     *("model", "processor", "train_data", "eval_data", "video_root", "image_root", "output_dir", "logging_dir"),
-    *("resume_from_checkpoint", "run_name", "report_to", "project"),
+    *("resume_from_checkpoint", "ignored_keys", "run_name", "report_to", "project"),
     *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
     *("deepspeed", "fsdp_config", "accelerator_config", "parallelism_config"),
     *("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision", "hub_always_push"),

@@ -4,14 +4,13 @@
 Shape letters: M predicted frames (all but the first of each clip), T frames of one clip, P patches, Dv features.
 """
 
-import importlib
 import math
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput, is_matplotlib_available
+from transformers.utils import ModelOutput
 
 
 class ShortRepr:
@@ -61,9 +60,11 @@ class NextFramePrediction(ShortRepr):
             ImportError: if no axes are given and matplotlib is not installed.
         """
         if ax is None:
-            if not is_matplotlib_available():
-                raise ImportError("plot() needs matplotlib: pip install matplotlib")
-            ax = importlib.import_module("matplotlib.pyplot").subplots(figsize=(8, 3), layout="constrained")[1]
+            try:
+                from matplotlib import pyplot
+            except ImportError as error:
+                raise ImportError("plot() needs matplotlib: pip install matplotlib") from error
+            ax = pyplot.subplots(figsize=(8, 3), layout="constrained")[1]
         frames = self.frame_index.cpu().numpy()
         for name, label in (("copy_mse", "copying the last frame"), ("mse", "prediction")):
             ax.plot(frames, self.frame_metrics[name].cpu().numpy(), marker=".", label=label)

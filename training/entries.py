@@ -33,7 +33,18 @@ ANNOTATION_KEYS = frozenset(
     (
         *("id", "question_id", "sample_id", "video_id", "image_id", "data_source", "dataset", "source", "split"),
         *("question_type", "category", "task", "choices", "moment", "metadata", "model", "license", "url"),
-        *("difficulty", "held_out", "pair", "control", "frame_order", "event_frame", "cut_frame"),
+        *(
+            "difficulty",
+            "held_out",
+            "pair",
+            "control",
+            "frame_order",
+            "event",
+            "event_frame",
+            "event_hidden",
+            "event_places",
+            "cut_frame",
+        ),
     )
 )
 # Options that other trainers read from an entry, and where the same is set here.

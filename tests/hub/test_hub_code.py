@@ -21,6 +21,8 @@ from llava_next_ar.modeling.modeling_llava_next_ar import LlavaNextARForConditio
 ROOT = Path(hub_code.__file__).resolve().parents[1]
 TRAVELLING = ("configuration", "hub", "modeling", "processing")
 IMPORT = re.compile(r"^(\s*from )\S+( import .*)$")
+# What travels is read by whoever loads a checkpoint: a reason is due for more.
+MAX_FILES, MAX_LINES = 29, 9900
 PARTS = ("model", "processor", "config", "video_processor")
 
 
@@ -47,7 +49,7 @@ def test_what_travels_is_what_the_classes_need():
 
 def test_little_travels():
     texts = [content.decode() for content in code_files().values()]
-    assert len(texts) <= 27
+    assert len(texts) <= MAX_FILES
     assert sum(len(text.splitlines()) for text in texts) <= MAX_LINES
     third_party = {
         name.split(".")[0]
@@ -59,9 +61,6 @@ def test_little_travels():
         if name
     }
     assert not third_party & {"trl", "datasets", "accelerate", "peft", "yaml"}
-
-
-MAX_LINES = 7600
 
 
 @pytest.mark.parametrize("name", PARTS)

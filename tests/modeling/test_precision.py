@@ -1,9 +1,9 @@
 """Half precision, 16-bit weights with a float32 head, autocast: finite, and close to float32."""
 
 import os
-import subprocess
 import sys
 
+import processes
 import pytest
 import torch
 from tiny import LAYOUTS, tiny_model, video_batch
@@ -116,10 +116,7 @@ def test_the_modules_may_be_imported_under_any_default_device():
         "print(float(model(**video_batch(model.config, [[3]])).autoregressive_loss))\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    printed = processes.run_python("-c", program, env=environment, timeout=240)
     model = tiny_model()
     expected = model(**video_batch(model.config, [[3]])).autoregressive_loss.item()
-    assert float(done.stdout.split()[-1]) == pytest.approx(expected, rel=1e-6)
+    assert float(printed.split()[-1]) == pytest.approx(expected, rel=1e-6)

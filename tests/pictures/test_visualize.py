@@ -301,6 +301,8 @@ def test_attention_is_that_of_the_answers_tokens(window):
         sliding = {"use_sliding_window": True, "sliding_window": window, "layer_types": layers}
         model.config.text_config.update(sliding)
         model = LlavaNextARForConditionalGeneration(model.config).eval()
+    # A placeholder that the model writes would have no medium in the pass over all tokens.
+    model.generation_config.suppress_tokens = [model.config.image_token_id, model.config.video_token_id]
     processor, inputs = tiny_processor(model.config), attention_inputs(model)
     before = model.model.language_model.config._attn_implementation
     attention = answer_attention(model, processor, inputs, max_new_tokens=4)
@@ -737,7 +739,6 @@ def test_the_command_line_names_what_is_wrong(folder, tmp_path, capsys):
         (["--video", str(clip), "missing.mp4", "lost.mp4"], "no such video: missing.mp4, lost.mp4"),
         (["--video", str(broken)], "broken.mp4"),
         (["--video", str(clip), "--num-frames", "0"], "num_frames is 0"),
-        (["--video", str(clip), "--num-frames", "99"], "99"),
         (["--video", str(clip), "--dtype", "float31"], "dtype is 'float31'"),
         (["--video", str(clip), "--device", "gpu"], "device is 'gpu', expected one that is there"),
         (["--video", str(clip), "--device", "cuda:99"], "device is 'cuda:99', expected one that is there"),

@@ -23,6 +23,9 @@ def test_a_header_is_read_the_same_with_and_without_looking_at_frames(name, tmp_
     quick = video_decoding.PyAVReader.read_header(path, name)
     monkeypatch.setattr(video_decoding, "_AV_HEADER_OPTIONS", video_decoding._AV_OPEN_OPTIONS)
     assert quick == video_decoding.PyAVReader.read_header(path, name)
+    if name.endswith(".avi"):  # whose header counts the empty places between frames
+        assert quick == (0, 0.0)
+        return
     with av.open(path) as container:
         assert quick[0] == sum(1 for _ in container.decode(video=0)) == 30 or name.endswith(".ts")
 

@@ -2,10 +2,10 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import safetensors.torch
 import torch
@@ -165,16 +165,9 @@ def test_a_remote_processor_works_in_a_map_of_several_processes_and_hits_its_cac
     datasets.Dataset.from_dict({"text": ["a", "bc", "def", "g"]}).save_to_disk(tmp_path / "rows")
     outputs, caches = [], []
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", MAP, str(work / "base"), str(tmp_path / "rows")],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            cwd=tmp_path,
-            env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        outputs.append(done.stdout)
+        environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+        arguments = ("-c", MAP, work / "base", tmp_path / "rows")
+        outputs.append(processes.run_python(*arguments, cwd=tmp_path, env=environment, timeout=240))
         caches.append(sorted(path.name for path in (tmp_path / "rows").glob("cache-*")))
     assert outputs[0].startswith("[1, 2, 3, 1]") and "transformers_modules" in outputs[0]
     assert outputs[0] == outputs[1] and caches[0] and caches[0] == caches[1]
