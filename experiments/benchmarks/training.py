@@ -35,8 +35,9 @@ VOCABULARY, IMAGE_TOKEN, VIDEO_TOKEN = 151_936, 151_646, 151_647
 PROMPT, ANSWER = 32, 64  # tokens around a video
 
 # hidden size, layers, heads, key-value heads, intermediate size of the language model; the same of the tower without
-# key-value heads. `small` is for two CPU cores, the others are LLaVA-OneVision's.
+# key-value heads. `tiny` is for tests, `small` for two CPU cores; the others are LLaVA-OneVision's.
 SHAPES = {
+    "tiny": ((32, 2, 2, 1, 64), (32, 2, 2, 64)),
     "small": ((256, 4, 4, 2, 1024), (192, 4, 4, 768)),
     "0.5b": ((896, 24, 14, 2, 4864), (1152, 26, 16, 4304)),
     "7b": ((3584, 28, 28, 4, 18944), (1152, 26, 16, 4304)),
@@ -96,7 +97,9 @@ def make_batch(num_frames: int, batch_size: int) -> dict[str, torch.Tensor]:
 # -- The step
 
 
-class _Clock(TrainerCallback):
+class StepClock(TrainerCallback):
+    """Seconds of each optimizer step."""
+
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
@@ -138,7 +141,7 @@ def _run_way(way: str, options: argparse.Namespace, checkpoint: str) -> dict[str
     """In a process of its own: seconds of each step, peak memory in bytes, first losses."""
     model = _load(way, options, checkpoint)
     batch = make_batch(options.frames, options.batch_size)
-    clock = _Clock()
+    clock = StepClock()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
