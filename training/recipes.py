@@ -8,6 +8,7 @@ import argparse
 import difflib
 import json
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -249,6 +250,20 @@ def read_command_line(argv: list[str]) -> dict[str, Any]:
     return {key: True if not values else values[0] if len(values) == 1 else values for key, values in parsed.items()}
 
 
+def recipe_path(name: str) -> Path:
+    """The file of a recipe: a path, or the name of a recipe of the package, such as `lora`.
+
+    Raises:
+        FileNotFoundError: if there is neither, with the names of the package's recipes.
+    """
+    folder = Path(__file__).resolve().parents[1] / "scripts" / "configs"
+    for path in (Path(name), folder / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    raise FileNotFoundError(f"config is {name!r}, expected a file or one of {names}")
+
+
 def make_parser(description: str | None = None) -> HfArgumentParser:
     return HfArgumentParser(
         KINDS,
@@ -274,7 +289,7 @@ def parse_arguments(
     config_files = given.pop("config", [])
     defaults: dict[str, Any] = {}
     for path in config_files if isinstance(config_files, list) else [config_files]:
-        with open(path, encoding="utf-8") as file:
+        with open(recipe_path(str(path)), encoding="utf-8") as file:
             document = yaml.safe_load(file) or {}
         values.update(flatten_recipe(document, str(path)))
         defaults |= PROTOTYPE_DEFAULTS if isinstance(document, list) else {}

@@ -42,7 +42,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # decord reads it once; with its default it gives up on the last frames of good files when the machine is busy
@@ -371,7 +371,7 @@ PARTS = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cache = Path(tempfile.gettempdir()) / "llava_next_ar_benchmark"
     parser.add_argument("--cache", type=Path, default=cache, help=f"where clips are kept (default: {cache})")
@@ -380,7 +380,7 @@ def main() -> None:
         part = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         add_options(part)
         part.set_defaults(run=run)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     for name in [options.part] if options.part else PARTS:
         print(f"== {name}")
         options = parser.parse_args(["--cache", str(options.cache), name]) if not hasattr(options, "run") else options
