@@ -133,8 +133,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not options.question.strip() or Path(options.question).is_file():
             raise ValueError(f"the question is {options.question!r}, expected a text after the files")
         for name in ("max_new_tokens", "num_frames", "top_k"):
-            if (getattr(options, name) or 1) < 1:
-                raise ValueError(f"{name} is {getattr(options, name)}, expected at least 1")
+            value = getattr(options, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
         if not isinstance(getattr(torch, options.dtype, None), torch.dtype):
             raise ValueError(f"dtype is {options.dtype!r}, expected one such as float32 or bfloat16")
         for source in options.media:

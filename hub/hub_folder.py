@@ -30,7 +30,7 @@ _CONFIGS = {
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
-    *("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE"),
+    *("README.md", "film.png", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE"),
 }
 _LEFT_OUT = (
     (r"checkpoint-\d+/.*", "an earlier checkpoint"),
@@ -65,7 +65,7 @@ def read_hub_folder(folder: str | os.PathLike) -> HubFolder:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder")
+        raise ValueError(f"{folder} is not a folder")
     kind = "adapter" if (folder / "adapter_config.json").is_file() else "model"
     config = _read_json(folder / "config.json")
     if kind == "adapter" and any(MODEL_WEIGHTS.fullmatch(path.name) for path in folder.iterdir()):

@@ -3,7 +3,6 @@
 import argparse
 import importlib.metadata
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 LAUNCH_FILES = Path(__file__).with_name("accelerate")
@@ -24,7 +23,7 @@ COMMANDS = {
 EPILOG = "commands:\n" + "\n".join(f"  {name:<12} {text}" for name, (_, text) in COMMANDS.items())
 
 
-def launch(command: str, argv: Sequence[str]) -> None:
+def launch(command: str, argv: list[str]) -> None:
     """Run a sub-command under `accelerate launch`, with a launch file of the package or of the user."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
@@ -32,9 +31,8 @@ def launch(command: str, argv: Sequence[str]) -> None:
     parser.add_argument("--launch", required=True)
     parser.add_argument("--num_processes", "--num-processes")
     options, rest = parser.parse_known_args(argv)
-    named = LAUNCH_FILES / f"{options.launch}.yaml"
-    file = named if named.is_file() else Path(options.launch)
-    if not file.is_file():
+    file = next(filter(Path.is_file, (LAUNCH_FILES / f"{options.launch}.yaml", Path(options.launch))), None)
+    if file is None:
         names = sorted(path.stem for path in LAUNCH_FILES.glob("*.yaml"))
         parser.error(f"--launch is {options.launch!r}, expected a file or one of {', '.join(names)}")
     processes = ["--num_processes", options.num_processes] if options.num_processes else []
@@ -42,11 +40,9 @@ def launch(command: str, argv: Sequence[str]) -> None:
     launch_command(launch_command_parser().parse_args(["--config_file", str(file), *processes, *program]))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run one sub-command with the arguments that follow it."""
-    parser = argparse.ArgumentParser(
-        prog="llava-next-ar", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser("llava-next-ar", epilog=EPILOG, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--version", action="version", version=importlib.metadata.version("llava-next-ar"))
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="options of the command; --help lists them")
