@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from ..configuration.configuration_llava_next_ar import LlavaNextARConfig
+from ..hub.model_card import PIPELINE_TAG
 from ..modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from ..processing.llava_conversation import IMAGE_TOKEN, VIDEO_TOKEN
 from ..processing.processing_llava_next_ar import LlavaNextARProcessor
@@ -485,7 +486,7 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _model_card(base_model: str | None, kind: str, notes: list[str]) -> str:
-    front = ["library_name: transformers", "pipeline_tag: video-text-to-text"]
+    front = ["library_name: transformers", f"pipeline_tag: {PIPELINE_TAG}"]
     front.append("tags: [llava-next-ar, video, custom_code]")
     if base_model is not None:
         front.append(f"base_model: {base_model}")

@@ -94,7 +94,9 @@ def build_card(
         raise ValueError(f"relation is {relation!r}, but {folder} holds {'an adapter' if adapter else 'a model'}")
     results = _results(folder, options.results)
     datasets = list(options.datasets) or _datasets(recipe)
-    has_head = HEAD in (adapter.get("modules_to_save") or ()) if adapter else config.get("enable_autoregressive", False)
+    has_head = (
+        HEAD in (adapter.get("modules_to_save") or ()) if adapter else config.get("enable_autoregressive", False)
+    )
     tags = sorted({*MODEL_TAGS, *(["lora"] if adapter.get("peft_type") == "LORA" else [])})
     data = ModelCardData(
         license=options.license,

@@ -16,6 +16,7 @@ The token is that of `hf auth login`, or HF_TOKEN.
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -200,7 +201,9 @@ def main(argv: Sequence[str] | None = None) -> CommitInfo | None:
         "--results", type=Path, help="JSON of `llava-next-ar evaluate`; results.json of the folder by default"
     )
     card.add_argument(
-        "--film", type=Path, help="PNG file to show, as `llava-next-ar visualize` draws; film.png of the folder by default"
+        "--film",
+        type=Path,
+        help="PNG file to show, as `llava-next-ar visualize` draws; film.png of the folder by default",
     )
     card.add_argument(
         "--overwrite-card",
@@ -210,12 +213,12 @@ def main(argv: Sequence[str] | None = None) -> CommitInfo | None:
     )
     options = parser.parse_args(argv)
     if not options.dry_run and get_token() is None:
-        parser.exit(1, f"{parser.prog}: no token: run `hf auth login`, or set HF_TOKEN to one that can write\n")
+        sys.exit(f"{parser.prog}: no token: run `hf auth login`, or set HF_TOKEN to one that can write")
     try:
         return push(options.folder, options.repo_id, options)
     except (ValueError, OSError, HTTPError, RuntimeError) as error:  # the last is the client's, for a failed upload
         because = f" {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else ""
-        parser.exit(1, f"{parser.prog}: {error}{because}\n")
+        sys.exit(f"{parser.prog}: {error}{because}")
 
 
 if __name__ == "__main__":
