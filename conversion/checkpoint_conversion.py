@@ -1,4 +1,4 @@
-"""Converts checkpoints between LLaVA-OneVision, the original LLaVA-NeXT project and this package; see convert.py.
+"""Conversion of checkpoints between LLaVA-OneVision, the original LLaVA-NeXT project and this package; see convert.py.
 
 Everything is checked before anything is written: the names and shapes of the stored tensors, read from the files'
 headers, against those of the model, built without memory on the meta device. Then one tensor after another is copied,
@@ -184,6 +184,8 @@ def convert_checkpoint(
             processor.save_pretrained(partial)
         elif to == "llava_onevision":
             _export_processor(folder, partial, notes)
+            if values.get("enable_autoregressive", True) and kind == "llava_next_ar":
+                notes.append(f"the head ({HEAD}*) was left out: LLaVA-OneVision has no place for it")
         if to == "llava_next_ar":
             if config.enable_autoregressive:
                 notes.append(f"the head ({HEAD}*) is new: it is initialised when the model is loaded")

@@ -1,4 +1,4 @@
-"""What a checkpoint of the original LLaVA-NeXT project (`llava_qwen`) says about itself, in our terms.
+"""Configuration of original LLaVA-NeXT checkpoints (`llava_qwen`), translated to this package's.
 
 Its `config.json` is flat, names the vision tower by a Hub id only, leaves settings open that its evaluation passed on
 the command line, and gives sizes as (width, height).

@@ -1,4 +1,4 @@
-"""Safetensors checkpoints read and written tensor by tensor, so that their size does not matter to memory.
+"""Safetensors checkpoints read and written tensor by tensor, in the memory of one tensor.
 
 `read_index` knows names, shapes and types from the headers alone and refuses what is damaged or a pickle;
 `write_shards` writes the header of each shard from such knowledge and then one tensor after another.

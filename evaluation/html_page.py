@@ -1,4 +1,4 @@
-"""A self-contained HTML page, and plots of training and evaluation; used by the commands demo, evaluate and visualize."""
+"""A self-contained HTML page, and plots of training and evaluation."""
 
 import base64
 import html

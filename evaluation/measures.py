@@ -1,4 +1,4 @@
-"""What a checkpoint says and predicts about a batch of questions, as plain records; used by scripts/evaluate.py."""
+"""Answers and predictions of a checkpoint for a batch of questions, as plain records; used by `llava-next-ar evaluate`."""
 
 from collections.abc import Sequence
 from typing import Any

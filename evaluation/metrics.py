@@ -1,4 +1,4 @@
-"""Records of an evaluation -> accuracies and errors with their intervals; used by scripts/evaluate.py."""
+"""Accuracies and errors with intervals, from the records of an evaluation."""
 
 import math
 from collections import Counter, defaultdict

@@ -1,4 +1,4 @@
-"""A LLaVA-JSON data set as questions, and what a model said as an answer to them; used by scripts/evaluate.py."""
+"""Questions of a LLaVA-JSON data set, and the parsing of generated answers."""
 
 import hashlib
 import re

@@ -1,4 +1,4 @@
-"""What the numbers of an evaluation depend on: settings, model, data and versions; used by scripts/evaluate.py.
+"""Everything that the numbers of an evaluation depend on: settings, model, data and versions.
 
 All of it goes into the output, and records of an interrupted run are only continued where all of it is the same.
 """
@@ -141,7 +141,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 def command_line(settings: EvaluationSettings, output: Path | None = None) -> str:
     """The command that repeats an evaluation, every setting spelled out: defaults may move."""
-    words = ["python", "scripts/evaluate.py"]
+    words = ["llava-next-ar", "evaluate"]
     for field in fields(settings):
         value, name = getattr(settings, field.name), field.name.replace("_", "-")
         if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Results of an evaluation as JSON, and as tables for people; used by scripts/evaluate.py and scripts/hub_card.py."""
+"""Results of an evaluation as JSON, and as tables for people."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""How frames become tokens, and which frames the head sees; used by scripts/visualize.py."""
+"""Pictures of the token layout of each frame, and of the frames that the head sees."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -2,10 +2,11 @@
 
 import argparse
 import importlib.metadata
+import pkgutil
 import sys
 from pathlib import Path
 
-LAUNCH_FILES = Path(__file__).with_name("accelerate")
+LAUNCH_FILES = {path.stem: path for path in sorted(Path(__file__).parent.glob("accelerate/*.yaml"))}
 COMMANDS = {
     "ask": ("evaluation.ask:main", "ask a question about videos or images"),
     "check": ("training.run:main", "report what a training would do, without training (train --check)"),
@@ -25,19 +26,16 @@ EPILOG = "commands:\n" + "\n".join(f"  {name:<12} {text}" for name, (_, text) in
 
 def launch(command: str, argv: list[str]) -> None:
     """Run a sub-command under `accelerate launch`, with a launch file of the package or of the user."""
-    from accelerate.commands.launch import launch_command, launch_command_parser
-
     parser = argparse.ArgumentParser(prog=sys.argv[0], allow_abbrev=False)
     parser.add_argument("--launch", required=True)
-    parser.add_argument("--num_processes", "--num-processes")
+    parser.add_argument("--num_processes", "--num-processes", action="append", default=[])
     options, rest = parser.parse_known_args(argv)
-    file = next(filter(Path.is_file, (LAUNCH_FILES / f"{options.launch}.yaml", Path(options.launch))), None)
-    if file is None:
-        names = sorted(path.stem for path in LAUNCH_FILES.glob("*.yaml"))
-        parser.error(f"--launch is {options.launch!r}, expected a file or one of {', '.join(names)}")
-    processes = ["--num_processes", options.num_processes] if options.num_processes else []
-    program = ["-m", f"llava_next_ar.scripts.{command}", *rest]
-    launch_command(launch_command_parser().parse_args(["--config_file", str(file), *processes, *program]))
+    file = LAUNCH_FILES.get(options.launch, Path(options.launch))
+    if not file.is_file():
+        parser.error(f"--launch is {options.launch!r}, expected a file or one of {', '.join(LAUNCH_FILES)}")
+    sys.argv[1:] = ["--config_file", str(file), *(f"--num_processes={number}" for number in options.num_processes)]
+    sys.argv += ["-m", f"llava_next_ar.scripts.{command}", *rest]
+    pkgutil.resolve_name("accelerate.commands.launch:main")()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,9 +49,11 @@ def main(argv: list[str] | None = None) -> None:
     words = {word.partition("=")[0] for word in rest}
     if command in ("train", "evaluate") and "--launch" in words and not words & {"-h", "--help"}:
         return launch(command, rest)
-    module, function = COMMANDS[command][0].split(":")
-    argv = ["--check", *rest] if command == "check" else rest
-    getattr(importlib.import_module(f"llava_next_ar.{module}"), function)(argv)
+    try:
+        run = pkgutil.resolve_name(f"llava_next_ar.{COMMANDS[command][0]}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"{sys.argv[0]}: {error}; it comes with pip install 'llava-next-ar[all]'")
+    run(["--check", *rest] if command == "check" else rest)
 
 
 if __name__ == "__main__":

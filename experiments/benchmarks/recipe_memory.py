@@ -1,4 +1,4 @@
-"""The part `recipe-memory` of the benchmark: GPU memory that `--check` predicts for each recipe of the package.
+"""Predicted GPU memory of each recipe; the part `recipe-memory` of the benchmark.
 
 Makes checkpoints of the sizes of LLaVA-OneVision that hold a configuration, a processor and no weights, and one clip of as many
 frames as any recipe reads, and runs `train --check` on them. Nothing is downloaded and no GPU is needed; `qlora` is counted

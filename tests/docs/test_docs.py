@@ -39,7 +39,7 @@ def made(tmp_path_factory) -> Path:
     write_dataset(folder / "demo_output" / "clips", num_train=16, num_test=16, size=48, num_frames=8, progress=False)
     model = tiny_model()
     processor = tiny_processor(model.config, num_frames=4)
-    for name in ("demo_output/model", "user/llava-next-ar"):
+    for name in ("demo_output/model", "demo_output/base", "user/llava-next-ar"):
         model.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
     base = folder / "llava-hf" / "llava-onevision-qwen2-0.5b-ov-hf"
@@ -79,6 +79,22 @@ def test_python_blocks_run_in_order(document, workplace, capsys):
     assert re.search(r"\d", printed) or "MyModel" in printed
     if document == "docs/extend.md":
         assert "MyModel MyHead" in printed
+
+
+def test_the_notebook_runs_and_holds_its_outputs(workplace, capsys):
+    notebook = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())
+    namespace: dict = {"__name__": "__main__"}
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    for number, cell in enumerate(cells):
+        exec(compile("".join(cell["source"]), f"notebook, cell {number}", "exec"), namespace)
+        outputs = [output for output in cell["outputs"] if output["output_type"] == "stream"]
+        texts = "".join(text for output in outputs for text in output["text"]), capsys.readouterr().out
+        assert all(texts), number
+        # the same words as in the outputs: numbers and answers are those of the stand-ins
+        recorded, printed = (set(re.findall("[A-Za-z_]{4,}", text)) for text in texts)
+        assert recorded - printed <= {"down", "blue"}, number
+    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell["outputs"])
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if code_blocks(page, "json")])
@@ -135,6 +151,7 @@ def split_launch(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patch:
         patch.setattr("accelerate.commands.launch.launch_command", seen.append)
         command.main([name, *words])
+        sys.argv[1:] = []
     return seen[0].training_script_args
 
 
