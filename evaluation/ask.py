@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import TextStreamer, set_seed
 from transformers.utils import logging
 
@@ -27,16 +28,19 @@ from .settings import check_device
 
 
 def media_part(source: str) -> dict[str, str]:
-    """The content part of a file or URL: an image or, with any other ending and for a GIF, a video.
+    """The content part of a file or URL: an image by its ending, unless it is animated; else a video.
 
     Raises:
         FileNotFoundError: if there is no such file.
+        OSError: if the ending is that of an image, which the file is not.
     """
     kind, _ = mimetypes.guess_type(source)
-    is_image = kind is not None and kind.startswith("image/") and kind != "image/gif"
-    is_url = "://" in source
+    is_url, is_image = "://" in source, kind is not None and kind.startswith("image/")
     if not is_url and not Path(source).is_file():
         raise FileNotFoundError(f"no such file: {source}")
+    if is_image and not is_url:
+        with Image.open(source) as picture:
+            is_image = not getattr(picture, "is_animated", False)
     return {"type": "image" if is_image else "video", "url" if is_url else "path": source}
 
 

@@ -10,6 +10,7 @@ import tomllib
 import yaml
 from demo_folder import entries_of, make_changed_checkpoint, make_demo_folder
 from modules import ROOT
+from PIL import Image
 
 from llava_next_ar.evaluation.ask import main as ask
 from llava_next_ar.evaluation.measures import load_checkpoint
@@ -170,8 +171,6 @@ def test_ask_prints_the_answer_and_the_surprise_of_each_frame(folder, capsys):
 
 
 def test_ask_takes_several_videos_and_images_in_their_order(folder, tmp_path, capsys):
-    from PIL import Image
-
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
     clips = [str(folder / "clips" / name) for name in dict.fromkeys(entry["video"] for entry in entries_of(folder))][
         :2
@@ -185,6 +184,24 @@ def test_ask_takes_several_videos_and_images_in_their_order(folder, tmp_path, ca
     assert lines[0].strip() == text.strip()
     assert [line for line in lines if line in clips] == clips
     assert sum(line.split()[0].isdigit() for line in lines[1:]) == 2 * 3
+
+
+def test_an_animated_picture_is_a_video_and_a_still_one_an_image(folder, tmp_path, capsys):
+    frames = [Image.new("RGB", (48, 48), color) for color in ("red", "blue", "green", "white")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:], duration=200)
+    frames[0].save(tmp_path / "still.gif")
+    ask([str(folder / "changed"), str(tmp_path / "moving.gif"), "next", "--surprise", "--max-new-tokens", "2"])
+    assert (
+        sum(line.split()[:1] > ["0"] and line.split()[0].isdigit() for line in capsys.readouterr().out.splitlines())
+        == 3
+    )
+    with pytest.raises(SystemExit):
+        ask([str(folder / "changed"), str(tmp_path / "still.gif"), "next", "--surprise"])
+    assert "--surprise needs a video" in capsys.readouterr().err
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(SystemExit):
+        ask([str(folder / "changed"), str(tmp_path / "text.png"), "next"])
+    assert "text.png" in capsys.readouterr().err
 
 
 def test_ask_samples_with_a_seed(folder, capsys):
