@@ -42,6 +42,7 @@ from .bad_samples import BadSampleLedger
 from .checkpoints import UNFINISHED, StopOnSigterm, last_complete_checkpoint, replace_model
 from .collator import LlavaVideoCollator
 from .data import load_training_data
+from .expected_messages import quiet_expected_messages
 from .guards import BadStepError
 from .preflight import Findings, examine
 from .recipes import DataArguments, ModelArguments, make_parser, parse_arguments
@@ -219,6 +220,7 @@ def main(argv: list[str]) -> None:
     if "--help" in argv or "-h" in argv:
         make_parser(__doc__).print_help()
         return
+    quiet_expected_messages()
     try:
         args, data_args, guard_args, training_args, sections, values = parse_arguments(argv)
     except (ValueError, OSError) as error:
