@@ -171,7 +171,10 @@ def convert_checkpoint(
         _choose_placeholders(config, processor, image_token_id, video_token_id, notes)
     ours, theirs = LlavaNextARForConditionalGeneration, LlavaOnevisionForConditionalGeneration
     model_class = ours if to == "llava_next_ar" else theirs
-    plan = plan_tensors(read_index(folder), config, model_class, ORIGINAL_KEYS if kind == "original" else (), notes)
+    stored = read_index(folder)
+    if to == "llava_onevision" and any(name.startswith(HEAD) for name in stored):
+        notes.append(f"the head ({HEAD}*) was left out: LLaVA-OneVision has no place for it")
+    plan = plan_tensors(stored, config, model_class, ORIGINAL_KEYS if kind == "original" else (), notes)
     plan = _cast(plan, config, dtype)
     config.architectures = [model_class.__name__]
 
@@ -184,8 +187,6 @@ def convert_checkpoint(
             processor.save_pretrained(partial)
         elif to == "llava_onevision":
             _export_processor(folder, partial, notes)
-            if values.get("enable_autoregressive", True) and kind == "llava_next_ar":
-                notes.append(f"the head ({HEAD}*) was left out: LLaVA-OneVision has no place for it")
         if to == "llava_next_ar":
             if config.enable_autoregressive:
                 notes.append(f"the head ({HEAD}*) is new: it is initialised when the model is loaded")

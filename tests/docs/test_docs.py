@@ -8,8 +8,8 @@ programs; a few are run.
 
 import argparse
 import contextlib
-import importlib
 import json
+import pkgutil
 import re
 import shlex
 import shutil
@@ -133,7 +133,10 @@ def parse(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if name in ("train", "check"):
         parse_arguments(words)
         return
-    module, function = command.COMMANDS[name][0].split(":")
+    parse_program(f"llava_next_ar.{command.COMMANDS[name][0]}", words, monkeypatch)
+
+
+def parse_program(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     parse_args = argparse.ArgumentParser.parse_args
 
     def only_parse(self, args=None, namespace=None):
@@ -141,7 +144,7 @@ def parse(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
     with monkeypatch.context() as patch, contextlib.suppress(Parsed):
         patch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
-        getattr(importlib.import_module(f"llava_next_ar.{module}"), function)(words)
+        pkgutil.resolve_name(name)(words)
         raise AssertionError(f"{name} did not parse {words}")
 
 
@@ -172,6 +175,8 @@ def test_commands_have_options_and_files_that_exist(document, monkeypatch):
             if "--launch" in words:
                 words = split_launch(name, words, monkeypatch)
             parse(name, words, monkeypatch)
+        elif program == "python" and words[0].startswith("scripts/"):
+            parse_program(f"llava_next_ar.scripts.{Path(words[0]).stem}:main", words[1:], monkeypatch)
         elif program == "make":
             assert {word for word in words if "=" not in word} <= set(targets), line
         else:
