@@ -26,6 +26,12 @@ logger = logging.get_logger(__name__)
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_card.md"
 PIPELINE_TAG = "image-text-to-text"  # the task of transformers' `pipeline` that takes these models, with videos too
 FILM = "film.png"  # a picture that `llava-next-ar visualize` draws; shown in the card if it lies in the folder
+TRAINED = {
+    "full": ("language model", "projector", "head"),
+    "projector_and_head": ("projector", "head"),
+    "head": ("head",),
+    "lora": ("adapters on the language model", "projector", "head"),
+}
 LOSSES = {"mse": "mean squared error", "smooth_l1": "smooth L1 loss", "cosine": "cosine distance"}
 RELATIONS = ("finetune", "adapter", "merge", "quantized")
 HEAD = "autoregressive_module"  # where a model keeps it
@@ -122,6 +128,7 @@ def build_card(
         base_revision=options.base_revision,
         requirements=_requirements((*_NEEDED, "peft") if adapter else _NEEDED),
         has_head=has_head,
+        trained=_trained(recipe, has_head),
         objective=_objective(recipe, config),
         datasets=datasets,
         has_film=options.has_film or (folder / FILM).is_file(),
@@ -176,6 +183,15 @@ def _datasets(recipe: dict[str, Any]) -> list[str]:
     paths = [sources] if isinstance(sources, str) else paths
     is_file = re.compile(r".*\.(json|jsonl|parquet)")
     return [path for path in paths if path and "/" in path and not is_file.fullmatch(path) and hub_id(path)]
+
+
+def _trained(recipe: dict[str, Any], has_head: bool) -> str:
+    """Parts of the model that a recipe trains; nothing without a recipe."""
+    way = recipe.get("trainable", "full")
+    parts = [part for part in TRAINED.get(way, ()) if has_head or part != "head"] if recipe else []
+    if parts and not recipe.get("freeze_vision_tower", True):
+        parts.append("adapters on the vision tower" if way == "lora" else "vision tower")
+    return ", ".join(parts)
 
 
 def _objective(recipe: dict[str, Any], config: dict[str, Any]) -> dict[str, Any] | None:

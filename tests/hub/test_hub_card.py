@@ -104,6 +104,25 @@ def test_the_card_states_the_objective_that_was_trained(folder):
     assert "has no reconstruction head" in text and "cosine" not in text.partition("## Training")[2].partition("##")[0]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "parts"),
+    [
+        ({"max_steps": 3}, "language model, projector, head"),
+        ({"trainable": "head"}, "head"),
+        ({"trainable": "projector_and_head"}, "projector, head"),
+        ({"trainable": "full", "freeze_vision_tower": False}, "language model, projector, head, vision tower"),
+        (
+            {"trainable": "lora", "freeze_vision_tower": False},
+            "adapters on the language model, projector, head, adapters on the vision tower",
+        ),
+    ],
+)
+def test_the_card_names_the_parts_that_were_trained(folder, recipe, parts):
+    assert "Trained: " not in build_card(folder, "ann/model").text
+    (folder / "train_config.yaml").write_text(yaml.safe_dump(recipe))
+    assert f"\nTrained: {parts}.\n" in build_card(folder, "ann/model").text
+
+
 def test_the_card_names_data_sets_of_the_hub_and_no_file_of_a_computer(folder):
     sources = ["ann/clips", {"path": "bob/more", "weight": 0.5}, "clips/train.json", "/home/ann/data", str(folder)]
     (folder / "train_config.yaml").write_text(yaml.safe_dump({"train_data": sources}))

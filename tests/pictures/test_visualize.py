@@ -626,8 +626,10 @@ def test_text_on_the_page_is_text(tmp_path):
     report = Report("<b>")
     report.heading("a < b", anchor='"x"')
     report.facts([("<i>", "&amp;")])
+    report.text("use `x < y`, and a lone ` stays")
     report.write(tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
+    assert "<p>use <code>x &lt; y</code>, and a lone ` stays</p>" in (tmp_path / "page.html").read_text()
     assert page.words.count("<b>") == 2 and "a < b" in page.words and "<i>" in page.words and "&amp;" in page.words
     assert not page.all("b") and not page.all("i") and page.all("h2") == [{"id": '"x"'}]
 
