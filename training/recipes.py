@@ -231,6 +231,20 @@ def resolve_key(key: str, source: str) -> str:
     raise ValueError(f"{source}: unknown key {key!r}; did you mean {nearest!r}?")
 
 
+def recipe_path(name: str) -> Path:
+    """The file of a recipe: a path, or the name of a recipe of the package, such as `lora`.
+
+    Raises:
+        FileNotFoundError: if there is neither, with the names of the package's recipes.
+    """
+    folder = Path(__file__).resolve().parents[1] / "scripts" / "configs"
+    for path in (Path(name), folder / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    raise FileNotFoundError(f"config is {name!r}, expected a file or one of {names}")
+
+
 def read_command_line(argv: list[str]) -> dict[str, Any]:
     """`--key value`, `--key=value`, `--flag`, `--key a b` -> values as YAML reads them."""
     document: dict[str, list[str]] = {}
@@ -248,20 +262,6 @@ def read_command_line(argv: list[str]) -> dict[str, Any]:
             values.append(token)
     parsed = {key: [yaml.safe_load(value) for value in values] for key, values in document.items()}
     return {key: True if not values else values[0] if len(values) == 1 else values for key, values in parsed.items()}
-
-
-def recipe_path(name: str) -> Path:
-    """The file of a recipe: a path, or the name of a recipe of the package, such as `lora`.
-
-    Raises:
-        FileNotFoundError: if there is neither, with the names of the package's recipes.
-    """
-    folder = Path(__file__).resolve().parents[1] / "scripts" / "configs"
-    for path in (Path(name), folder / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-    raise FileNotFoundError(f"config is {name!r}, expected a file or one of {names}")
 
 
 def make_parser(description: str | None = None) -> HfArgumentParser:

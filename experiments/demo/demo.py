@@ -120,11 +120,10 @@ def train(settings: DemoSettings, base: Path, data: Path, output: Path) -> list[
     command += ["--config", str(RECIPE), "--model", str(base), "--train_data", str(data)]
     command += ["--output_dir", str(output), "--seed", str(settings.seed), "--disable_tqdm", "true"]
     num_steps = settings.steps or yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["max_steps"]
-    logging_steps = max(1, num_steps // 150)
-    command += ["--max_steps", str(num_steps), "--logging_steps", str(logging_steps)]
+    command += ["--max_steps", str(num_steps), "--logging_steps", str(max(1, num_steps // 150))]
     print("  ", _shell(["accelerate", "launch", *command[3:]]), flush=True)
     log = output.with_name("train.log")
-    logged, reported, start = 0, -1.0, time.perf_counter()
+    reported, start = -1.0, time.perf_counter()
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environment()
@@ -134,13 +133,10 @@ def train(settings: DemoSettings, base: Path, data: Path, output: Path) -> list[
             logs = _logged(line)
             if logs is None:
                 continue
-            logged += 1
             if time.perf_counter() - reported > 10 or reported < 0:
                 reported = time.perf_counter()
-                step = min(logged * logging_steps, num_steps)
-                left = (reported - start) * (num_steps - step) / step
                 print(
-                    f"   step {step:4} of {num_steps}, {left:3.0f} s left   main {logs['main_loss']:.3f}   "
+                    f"   {reported - start:5.0f} s   epoch {logs['epoch']:5.2f}   main {logs['main_loss']:.3f}   "
                     f"autoregressive {logs['autoregressive_loss']:.3f}   total {logs['total_loss']:.3f}   "
                     f"skill {logs.get('skill', float('nan')):+.3f}",
                     flush=True,
