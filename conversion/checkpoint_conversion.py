@@ -69,7 +69,7 @@ _TEXT_FILES = ("*.json", "*.txt", "*.jinja", "*.model")
 
 @dataclass
 class Conversion:
-    """What a conversion did.
+    """Result of a conversion.
 
     Attributes:
         output: the folder.
@@ -283,7 +283,7 @@ def plan_tensors(
     own_keys: tuple[tuple[str, str], ...] = (),
     notes: list[str] | None = None,
 ) -> list[PlannedTensor]:
-    """Which stored tensor becomes which tensor of the model, in the order of the source.
+    """Plan of the conversion: for each tensor of the model the stored one, in the order of the source.
 
     Args:
         stored: as found on disk.

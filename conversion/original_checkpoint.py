@@ -41,7 +41,7 @@ ORIGINAL_KEYS = (
 
 @dataclass(frozen=True)
 class OriginalSettings:
-    """What a configuration of the original becomes.
+    """Settings translated from a configuration of the original project.
 
     Attributes:
         config: ours.
@@ -55,7 +55,7 @@ class OriginalSettings:
 
 
 def is_original_config(config: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is one of the original project's."""
+    """Return True if a `config.json` is one of the original project's."""
     return "mm_vision_tower" in config or str(config.get("model_type", "")).startswith("llava_qwen")
 
 

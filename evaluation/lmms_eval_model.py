@@ -49,7 +49,7 @@ _DEFAULT_STOP = "\n\n"
 
 @dataclass
 class RequestAnswerer:
-    """What lmms-eval's model interface asks for, on a checkpoint.
+    """Model interface of lmms-eval for a checkpoint.
 
     Requests are lmms-eval's `Instance`s, of which the tuple `args` is read, and documents come from its `task_dict`: task
     name -> split -> index -> document. Answers come back in the order of the requests.

@@ -159,7 +159,7 @@ _MEASURED_WITH = ("hub", "configuration", "modeling", "processing", "training", 
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers may depend on; packages that are not installed are left out."""
+    """Versions of all that the numbers may depend on; packages that are not installed are left out."""
     others = {}
     for name in ("tokenizers", "pillow", "av", "decord"):
         with suppress(PackageNotFoundError):
@@ -255,7 +255,7 @@ def resolved_revisions(model: str, revision: str | None, base_revision: str | No
 def model_identity(
     name: str, model: Any, revision: str | None, base_revision: str | None = None
 ) -> dict[str, str | None]:
-    """Which model this is, and if it is an adapter on which base: the commit of what is on the Hub, a hash of the weight
+    """Identity of a model and of an adapter's base: the commit of what is on the Hub, a hash of the weight
     files of what is in a folder."""
     base = base_of_adapter(name, revision)
     return {
@@ -270,7 +270,7 @@ def model_identity(
 
 
 def entries_sha256(entries: Sequence[Any]) -> str:
-    """Of what the entries of a data set say, whatever file or format they come from."""
+    """Hash of the content of the entries of a data set, for any file or format."""
     digest = hashlib.sha256()
     for entry in entries:
         digest.update(json.dumps(entry, sort_keys=True, default=str).encode() + b"\n")

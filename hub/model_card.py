@@ -147,7 +147,7 @@ def find_base_model(folder: Path, given: str | None = None) -> str | None:
 
 
 def is_generated(text: str) -> bool:
-    """Whether a card may be written anew: it is one of ours, or one that a library wrote for want of another."""
+    """Return True if a card may be replaced: this package or a library generated it."""
     return GENERATED in text or is_library_card(text)
 
 

@@ -39,7 +39,7 @@ Files = dict[str, Path | bytes]
 
 
 def collect_files(folder: Path, base_model: str | None = None) -> tuple[Files, dict[str, str]]:
-    """What goes up, without the card, and what does not: path -> why.
+    """Files to upload, without the card, and files left out: path -> reason.
 
     Raises:
         ValueError: if the folder is not complete, or nobody else could find the adapter's base.
@@ -64,7 +64,7 @@ def find_repository(api: HfApi, repo_id: str, revision: str | None) -> ModelInfo
 
 
 def keeps_card(api: HfApi, repo_id: str, repository: ModelInfo | None) -> bool:
-    """Whether the Hub holds a card that somebody wrote by hand."""
+    """Return True if the Hub holds a card that was written by hand."""
     if repository is None:
         return False
     try:

@@ -31,7 +31,7 @@ _SIDE, _BAND, _GAP, _LINE = 336, 34, 5, 4
 
 
 def layout_numbers(tokens: VideoTokens, first_position: int) -> dict[str, Any]:
-    """Which tokens of the prompt each frame has.
+    """Positions in the prompt of the tokens of each frame.
 
     Args:
         tokens: the token map of a video.

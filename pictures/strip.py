@@ -78,7 +78,7 @@ def unnormalise(frames: torch.Tensor, mean: Sequence[float], std: Sequence[float
 
 
 def colour_scale(colours: str | Colormap, norm: Normalize) -> ScalarMappable:
-    """What gives a number its colour: a map of matplotlib, and how numbers are spread over it."""
+    """Scale of colours: a map of matplotlib, and the spread of numbers over it."""
     return ScalarMappable(norm, matplotlib.colormaps[colours] if isinstance(colours, str) else colours)
 
 

@@ -39,7 +39,7 @@ _COLOURS = LinearSegmentedColormap.from_list(
 
 
 def surprise_of(prediction: Any, seconds: torch.Tensor) -> VideoSurprise:
-    """What `model.surprise` says of a video, from predictions that are there already.
+    """Surprise of a video as `model.surprise` gives it, from predictions that are there already.
 
     Args:
         prediction: a `NextFramePrediction`.
@@ -74,7 +74,7 @@ def frames_over_copying(surprise: Any) -> np.ndarray:
 
 
 def copying_surprise(surprise: Any) -> list[float]:
-    """What the surprise of each frame would be if the frame before it were the prediction; below 1 by the floor alone."""
+    """Surprise of each frame if the frame before it were the prediction; below 1 by the floor alone."""
     copy_errors = _means(surprise.copy_errors)
     return (copy_errors / (copy_errors + surprise.floors)).tolist()
 

@@ -386,7 +386,7 @@ def visualize(
 
 
 def is_unread(record: dict[str, Any]) -> bool:
-    """Whether a video's record is that of one that could not be read."""
+    """Return True if a record is of a video that could not be read."""
     return record["seconds"] is None
 
 
@@ -450,7 +450,7 @@ def write_page(results: dict[str, Any], albums: Sequence[Album], anchors: Sequen
 
 
 def facts(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """What is said of a video before its pictures."""
+    """Facts of a video that stand before its pictures."""
     seconds, layout = record["seconds"], record["layout"]
     rows = [
         ("frames", f"{len(seconds)}, from {seconds[0]:.2f} to {seconds[-1]:.2f} s"),
