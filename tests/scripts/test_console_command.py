@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomllib
 import yaml
 from demo_folder import entries_of, make_changed_checkpoint, make_demo_folder
 from modules import ROOT
@@ -33,6 +32,7 @@ def run(*words: object, cwd: Path = ROOT, status: int = 0) -> subprocess.Complet
 
 
 def test_the_command_is_the_entry_point_of_the_package():
+    tomllib = pytest.importorskip("tomllib", reason="tomllib comes with Python 3.11")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"llava-next-ar": "llava_next_ar.scripts.command:main"}
     assert run("--version").stdout.strip() == project["version"]
