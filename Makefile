@@ -24,11 +24,15 @@ setup: $(STAMP) ## create .venv and install the package with its tested dependen
 
 # torch comes first, at its exact version: left to the resolver, another build of it may be chosen.
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH_PIP_ARGS) "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]"
-	mkdir -p .typing && ln -sfn .. .typing/llava_next_ar
-	touch $(STAMP)
+	@echo "[1/3] creating $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "[2/3] installing $$(grep '^torch==' constraints.txt) (the largest download)"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH_PIP_ARGS) "$$(grep '^torch==' constraints.txt)"
+	@echo "[3/3] installing llava-next-ar with its tested dependencies (a minute or two)"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]"
+	@mkdir -p .typing && ln -sfn .. .typing/llava_next_ar
+	@touch $(STAMP)
+	@echo "done; to use it in this shell: source $(BIN)/activate"
 
 test: setup ## run the tests (PYTEST_ARGS="-m slow" for the slow ones)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)

@@ -1,4 +1,4 @@
-"""Converts checkpoints between LLaVA-OneVision, the original LLaVA-NeXT project and this package; see convert.py.
+"""Conversion of checkpoints between LLaVA-OneVision, the original LLaVA-NeXT project and this package; see convert.py.
 
 Everything is checked before anything is written: the names and shapes of the stored tensors, read from the files'
 headers, against those of the model, built without memory on the meta device. Then one tensor after another is copied,
@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from ..configuration.configuration_llava_next_ar import LlavaNextARConfig
+from ..hub.model_card import PIPELINE_TAG
 from ..modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from ..processing.llava_conversation import IMAGE_TOKEN, VIDEO_TOKEN
 from ..processing.processing_llava_next_ar import LlavaNextARProcessor, layout_options
@@ -68,7 +69,7 @@ _TEXT_FILES = ("*.json", "*.txt", "*.jinja", "*.model")
 
 @dataclass
 class Conversion:
-    """What a conversion did.
+    """Result of a conversion.
 
     Attributes:
         output: the folder.
@@ -299,7 +300,7 @@ def plan_tensors(
     own_keys: tuple[tuple[str, str], ...] = (),
     notes: list[str] | None = None,
 ) -> list[PlannedTensor]:
-    """Which stored tensor becomes which tensor of the model, in the order of the source.
+    """Plan of the conversion: for each tensor of the model the stored one, in the order of the source.
 
     Args:
         stored: as found on disk.
@@ -496,7 +497,7 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _model_card(base_model: str | None, kind: str, notes: list[str]) -> str:
-    front = ["library_name: transformers", "pipeline_tag: video-text-to-text"]
+    front = ["library_name: transformers", f"pipeline_tag: {PIPELINE_TAG}"]
     front.append("tags: [llava-next-ar, video, custom_code]")
     if base_model is not None:
         front.append(f"base_model: {base_model}")

@@ -1,8 +1,8 @@
-"""Make a normal folder of a checkpoint whose weights are spread over the ranks that trained it.
+"""Join a checkpoint whose weights are spread over the ranks that trained it into a folder that loads anywhere.
 
-    python scripts/consolidate.py outputs/full/checkpoint-500 consolidated
+    llava-next-ar consolidate outputs/full/checkpoint-500 consolidated
     # a checkpoint without configuration and processor: name the model that training started from
-    python scripts/consolidate.py outputs/full/checkpoint-500 consolidated --model <checkpoint>
+    llava-next-ar consolidate outputs/full/checkpoint-500 consolidated --model <checkpoint>
 
 Reads what accelerate writes under FSDP with `fsdp_state_dict_type: SHARDED_STATE_DICT` (`pytorch_model_fsdp_0`), one tensor
 at a time and without a GPU; and DeepSpeed's ZeRO checkpoints (`global_step...`), for which DeepSpeed must be installed and

@@ -1,10 +1,10 @@
 """Convert checkpoints from and to this package, without a GPU and in the memory of one shard.
 
     # LLaVA-OneVision (transformers) or the original LLaVA-NeXT project's, from a folder or the Hub
-    python scripts/convert.py llava-hf/llava-onevision-qwen2-7b-ov-hf converted
-    python scripts/convert.py lmms-lab/LLaVA-Video-7B-Qwen2 converted --pool-mode average
+    llava-next-ar convert llava-hf/llava-onevision-qwen2-7b-ov-hf converted
+    llava-next-ar convert lmms-lab/LLaVA-Video-7B-Qwen2 converted --pool-mode average
     # back to LLaVA-OneVision, where the model is one but for the head
-    python scripts/convert.py converted exported --to llava_onevision
+    llava-next-ar convert converted exported --to llava_onevision
 
 Prints what the source left open and what was chosen. A checkpoint that does not fit is refused with the names of the
 tensors that are missing, unexpected or wrongly shaped, and the output folder appears only once it is complete.

@@ -1,4 +1,4 @@
-"""What a checkpoint of the original LLaVA-NeXT project (`llava_qwen`) says about itself, in our terms.
+"""Configuration of original LLaVA-NeXT checkpoints (`llava_qwen`), translated to this package's.
 
 Its `config.json` is flat, names the vision tower by a Hub id only, leaves settings open that its evaluation passed on
 the command line, and gives sizes as (width, height).
@@ -44,7 +44,7 @@ ORIGINAL_KEYS = (
 
 @dataclass(frozen=True)
 class OriginalSettings:
-    """What a configuration of the original becomes.
+    """Settings translated from a configuration of the original project.
 
     Attributes:
         config: ours.
@@ -58,7 +58,7 @@ class OriginalSettings:
 
 
 def is_original_config(config: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is one of the original project's."""
+    """Return True if a `config.json` is one of the original project's."""
     return "mm_vision_tower" in config or str(config.get("model_type", "")).startswith("llava_qwen")
 
 

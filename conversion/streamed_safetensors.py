@@ -1,4 +1,4 @@
-"""Safetensors checkpoints read and written tensor by tensor, so that their size does not matter to memory.
+"""Safetensors checkpoints read and written tensor by tensor, in the memory of one tensor.
 
 `read_index` knows names, shapes and types from the headers alone and refuses what is damaged or a pickle;
 `write_shards` writes the header of each shard from such knowledge and then one tensor after another.
@@ -138,7 +138,7 @@ class TensorReader:
         return self._shard.get_tensor(tensor.name)
 
     def same(self, first: StoredTensor, second: StoredTensor, rows: int = 4096) -> bool:
-        """Whether two stored tensors are equal, compared piece by piece."""
+        """Compare two stored tensors piece by piece; True if they are equal."""
         if first.shape != second.shape:
             return False
         with safe_open(first.file, framework="pt") as a, safe_open(second.file, framework="pt") as b:

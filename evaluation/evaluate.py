@@ -1,23 +1,23 @@
 """Measure a checkpoint on a LLaVA-JSON data set: answers to questions, and predictions of the next frame.
 
-    python scripts/evaluate.py --model outputs/run --data clips/test.json --output results.json
-    python scripts/evaluate.py --model user/checkpoint --data clips/test.json --trust-remote-code --dtype bfloat16
+    llava-next-ar evaluate --model outputs/run --data clips/test.json --output results.json
+    llava-next-ar evaluate --model user/checkpoint --data clips/test.json --trust-remote-code --dtype bfloat16
 
-    # the same numbers on 8 GPUs (on two CPU processes: --config_file scripts/accelerate/cpu.yaml; torchrun serves too)
-    accelerate launch --multi_gpu --num_processes 8 scripts/evaluate.py --model outputs/run --data test.json --output r.json
+    # the same numbers on all GPUs (--launch cpu: on two CPU processes; accelerate launch and torchrun serve too)
+    llava-next-ar evaluate --launch ddp --model outputs/run --data test.json --output r.json
     # after a kill, on any number of processes, go on where it was
-    python scripts/evaluate.py --model outputs/run --data test.json --output r.json --resume
+    llava-next-ar evaluate --model outputs/run --data test.json --output r.json --resume
 
     # which questions need no time: each video's frames in random order
-    python scripts/evaluate.py --model outputs/run --data test.json --frame-order shuffled --output shuffled.json
+    llava-next-ar evaluate --model outputs/run --data test.json --frame-order shuffled --output shuffled.json
 
-    # a tiny model on one CPU, in seconds (scripts/demo.py makes model and data)
-    python scripts/evaluate.py --model demo_output/model --data demo_output/clips/test.json --max-samples 16
+    # a tiny model on one CPU, in seconds (`llava-next-ar demo` makes model and data)
+    llava-next-ar evaluate --model demo_output/model --data demo_output/clips/test.json --max-samples 16
 
 Question answering: of every entry the last answer is asked for, given all turns before it. `exact` is the share of
 greedily generated answers that equal the reference (upper and lower case, outer spaces and a final period do not
 count). For entries with `choices`, `choice` is the share of questions where the generated text names the right one, by
-letter or by text (the rule: `parse_choice` in evaluation_questions.py; texts that name none are wrong, and counted as
+letter or by text (the rule: `parse_choice` in questions.py; texts that name none are wrong, and counted as
 `num_unparsable`), and `likelihood` the share where the model gives the right choice the highest probability, the token
 that ends its turn included. All are reported for each `question_type` beside `chance` (one over the number of choices)
 and `best_guess` (always giving the most frequent answer, or the choice at the place that is most often right).

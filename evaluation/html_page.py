@@ -1,8 +1,9 @@
-"""A self-contained HTML page, and plots of training and evaluation; used by scripts/demo.py, evaluate.py and visualize.py."""
+"""A self-contained HTML page, and plots of training and evaluation."""
 
 import base64
 import html
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,9 @@ class Report:
         self._parts.append(f"<ul>{''.join(links)}</ul>")
 
     def text(self, text: str, note: bool = False) -> None:
-        self._parts.append(f"<p{' class=note' if note else ''}>{html.escape(text)}</p>")
+        """A paragraph; words between backticks are set as code."""
+        marked = re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))
+        self._parts.append(f"<p{' class=note' if note else ''}>{marked}</p>")
 
     def code(self, text: str) -> None:
         self._parts.append(f"<pre>{html.escape(text)}</pre>")

@@ -1,6 +1,6 @@
-"""Answers the requests of lmms-eval with a checkpoint of this package; imports nothing of lmms-eval.
+"""Answer the requests of lmms-eval with a checkpoint of this package; imports nothing of lmms-eval.
 
-    pip install --no-deps -e scripts/lmms_eval_plugin       # once, where lmms-eval and llava-next-ar[eval] are installed
+    # the entry point of llava-next-ar[eval] registers the model; nothing else is installed
     lmms-eval --model llava_next_ar --model_args pretrained=outputs/run --tasks mvbench --batch_size 4
     lmms-eval --model llava_next_ar --tasks egoschema_subset_mcppl --batch_size 4 --device cuda \
         --model_args pretrained=user/checkpoint,revision=<commit>,trust_remote_code=True,dtype=bfloat16,num_frames=32
@@ -49,7 +49,7 @@ _DEFAULT_STOP = "\n\n"
 
 @dataclass
 class RequestAnswerer:
-    """What lmms-eval's model interface asks for, on a checkpoint.
+    """Model interface of lmms-eval for a checkpoint.
 
     Requests are lmms-eval's `Instance`s, of which the tuple `args` is read, and documents come from its `task_dict`: task
     name -> split -> index -> document. Answers come back in the order of the requests.
@@ -64,7 +64,7 @@ class RequestAnswerer:
         batch_size: documents in a batch.
         max_new_tokens: where a task says nothing.
         num_frames, max_frames, fps: how videos are sampled, where not as the checkpoint's processor says.
-        likelihood: `sum` (of the log-probabilities of a choice's tokens, its end of turn included, as scripts/evaluate.py
+        likelihood: `sum` (of the log-probabilities of a choice's tokens, its end of turn included, as `llava-next-ar evaluate`
             does) or `mean` (as lmms-eval's own LLaVA models do: choices are not judged by their length).
         stop_at_blank_line: also stop at a blank line. lmms-eval gives it as stop string to all tasks that name none, where
             it would cut a chat answer after its first paragraph, so that it is left out unless asked for.

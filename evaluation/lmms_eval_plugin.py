@@ -1,4 +1,4 @@
-"""What lmms-eval finds by its entry point `lmms_eval.models`; see lmms_eval_model.py.
+"""Entry point `lmms_eval.models`, by which lmms-eval finds the model; see lmms_eval_model.py.
 
 lmms-eval 0.7.3 turns the pair that `loglikelihood` returns into a string unless it comes in a `GenerationResult`, so here
 it does. (Its response cache, `--use_cache`, then cannot take these: it is of use to generated answers only.)

@@ -1,4 +1,4 @@
-"""What a checkpoint says and predicts about a batch of questions, as plain records; used by scripts/evaluate.py."""
+"""Answers and predictions of a checkpoint for a batch of questions, as plain records; used by `llava-next-ar evaluate`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -47,7 +47,7 @@ def load_checkpoint(
 
 
 def answer_tokens(processor: Any, messages: list[dict[str, Any]], answer: str) -> list[int]:
-    """What the model would have to say to give this answer: its tokens, and those that end the turn."""
+    """Tokens of an answer as the model would generate it, with those that end the turn."""
     options = {"tokenize": False}
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True, **options)
     spoken = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
@@ -58,7 +58,7 @@ def answer_tokens(processor: Any, messages: list[dict[str, Any]], answer: str) -
 
 
 def prompt_positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Of the tokens `[B, S]` of prompts that are padded on the left."""
+    """Position ids `[B, S]` of prompts that are padded on the left."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
@@ -247,7 +247,7 @@ def linear_errors(reconstruction: Any, timestamps: torch.Tensor) -> torch.Tensor
 def rollout_records(
     model: Any, batch: dict[str, torch.Tensor], questions: Sequence[Question], num_frames: int
 ) -> dict[int, dict[str, Any]]:
-    """What goes into the records of the first questions about a video, if frames of it are to be held back and imagined.
+    """Rollouts of the videos of a batch, for the records of the first questions about them.
 
     `rollout`: by horizon (`"1"` and on, all from the same last frame), the lists of `next_frame_records`. Where a prompt
     is more than text and one video, or this is too short, `no_rollout` instead: for each video why.

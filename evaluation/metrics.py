@@ -1,4 +1,4 @@
-"""Records of an evaluation -> accuracies and errors with their intervals; used by scripts/evaluate.py."""
+"""Accuracies and errors with intervals, from the records of an evaluation."""
 
 import math
 from collections import Counter, defaultdict
@@ -31,7 +31,7 @@ def bootstrap_interval(
 
 
 def interval_of_mean(table: Sequence[Sequence[float]], settings: EvaluationSettings) -> list[float] | None:
-    """Of the mean over members of groups. `table` holds for each group the sum of its members and their number."""
+    """Bootstrap interval of the mean over members of groups. `table` holds the sum and the number of members of each group."""
     table = np.array(table)
     return bootstrap_interval(table, lambda indices: np.divide(*table[indices].sum(0)), settings)
 
@@ -90,7 +90,7 @@ def _summarize_answers(
 
 
 def is_right(answer: dict[str, Any], name: str) -> bool:
-    """Whether a record is right by `exact`, `choice` or `likelihood`."""
+    """Return True if a record is right by `exact`, `choice` or `likelihood`."""
     return answer["choice"] == answer["answer"] if name == "choice" else answer[name]
 
 

@@ -1,4 +1,4 @@
-"""A LLaVA-JSON data set as questions, and what a model said as an answer to them; used by scripts/evaluate.py."""
+"""Questions of a LLaVA-JSON data set, and the parsing of generated answers."""
 
 import hashlib
 import re
@@ -180,7 +180,7 @@ class Prompts(Dataset):
 
 
 def sampling_options(processor: Any, **given: Any) -> dict[str, Any]:
-    """How a call of the processor samples videos, where not as it does by itself: what is given and not None, and its policy.
+    """Sampling options for a call of the processor: those that are given and not None, and their policy.
 
     The policy is named, so that clips with fewer frames than `num_frames` give all of theirs.
 
@@ -212,7 +212,7 @@ def prompt_sample(processor: Any, messages: list[dict[str, Any]], **options: Any
 
 
 def frame_order(num_frames: int, kind: str, key: str) -> list[int]:
-    """Which frame is shown at each place. `shuffled` is the same for the same `key`, and never the natural order."""
+    """Number of the frame shown at each place. `shuffled` is the same for the same `key`, and never the natural order."""
     natural = list(range(num_frames))
     if kind == "natural" or num_frames < 2:
         return natural

@@ -1,4 +1,4 @@
-"""Records of an evaluation on disk as they come, so that it can be killed and go on; used by scripts/evaluate.py.
+"""Records of an evaluation, on disk as they come, so that it can be interrupted and resumed.
 
 results.json                      the output
 results.records-0.jsonl           process 0: a line of what the numbers depend on, then one line for each batch

@@ -1,4 +1,4 @@
-"""An evaluation as a self-contained HTML page with plots; used by scripts/evaluate.py."""
+"""HTML report of an evaluation, with plots, in one file."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the numbers of an evaluation depend on: settings, model, data and versions; used by scripts/evaluate.py.
+"""Everything that the numbers of an evaluation depend on: settings, model, data and versions.
 
 All of it goes into the output, and records of an interrupted run are only continued where all of it is the same.
 """
@@ -161,7 +161,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 def command_line(settings: EvaluationSettings, output: Path | None = None) -> str:
     """The command that repeats an evaluation, every setting spelled out: defaults may move."""
-    words = ["python", "scripts/evaluate.py"]
+    words = ["llava-next-ar", "evaluate"]
     for field in fields(settings):
         value, name = getattr(settings, field.name), field.name.replace("_", "-")
         if isinstance(value, bool):
@@ -179,7 +179,7 @@ _MEASURED_WITH = ("hub", "configuration", "modeling", "processing", "training", 
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers may depend on; packages that are not installed are left out."""
+    """Versions of all that the numbers may depend on; packages that are not installed are left out."""
     others = {}
     for name in ("tokenizers", "pillow", "av", "decord"):
         with suppress(PackageNotFoundError):
@@ -275,7 +275,7 @@ def resolved_revisions(model: str, revision: str | None, base_revision: str | No
 def model_identity(
     name: str, model: Any, revision: str | None, base_revision: str | None = None
 ) -> dict[str, str | None]:
-    """Which model this is, and if it is an adapter on which base: the commit of what is on the Hub, a hash of the weight
+    """Identity of a model and of an adapter's base: the commit of what is on the Hub, a hash of the weight
     files of what is in a folder."""
     base = base_of_adapter(name, revision)
     return {
@@ -290,7 +290,7 @@ def model_identity(
 
 
 def entries_sha256(entries: Sequence[Any]) -> str:
-    """Of what the entries of a data set say, whatever file or format they come from."""
+    """Hash of the content of the entries of a data set, for any file or format."""
     digest = hashlib.sha256()
     for entry in entries:
         digest.update(json.dumps(entry, sort_keys=True, default=str).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Results of an evaluation as JSON, and as tables for people; used by scripts/evaluate.py and scripts/hub_card.py."""
+"""Results of an evaluation as JSON, and as tables for people."""
 
 import json
 from collections.abc import Sequence
@@ -81,7 +81,7 @@ def _as_text(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def remarks(results: dict[str, Any], *, problems: bool = True) -> list[str]:
-    """What a reader must know before any number; without `problems`, no path of this computer is among it."""
+    """Remarks to read before any number; without `problems`, they hold no path of this computer."""
     notes = []
     if results["settings"]["frame_order"] != "natural":
         notes.append(f"a control: the frames of each video were shown in {results['settings']['frame_order']} order")

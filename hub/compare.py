@@ -1,8 +1,8 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
 """Compare the code of a checkpoint with that of a release of this package.
 
-    python scripts/compare.py outputs/run
-    python scripts/compare.py user/model --revision <commit> --diff
+    llava-next-ar compare outputs/run
+    llava-next-ar compare user/model --revision <commit> --diff
 
 Remote code is run by whoever loads it. This reports whether the modules in a folder or a Hub repository are, byte for byte,
 what this package writes at a save, or what an earlier release wrote; otherwise it lists what differs, and `--diff` prints

@@ -1,12 +1,13 @@
-"""The model card of a checkpoint: model_card.md, filled in with what its folder says.
+"""The model card of a checkpoint: model_card.md, filled in from its folder.
 
-scripts/train.py writes it into the output folder, scripts/push_to_hub.py into the Hub repository. What a card tells is
-read from the checkpoint itself: base model and relation, training recipe (train_config.yaml), evaluation (the JSON that
-scripts/evaluate.py writes).
+`llava-next-ar train` writes it into the output folder, `llava-next-ar push` into the Hub repository. Its facts are read from
+the checkpoint itself: base model and relation, objective (config.json), training recipe (train_config.yaml), evaluation (the
+JSON that `llava-next-ar evaluate` writes), film strip (film.png).
 """
 
 import importlib.metadata
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,15 @@ from .pushed_model import MODEL_TAGS, hub_id
 logger = logging.get_logger(__name__)
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_card.md"
-PIPELINE_TAG = "video-text-to-text"
+PIPELINE_TAG = "image-text-to-text"  # the task of transformers' `pipeline` that takes these models, with videos too
+FILM = "film.png"  # a picture that `llava-next-ar visualize` draws; shown in the card if it lies in the folder
+TRAINED = {
+    "full": ("language model", "projector", "head"),
+    "projector_and_head": ("projector", "head"),
+    "head": ("head",),
+    "lora": ("adapters on the language model", "projector", "head"),
+}
+LOSSES = {"mse": "mean squared error", "smooth_l1": "smooth L1 loss", "cosine": "cosine distance"}
 RELATIONS = ("finetune", "adapter", "merge", "quantized")
 HEAD = "autoregressive_module"  # where a model keeps it
 RECIPE, RESULTS = "train_config.yaml", "results.json"
@@ -45,7 +54,7 @@ _NEEDED = ("torch", "transformers", "pillow", "av")
 
 @dataclass(frozen=True, kw_only=True)
 class CardOptions:
-    """What a folder does not say about itself."""
+    """Facts about a checkpoint that its folder does not hold."""
 
     base_model: str | None = None
     """Hub id; read from the folder if None."""
@@ -59,19 +68,21 @@ class CardOptions:
     datasets: Sequence[str] = ()
     """Hub ids of the training data."""
     results: Path | None = None
-    """JSON of scripts/evaluate.py; `results.json` of the folder if None, and there."""
+    """JSON of `llava-next-ar evaluate`; `results.json` of the folder if None, and there."""
+    has_film: bool = False
+    """Whether `film.png` is pushed along; if not, it is shown if it lies in the folder."""
 
     def __post_init__(self) -> None:
         if self.relation not in (None, *RELATIONS):
             raise ValueError(f"relation is {self.relation!r}, expected one of {', '.join(RELATIONS)}")
         if self.results is not None and not self.results.is_file():
-            raise ValueError(f"results are read from {self.results}, which is no file")
+            raise ValueError(f"results are read from {self.results}, which is not a file")
 
 
 def build_card(
     folder: Path, repo_id: str, options: CardOptions = CardOptions(), *, revision: str | None = None
 ) -> ModelCard:
-    """The card of a checkpoint.
+    """Build the card of a checkpoint.
 
     Args:
         folder: model or adapter, with `train_config.yaml` (for a Trainer checkpoint, in the folder above) and
@@ -88,6 +99,10 @@ def build_card(
     if (relation == "adapter") != bool(adapter):
         raise ValueError(f"relation is {relation!r}, but {folder} holds {'an adapter' if adapter else 'a model'}")
     results = _results(folder, options.results)
+    datasets = list(options.datasets) or _datasets(recipe)
+    has_head = (
+        HEAD in (adapter.get("modules_to_save") or ()) if adapter else config.get("enable_autoregressive", False)
+    )
     tags = sorted({*MODEL_TAGS, *(["lora"] if adapter.get("peft_type") == "LORA" else [])})
     data = ModelCardData(
         license=options.license,
@@ -96,7 +111,7 @@ def build_card(
         pipeline_tag=PIPELINE_TAG,
         base_model=base_model,
         base_model_relation=relation if base_model else None,
-        datasets=list(options.datasets) or None,
+        datasets=datasets or None,
         tags=tags,
         model_name=repo_id.split("/")[-1],
         eval_results=list(_eval_results(results, options.datasets)) or None,
@@ -112,9 +127,11 @@ def build_card(
         base_model=base_model,
         base_revision=options.base_revision,
         requirements=_requirements((*_NEEDED, "peft") if adapter else _NEEDED),
-        has_head=HEAD in (adapter.get("modules_to_save") or ())
-        if adapter
-        else config.get("enable_autoregressive", False),
+        has_head=has_head,
+        trained=_trained(recipe, has_head),
+        objective=_objective(recipe, config),
+        datasets=datasets,
+        has_film=options.has_film or (folder / FILM).is_file(),
         recipe=_recipe_text(recipe),
         evaluation=_table(results),
         evaluation_settings=_settings_text(results),
@@ -130,7 +147,7 @@ def find_base_model(folder: Path, given: str | None = None) -> str | None:
 
 
 def is_generated(text: str) -> bool:
-    """Whether a card may be written anew: it is one of ours, or one that a library wrote for want of another."""
+    """Return True if a card may be replaced: this package or a library generated it."""
     return GENERATED in text or is_library_card(text)
 
 
@@ -159,6 +176,37 @@ def _relation(adapter: dict[str, Any], config: dict[str, Any]) -> str:
     return "quantized" if config.get("quantization_config") else "finetune"
 
 
+def _datasets(recipe: dict[str, Any]) -> list[str]:
+    """Hub ids among the recipe's training data. Files and folders of one computer are left out."""
+    sources = recipe.get("train_data") or []
+    paths = [one.get("path") if isinstance(one, dict) else one for one in sources if isinstance(sources, list)]
+    paths = [sources] if isinstance(sources, str) else paths
+    is_file = re.compile(r".*\.(json|jsonl|parquet)")
+    return [path for path in paths if path and "/" in path and not is_file.fullmatch(path) and hub_id(path)]
+
+
+def _trained(recipe: dict[str, Any], has_head: bool) -> str:
+    """Parts of the model that a recipe trains; nothing without a recipe."""
+    way = recipe.get("trainable", "full")
+    parts = [part for part in TRAINED.get(way, ()) if has_head or part != "head"] if recipe else []
+    if parts and not recipe.get("freeze_vision_tower", True):
+        parts.append("adapters on the vision tower" if way == "lora" else "vision tower")
+    return ", ".join(parts)
+
+
+def _objective(recipe: dict[str, Any], config: dict[str, Any]) -> dict[str, Any] | None:
+    """Loss, weight and normalisation of the targets that the checkpoint was trained with; None if it does not hold them.
+
+    Keys of the recipe come first: an adapter's folder has no configuration of the model.
+    """
+    prefix = "autoregressive_config."
+    keys = {**config.get("autoregressive_config", {})}
+    keys |= {key.removeprefix(prefix): value for key, value in recipe.items() if key.startswith(prefix)}
+    if not {"loss_type", "target_norm", "loss_weight"} <= keys.keys():
+        return None
+    return {**keys, "loss": LOSSES.get(keys["loss_type"], keys["loss_type"])}
+
+
 def _requirements(names: Sequence[str]) -> str:
     """For pip: packages with the ranges that this one asks for."""
     found = {one.name: one.specifier for one in map(Requirement, importlib.metadata.requires("llava-next-ar"))}
@@ -177,7 +225,7 @@ def _results(folder: Path, given: Path | None) -> dict[str, Any]:
     """The evaluation of the model in a folder; nothing if there is none.
 
     Raises:
-        ValueError: if the file was not written by scripts/evaluate.py, holds a control, or was given and is of other
+        ValueError: if the file was not written by `llava-next-ar evaluate`, holds a control, or was given and is of other
             weights. One that lies in the folder and is older than its weights is left out.
     """
     path = given or folder / RESULTS
@@ -187,7 +235,7 @@ def _results(folder: Path, given: Path | None) -> dict[str, Any]:
     needed = {"settings", "versions", "model", "question_answering", "reconstruction", "num_bad_samples", "table"}
     is_current = needed <= results.keys() and "frame_order" in results["settings"]
     if not is_current or "rollout" not in (results["reconstruction"] or {"rollout": None}):
-        raise ValueError(f"{path} was not written by this release's scripts/evaluate.py")
+        raise ValueError(f"{path} was not written by this release's `llava-next-ar evaluate`")
     if results["settings"]["frame_order"] != "natural":
         raise ValueError(f"{path} holds a control (frame_order), not what the model can do")
     measured, here = results["model"]["weights_sha256"], weights_sha256(folder)
@@ -231,7 +279,18 @@ def _eval_results(results: dict[str, Any], datasets: Sequence[str]) -> Iterator[
 
 
 def _table(results: dict[str, Any]) -> str:
-    return f"```\n{results['table']}\n```" if results else ""
+    """The tables of an evaluation in Markdown: a page scrolls them, where it would cut off lines of text."""
+    lines, is_row = [], False
+    for line in results["table"].splitlines() if results else ():
+        cells = re.split(" {2,}", line.strip())
+        was_row, is_row = is_row, len(cells) > 1
+        lines += [""] if is_row != was_row else []
+        if is_row:
+            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+            lines += [] if was_row else ["|---" + "|---:" * (len(cells) - 1) + "|"]
+        else:
+            lines.append(line)
+    return "\n".join(lines).strip()
 
 
 def _settings_text(results: dict[str, Any]) -> str:

@@ -1,9 +1,9 @@
 """Push a checkpoint to the Hub: model or adapter, with its processor, code and card, and nothing else.
 
-    python scripts/push_to_hub.py outputs/run user/model --dry-run
-    python scripts/push_to_hub.py outputs/run user/model --private --license apache-2.0 --results results.json
-    python scripts/push_to_hub.py outputs/run/checkpoint-500 user/model --branch step-500 --message "500 steps"
-    python scripts/push_to_hub.py outputs/lora user/adapter --base-model user/model   # if it was trained on a folder
+    llava-next-ar push outputs/run user/model --dry-run
+    llava-next-ar push outputs/run user/model --private --license apache-2.0 --results results.json
+    llava-next-ar push outputs/run/checkpoint-500 user/model --branch step-500 --message "500 steps"
+    llava-next-ar push outputs/lora user/adapter --base-model user/model   # if it was trained on a folder
 
 The folder may be a saved model, the output of a training, one of its checkpoints, or an adapter. It is checked before
 anything is sent, and what is missing is named. Only what a model needs goes up: never the state of the optimizer, logs,
@@ -17,6 +17,7 @@ The token is that of `hf auth login`, or HF_TOKEN.
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,21 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelInfo, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    HfHubHTTPError,
     HTTPError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 from .hub_folder import portable_adapter_config, read_hub_folder
-from .model_card import RELATIONS, CardOptions, build_card, find_base_model, is_generated
+from .model_card import FILM, RELATIONS, CardOptions, build_card, find_base_model, is_generated
 from .pushed_model import commit_files, replaced_files
 
 Files = dict[str, Path | bytes]
 
 
 def collect_files(folder: Path, base_model: str | None = None) -> tuple[Files, dict[str, str]]:
-    """What goes up, without the card, and what does not: path -> why.
+    """Files to upload, without the card, and files left out: path -> reason.
 
     Raises:
         ValueError: if the folder is not complete, or nobody else could find the adapter's base.
@@ -62,7 +64,7 @@ def find_repository(api: HfApi, repo_id: str, revision: str | None) -> ModelInfo
 
 
 def keeps_card(api: HfApi, repo_id: str, repository: ModelInfo | None) -> bool:
-    """Whether the Hub holds a card that somebody wrote by hand."""
+    """Return True if the Hub holds a card that was written by hand."""
     if repository is None:
         return False
     try:
@@ -73,11 +75,18 @@ def keeps_card(api: HfApi, repo_id: str, repository: ModelInfo | None) -> bool:
 
 
 def describe(files: Mapping[str, Path | bytes], stale: Sequence[str], left_out: Mapping[str, str]) -> str:
-    """A table for people: what is uploaded, what is deleted on the Hub, what stays here and why."""
+    """A table for people: files to upload, files to delete on the Hub, and a line for each file or folder left out."""
     sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
     lines = [f"upload    {size:>16,}  {name}" for name, size in sizes.items()]
     lines += [f"delete    {'':>16}  {name} (of an older push)" for name in stale]
-    lines += [f"left out  {'':>16}  {name} ({why})" for name, why in left_out.items()]
+    folders: dict[str, Counter[str]] = {}
+    for name, why in left_out.items():
+        top, slash, _ = name.partition("/")
+        folders.setdefault(top + slash, Counter())[why] += 1
+    for name, reasons in folders.items():
+        counted = (f"{number} {'file' if number == 1 else 'files'}: {why}" for why, number in reasons.items())
+        why = "; ".join(counted if name.endswith("/") else reasons)
+        lines.append(f"left out  {'':>16}  {name} ({why})")
     return "\n".join([*lines, f"{len(files)} files, {sum(sizes.values()):,} bytes"])
 
 
@@ -88,11 +97,21 @@ def push(folder: Path, repo_id: str, options: argparse.Namespace) -> CommitInfo 
         ValueError: if the folder is not complete, or `--private` asks for what the repository is not.
     """
     files, left_out = collect_files(folder, options.base_model)
-    api = HfApi()
-    repository = find_repository(api, repo_id, options.branch)
+    if options.film is not None:
+        files[FILM] = read_film(options.film)
+    api, repository, unreachable = HfApi(), None, None
+    try:
+        repository = find_repository(api, repo_id, options.branch)
+    except (HTTPError, OSError) as error:
+        unreachable = f"the Hub at {api.endpoint} cannot be reached ({' '.join(str(error).split())})"
+        if isinstance(error, HfHubHTTPError):  # it answered
+            raise
+        if not options.dry_run:
+            raise ValueError(unreachable) from error
     if repository is not None and options.private and not repository.private:
         raise ValueError(f"{repo_id} is there already and is public: make it private on its page first")
-    license_of_base, base_revision = look_up_base(find_base_model(folder, options.base_model))
+    base = None if unreachable else find_base_model(folder, options.base_model)
+    license_of_base, base_revision = look_up_base(base)
     card = CardOptions(
         base_model=options.base_model,
         base_revision=base_revision,
@@ -101,6 +120,7 @@ def push(folder: Path, repo_id: str, options: argparse.Namespace) -> CommitInfo 
         language=options.language,
         datasets=options.dataset,
         results=options.results,
+        has_film=FILM in files,
     )
     writes_card = "README.md" not in files or is_generated(files["README.md"].read_text(encoding="utf-8"))
     if writes_card and not options.overwrite_card and keeps_card(api, repo_id, repository):
@@ -113,6 +133,8 @@ def push(folder: Path, repo_id: str, options: argparse.Namespace) -> CommitInfo 
     print(describe(dict(sorted(files.items())), stale, left_out))
     if writes_card and card.license is None:
         print("the card names no license: give one with --license")
+    if unreachable:
+        print(f"{unreachable}: only the local files are listed, without what a push would delete or keep there")
     if options.dry_run:
         print("dry run: nothing was sent")
         return None
@@ -131,6 +153,18 @@ def push(folder: Path, repo_id: str, options: argparse.Namespace) -> CommitInfo 
         pin = f'revision="{base_revision or "main"}", adapter_kwargs={{"revision": "{commit.oid}"}}'
     print(f'to pin it: from_pretrained("{repo_id}", {pin}, trust_remote_code=True)')
     return commit
+
+
+def read_film(path: Path) -> bytes:
+    """The bytes of a picture for the card.
+
+    Raises:
+        ValueError: if it is not a PNG file.
+    """
+    content = path.read_bytes()
+    if not content.startswith(b"\x89PNG\r\n"):
+        raise ValueError(f"--film is {path}, expected a PNG file")
+    return content
 
 
 def look_up_base(base: str | None) -> tuple[str | None, str | None]:
@@ -155,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> CommitInfo | None:
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--branch", help="made from main if it does not exist; main by default")
     target.add_argument("--pull-request", "--pull_request", action="store_true", help="open one instead of pushing")
-    parser.add_argument("--message", default="Upload with scripts/push_to_hub.py", help="of the commit")
+    parser.add_argument("--message", default="Upload with llava-next-ar push", help="of the commit")
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="list what would be done; send nothing")
     card = parser.add_argument_group("model card (what the folder does not say)")
     card.add_argument("--base-model", "--base_model", help="Hub id; needed for an adapter of a local folder")
@@ -164,7 +198,12 @@ def main(argv: Sequence[str] | None = None) -> CommitInfo | None:
     card.add_argument("--language", nargs="+", default=(), help="ISO 639 codes, such as en")
     card.add_argument("--dataset", nargs="+", default=(), help="Hub ids of the training data")
     card.add_argument(
-        "--results", type=Path, help="JSON of scripts/evaluate.py; results.json of the folder by default"
+        "--results", type=Path, help="JSON of `llava-next-ar evaluate`; results.json of the folder by default"
+    )
+    card.add_argument(
+        "--film",
+        type=Path,
+        help="PNG file to show, as `llava-next-ar visualize` draws; film.png of the folder by default",
     )
     card.add_argument(
         "--overwrite-card",
@@ -174,12 +213,12 @@ def main(argv: Sequence[str] | None = None) -> CommitInfo | None:
     )
     options = parser.parse_args(argv)
     if not options.dry_run and get_token() is None:
-        sys.exit("push_to_hub.py: no token: run `hf auth login`, or set HF_TOKEN to one that can write")
+        sys.exit(f"{parser.prog}: no token: run `hf auth login`, or set HF_TOKEN to one that can write")
     try:
         return push(options.folder, options.repo_id, options)
     except (ValueError, OSError, HTTPError, RuntimeError) as error:  # the last is the client's, for a failed upload
         because = f" {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else ""
-        sys.exit(f"push_to_hub.py: {error}{because}")
+        sys.exit(f"{parser.prog}: {error}{because}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where the language model looks when it answers; used by scripts/visualize.py.
+"""Attention of the answer's tokens to the frames of a video; used by `llava-next-ar visualize`.
 
 The weights are those of the tokens that say the answer: the prompt's last one, which says the first word, and all but the
 last of the answer. The prompt itself is read with the attention implementation of the checkpoint; only these few tokens are
@@ -27,15 +27,18 @@ from .strip import (
     StripRow,
     colour_scale,
     frame_strip,
-    over_frame,
+    patch_colours,
     time_labels,
     write_title,
 )
 
+# From dark to bright: what is attended to most is what catches the eye.
+COLOURS = "magma"
+
 
 @dataclass(frozen=True)
 class AnswerAttention:
-    """What the language model said, and where it looked while it said it.
+    """An answer, and the attention of its tokens.
 
     Attributes:
         answer: the generated text.
@@ -139,7 +142,7 @@ def attention_numbers(weights: torch.Tensor, tokens: VideoTokens, first_position
 
 
 def attention_maps(frames: np.ndarray, seconds: Sequence[float], numbers: dict[str, Any], title: str) -> Figure:
-    """The attention to each patch over the frames, mean over layers and heads.
+    """The attention to each patch below its frame, mean over layers and heads; the most attended patch is the brightest.
 
     Args:
         frames: `[T, H, W, 3]` in 0 to 1.
@@ -149,13 +152,13 @@ def attention_maps(frames: np.ndarray, seconds: Sequence[float], numbers: dict[s
     """
     patches = [np.array(some) for some in numbers["patches"]]
     most = max(float(np.percentile(np.concatenate([some.ravel() for some in patches]), 99)), 1e-9)
-    scale = colour_scale("Blues", Normalize(0, most))
+    scale = colour_scale(COLOURS, Normalize(0, most))
     shares = np.mean([layer["frames"] for layer in numbers["layers"]], axis=0)
     rows = [
         StripRow(name="frame", pictures=list(frames)),
         StripRow(
             name="attention",
-            pictures=[over_frame(frame, some, scale) for frame, some in zip(frames, patches, strict=True)],
+            pictures=[patch_colours(frame, some, scale) for frame, some in zip(frames, patches, strict=True)],
             captions=[f"{100 * share:.2g}%" for share in shares],
         ),
     ]
@@ -187,7 +190,7 @@ def attention_layers(numbers: dict[str, Any], title: str) -> Figure:
         },
     )
     image = frame_ax.imshow(
-        100 * shares, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest",
+        100 * shares, aspect="auto", cmap=COLOURS, vmin=0, interpolation="nearest",
         extent=(-0.5, num_frames - 0.5, num_layers - 0.5, -0.5),
     )  # fmt: skip
     bar = figure.colorbar(image, ax=frame_ax, fraction=0.04, pad=0.02)

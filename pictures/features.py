@@ -1,4 +1,4 @@
-"""Vision features as colours, and where predictions of them are wrong; used by scripts/visualize.py and scripts/demo.py."""
+"""Vision features and the errors of their predictions as colours; used by `llava-next-ar visualize` and `demo`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from .strip import ColourBar, StripRow, colour_scale, frame_strip, over_frame, time_labels
+from .strip import ColourBar, StripRow, colour_scale, frame_strip, patch_colours, time_labels
 
 # OKLab (https://bottosson.github.io/posts/oklab/): lightness, green to red and blue to yellow, to linear red, green, blue.
 _LAB_TO_LMS = np.array(
@@ -120,7 +120,7 @@ def error_scale(surprise: Any) -> ScalarMappable:
 
 
 def error_rows(frames: np.ndarray, surprise: Any) -> tuple[list[StripRow], ColourBar]:
-    """Errors of predicting and of copying each frame over the frames, with their means, and their scale.
+    """Errors of predicting and of copying each frame, with their means, and their scale.
 
     Args:
         frames: `[T, H, W, 3]`.
@@ -130,7 +130,7 @@ def error_rows(frames: np.ndarray, surprise: Any) -> tuple[list[StripRow], Colou
     rows = []
     for name, errors in (("error of\npredicting", surprise.errors), ("error of\ncopying", surprise.copy_errors)):
         errors = [error.cpu().numpy() for error in errors]
-        pictures = [over_frame(frame, error, scale) for frame, error in zip(frames[1:], errors, strict=True)]
+        pictures = [patch_colours(frame, error, scale) for frame, error in zip(frames[1:], errors, strict=True)]
         captions = ["", *(f"{error.mean():#.3g}" for error in errors)]
         rows.append(StripRow(name=name, pictures=[None, *pictures], captions=captions))
     label = "squared error of a patch, mean over features (below: mean over patches)"

@@ -1,4 +1,4 @@
-"""How frames become tokens, and which frames the head sees; used by scripts/visualize.py."""
+"""Pictures of the token layout of each frame, and of the frames that the head sees."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +31,7 @@ _SIDE, _BAND, _GAP, _LINE = 336, 34, 5, 4
 
 
 def layout_numbers(tokens: VideoTokens, first_position: int) -> dict[str, Any]:
-    """Which tokens of the prompt each frame has.
+    """Positions in the prompt of the tokens of each frame.
 
     Args:
         tokens: the token map of a video.

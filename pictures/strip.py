@@ -1,4 +1,4 @@
-"""Film strips: one column for each frame of a video, lines of pictures below it; used by the other pictures_*.py.
+"""Film strips: a column for each frame of a video, with rows of pictures; used by the other modules of this folder.
 
 A strip is drawn in inches from its upper left corner, and wraps after `COLUMNS` frames, so that text stays as large with 32
 frames as with 4. Colours keep apart for colour-blind readers too: scales differ in lightness, kinds are Okabe and Ito's
@@ -33,8 +33,6 @@ _LABEL_WIDTH, _GAP, _MARGIN, _WIDEST_CELL = 1.0, 0.06, 0.1, 1.7
 _TEXT_HEIGHT, _BLOCK_GAP, _BARS_HEIGHT, _LEGEND_HEIGHT = 0.17, 0.14, 0.68, 0.3
 # A title or the label of a scale needs as much, however few frames there are.
 _LEAST_WIDTH = 7.6
-# What is left of a colour over the darkest place of a frame.
-_DARKEST = 0.55
 
 
 class NotThereError(ValueError):
@@ -80,22 +78,20 @@ def unnormalise(frames: torch.Tensor, mean: Sequence[float], std: Sequence[float
 
 
 def colour_scale(colours: str | Colormap, norm: Normalize) -> ScalarMappable:
-    """What gives a number its colour: a map of matplotlib, and how numbers are spread over it."""
+    """Scale of colours: a map of matplotlib, and the spread of numbers over it."""
     return ScalarMappable(norm, matplotlib.colormaps[colours] if isinstance(colours, str) else colours)
 
 
-def over_frame(frame: np.ndarray, values: np.ndarray, scale: ScalarMappable) -> np.ndarray:
-    """Numbers `[h, w]` as colours over a frame `[H, W, 3]`, which is a pale gray drawing below them: `[H, W, 3]`.
+def patch_colours(frame: np.ndarray, values: np.ndarray, scale: ScalarMappable) -> np.ndarray:
+    """Numbers `[h, w]` as the colours of their scale, on the pixels of a frame `[H, W, 3]` that they are about: `[H, W, 3]`.
 
-    Colours are multiplied by the gray, as those of a marker pen are: a scale shows the frame where it is light.
+    The frame itself is not blended in: a colour must be found on the colour bar. It is drawn in a row of its own above.
     """
     rows, columns = (
         ((np.arange(size) + 0.5) * count / size).astype(int)
         for size, count in zip(frame.shape[:2], values.shape, strict=True)
     )
-    gray = frame @ np.array([0.299, 0.587, 0.114], dtype=frame.dtype)
-    gray = (gray - gray.min()) / max(float(np.ptp(gray)), 1e-6)
-    return scale.to_rgba(values)[rows][:, columns, :3] * (_DARKEST + (1 - _DARKEST) * gray)[..., None]
+    return scale.to_rgba(values)[rows][:, columns, :3]
 
 
 def save_figure(figure: Figure, path: Path) -> int:

@@ -1,4 +1,4 @@
-"""How surprising each frame is and where, over time and over the frames; used by scripts/visualize.py and scripts/demo.py.
+"""Plots of surprise: by time, and by patch; used by `llava-next-ar visualize` and `demo`.
 
 Surprise is the error of a prediction over that of copying the frame before and a floor (frame_surprise.py): 1 is the error of
 copying plus the floor. Copying itself lies below that, far below where little moves, and so it is copying's own surprise that
@@ -26,20 +26,20 @@ from .strip import (
     StripRow,
     colour_scale,
     frame_strip,
-    over_frame,
+    patch_colours,
     time_labels,
     write_title,
 )
 
 MAX_THUMBNAILS = 11
-# Purple for better than copying and orange for worse; the purple no darker than lets the frame be seen below it.
+# Purple for better than copying and orange for worse.
 _COLOURS = LinearSegmentedColormap.from_list(
     "surprise", [matplotlib.colormaps["PuOr_r"](place) for place in (0.22, 0.36, 0.5, 0.75, 1.0)]
 )
 
 
 def surprise_of(prediction: Any, seconds: torch.Tensor) -> VideoSurprise:
-    """What `model.surprise` says of a video, from predictions that are there already.
+    """Surprise of a video as `model.surprise` gives it, from predictions that are there already.
 
     Args:
         prediction: a `NextFramePrediction`.
@@ -74,7 +74,7 @@ def frames_over_copying(surprise: Any) -> np.ndarray:
 
 
 def copying_surprise(surprise: Any) -> list[float]:
-    """What the surprise of each frame would be if the frame before it were the prediction; below 1 by the floor alone."""
+    """Surprise of each frame if the frame before it were the prediction; below 1 by the floor alone."""
     copy_errors = _means(surprise.copy_errors)
     return (copy_errors / (copy_errors + surprise.floors)).tolist()
 
@@ -178,7 +178,7 @@ def _spread(wanted: Sequence[float], distance: float, low: float, high: float) -
 
 
 def surprise_maps(frames: np.ndarray, seconds: Sequence[float], surprise: Any, title: str) -> Figure:
-    """How wrong the prediction of each patch is over copying (`over_copying`), over the frames: orange is more, purple less.
+    """Error of each patch over that of copying (`over_copying`), below the frames: orange is more, purple less.
 
     The scale is logarithmic and the same on both sides of 1: half and twice as wrong as copying are equally strong.
     """
@@ -186,7 +186,7 @@ def surprise_maps(frames: np.ndarray, seconds: Sequence[float], surprise: Any, t
     away = np.abs(np.log2(np.concatenate([some.ravel() for some in patches])))
     reach = int(np.clip(np.ceil(np.percentile(away, 98)), 1, 3))
     scale = colour_scale(_COLOURS, LogNorm(2.0**-reach, 2.0**reach))
-    pictures = [over_frame(frame, some, scale) for frame, some in zip(frames[1:], patches, strict=True)]
+    pictures = [patch_colours(frame, some, scale) for frame, some in zip(frames[1:], patches, strict=True)]
     captions = ["", *(f"{value:.2f}" for value in frames_over_copying(surprise))]
     powers = range(-reach, reach + 1)
     ticks = {2.0**power: f"1/{2**-power}" if power < 0 else str(2**power) for power in powers}

@@ -1,11 +1,11 @@
-"""Pictures of what a checkpoint makes of a video: what it predicted, what surprised it, where it looked, what it read.
+"""Draw a checkpoint's predictions, surprise, attention and tokens for a video.
 
-    python scripts/visualize.py --model outputs/run --video clip.mp4 --output pictures
-    python scripts/visualize.py --model user/checkpoint --video a.mp4 b.mp4 --num-frames 32 --question "What falls down?" \\
+    llava-next-ar visualize --model outputs/run --video clip.mp4 --output pictures
+    llava-next-ar visualize --model user/checkpoint --video a.mp4 b.mp4 --num-frames 32 --question "What falls down?" \\
         --output pictures --trust-remote-code
 
-    # a tiny model on one CPU, in seconds (scripts/demo.py makes model and clips)
-    python scripts/visualize.py --model demo_output/model --video demo_output/clips/videos/test_00000.mp4 --output pictures
+    # a tiny model on one CPU, in seconds (`llava-next-ar demo` makes model and clips)
+    llava-next-ar visualize --model demo_output/model --video demo_output/clips/videos/test_00000.mp4 --output pictures
 
 Writes `index.html`, one page with everything in it, a folder of PNG files for each video, and `numbers.json` with the numbers
 behind them (of six digits; errors and surprise by frame and patch, attention by layer, frame and patch, the tokens of each
@@ -13,7 +13,7 @@ frame, features as coordinates on their principal components). The pictures:
 
     film        frames, and their features as colours: true, predicted from the frames before, copied from the last one
     errors      where the prediction is wrong, and where copying is
-    surprise    the error over that of copying and a floor (see frame_surprise.py) by time; over copying, over the frames
+    surprise    the error over that of copying and a floor (see frame_surprise.py) by time; over that of copying, by patch
     attention   where the language model looked when it answered the question: by frame and patch, and by layer
     layout      which token of the prompt is which part of which frame
     mask        which frames the head sees
@@ -59,8 +59,8 @@ SECTIONS = (
     ),
     (
         "Where predictions are wrong",
-        "The squared error of each patch over its frame, of the prediction and of copying the frame before, on one scale.",
-        {"errors": "errors of predicting and of copying over the frames"},
+        "The squared error of each patch below its frame, of the prediction and of copying the frame before, on one scale.",
+        {"errors": "errors of predicting and of copying below the frames"},
     ),
     (
         "Surprise",
@@ -71,14 +71,14 @@ SECTIONS = (
         "most surprising frames of their stretch of time.",
         {
             "surprise": "surprise and errors over time",
-            "surprise_maps": "how wrong each patch is over copying, the floor added to both, over the frames",
+            "surprise_maps": "how wrong each patch is over copying, the floor added to both, below the frames",
         },
     ),
     (
         "Attention of the answer",
-        "Where the language model looks when it says its answer, mean over the answer's tokens and the heads: over the frames "
-        "(mean over layers too), and by layer. Language models look at the first tokens of a prompt a lot, whatever they are.",
-        {"attention": "attention of the answer over the frames", "attention_layers": "attention of the answer by layer"},
+        "Attention of the answer's tokens, mean over these tokens and the heads: by patch below the frames (mean over layers "
+        "too; bright is much), and by layer. Language models attend much to the first tokens of a prompt, whatever they are.",
+        {"attention": "attention of the answer below the frames", "attention_layers": "attention of the answer by layer"},
     ),
     (
         "From frames to tokens",
@@ -125,8 +125,8 @@ class VisualizeSettings:
     def command_line(self, output: Path) -> str:
         """The command that repeats it, every setting spelled out."""
         words = [
-            "python",
-            "scripts/visualize.py",
+            "llava-next-ar",
+            "visualize",
             "--model",
             self.model,
             "--output",
@@ -386,7 +386,7 @@ def visualize(
 
 
 def is_unread(record: dict[str, Any]) -> bool:
-    """Whether a video's record is that of one that could not be read."""
+    """Return True if a record is of a video that could not be read."""
     return record["seconds"] is None
 
 
@@ -422,7 +422,7 @@ def plain(value: Any) -> Any:
 
 def write_page(results: dict[str, Any], albums: Sequence[Album], anchors: Sequence[str], path: Path) -> None:
     """One HTML file with all pictures in it."""
-    report = Report(f"What {results['settings']['model']} makes of a video")
+    report = Report(f"Predictions of {results['settings']['model']}")
     records = results["videos"]
     if len(records) > 1:
         report.contents({anchor: record["video"] for anchor, record in zip(anchors, records, strict=True)})
@@ -450,7 +450,7 @@ def write_page(results: dict[str, Any], albums: Sequence[Album], anchors: Sequen
 
 
 def facts(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """What is said of a video before its pictures."""
+    """Facts of a video that stand before its pictures."""
     seconds, layout = record["seconds"], record["layout"]
     rows = [
         ("frames", f"{len(seconds)}, from {seconds[0]:.2f} to {seconds[-1]:.2f} s"),

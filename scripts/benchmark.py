@@ -1,4 +1,4 @@
-"""Measures what the package promises about speed and memory, as ratios within one run."""
+"""Measure speed and memory, as ratios within one run."""
 
 from llava_next_ar.experiments.benchmarks.benchmark import main
 

@@ -1,4 +1,4 @@
-"""Make a normal folder of a checkpoint whose weights are spread over the ranks that trained it."""
+"""Join a checkpoint whose weights are spread over the ranks that trained it."""
 
 from llava_next_ar.conversion.consolidate import main
 

@@ -1,4 +1,4 @@
-"""From nothing to a trained, saved and reloaded model in minutes, on two CPU cores and without network."""
+"""Train, save, reload and evaluate a tiny model in minutes, on two CPU cores and without network."""
 
 from llava_next_ar.experiments.demo.demo import main
 

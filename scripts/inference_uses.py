@@ -1,4 +1,4 @@
-"""What the head buys at inference, against the obvious cheap way at the same budget."""
+"""Measure inference-time uses of the head against model-free baselines at the same budget."""
 
 from llava_next_ar.experiments.inference.uses import main
 

@@ -1,4 +1,4 @@
-"""The study of what the objective does for understanding: the same clips and seeds for every arm, in tables."""
+"""Run the study of the objective: the same clips and seeds for each variant, and tables."""
 
 from llava_next_ar.experiments.study.study import main
 

@@ -1,4 +1,4 @@
-"""Videos of moving shapes with questions whose answers are true by construction."""
+"""Generate videos of moving shapes with questions whose answers are true by construction."""
 
 from llava_next_ar.experiments.temporal.synthetic_clips import main
 

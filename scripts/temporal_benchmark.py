@@ -1,4 +1,4 @@
-"""A benchmark of temporal understanding that needs no download: generated videos with true answers."""
+"""Generate a benchmark of temporal understanding, without any download."""
 
 from llava_next_ar.experiments.temporal.benchmark import main
 

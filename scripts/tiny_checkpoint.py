@@ -1,4 +1,4 @@
-"""A complete Hub folder with a model that trains on a CPU in minutes: random weights, real code paths."""
+"""Write a complete Hub folder with a tiny model: random weights, real code paths."""
 
 from llava_next_ar.experiments.demo.tiny_checkpoint import main
 

@@ -1,4 +1,4 @@
-"""Pictures of what a checkpoint makes of a video: what it predicted, what surprised it, where it looked, what it read."""
+"""Draw a checkpoint's predictions, surprise, attention and tokens for a video."""
 
 import sys
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import json
 import re
 import shutil
 import sys
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import processes
 import pytest
+import yaml
+from demo_folder import make_demo_folder
+from hub_server import HubServer
 from modules import IMPORTS, MODULES, ROOT, name_of
 from packaging.requirements import Requirement
 from tiny import tiny_model
@@ -20,6 +24,7 @@ from tiny_processor import tiny_processor
 # The extra that a script needs, with all that it imports; None: the package alone.
 EXTRA_OF_SCRIPT = {
     "benchmark.py": "benchmark",
+    "command.py": None,  # imports each program when it runs
     "compare.py": None,
     "consolidate.py": None,
     "convert.py": None,
@@ -127,6 +132,87 @@ print(sum(parameter.double().sum().item() for parameter in model.parameters()))
 """
     found = float(run(python, "-c", code, cwd=tmp_path).splitlines()[-1])
     assert found == sum(parameter.double().sum().item() for parameter in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """The folder of programs of a fresh environment with the wheel and, behind it, what else is installed here."""
+    folder = tmp_path_factory.mktemp("installed")
+    run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
+    programs = folder / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
+    run(programs / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=folder)
+    (torch_file,) = [file for file in importlib.metadata.files("torch") if str(file) == "torch/__init__.py"]
+    site = run(programs / "python", "-c", "import site; print(site.getsitepackages()[0])", cwd=folder).strip()
+    # A path file in a folder that a path file names is not read: the editable install's finder stays out.
+    (Path(site) / "dependencies.pth").write_text(f"{torch_file.locate().parents[1]}\n")
+    where = run(programs / "python", "-c", "import llava_next_ar.scripts.train as m; print(m.__file__)", cwd=folder)
+    assert Path(where.strip()).is_relative_to(Path(site).resolve()) or Path(where.strip()).is_relative_to(site)
+    return programs
+
+
+def test_every_command_has_help_from_the_wheel(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = f"""
+import contextlib, importlib.util, io, sys
+sys.path.insert(0, {str(tmp_path / "site")!r})
+from llava_next_ar.scripts import command
+assert command.__file__.startswith({str(tmp_path)!r}), command.__file__
+for name, (module, _) in command.COMMANDS.items():
+    if importlib.util.find_spec(f"llava_next_ar.{{module.split(':')[0]}}") is None:
+        continue
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as printed:
+        command.main([name, "--help"])
+    assert f"usage: llava-next-ar {{name}}" in printed.getvalue(), (name, printed.getvalue())
+print("all have help")
+"""
+    assert run(sys.executable, "-I", "-c", code, cwd=tmp_path).strip().endswith("all have help")
+
+
+@pytest.mark.slow
+def test_everything_is_done_from_the_wheel_alone(installed, tmp_path, monkeypatch):
+    """Ask, train, evaluate, visualize, convert and push, by the console command, in a folder without the checkout."""
+    make_demo_folder(tmp_path)
+    program, data = installed / "llava-next-ar", "clips/test.json"
+    entry = json.loads((tmp_path / data).read_text())[0]
+    clip, cpu = f"clips/{entry['video']}", ("--device", "cpu")
+
+    def command(*words: object) -> str:
+        return run(program, *words, cwd=tmp_path)
+
+    assert command("--version").strip() == importlib.metadata.version("llava-next-ar")
+    train = ("--config", "demo", "--model", "base", "--train_data", data, "--output_dir", "run", "--max_steps", 2)
+    assert "memory per device" in command("check", *train)
+    assert "x 2 processes" in command("train", "--launch", "cpu", *train, "--per_device_train_batch_size", 1)
+    assert "frame  seconds  surprise" in command("ask", "run", clip, "What color?", *cpu, "--surprise")
+    command("evaluate", "--model", "run", "--data", data, *cpu, "--output", "run/results.json")
+    command("visualize", "--model", "run", "--video", clip, *cpu, "--output", "pictures")
+    film = tmp_path / "pictures" / Path(clip).stem / "film.png"
+    assert film.is_file() and (tmp_path / "run" / "results.html").is_file()
+    command("convert", "run", "exported", "--to", "llava_onevision")
+    assert json.loads((tmp_path / "exported" / "config.json").read_text())["model_type"] == "llava_onevision"
+    assert "exactly the code of llava-next-ar" in command("compare", "run")
+    assert "cannot be reached" in command("push", "run", "ann/model", "--dry-run")
+    with HubServer() as hub:
+        hub.add_user("ann", "hf_ann")
+        online = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_ann", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        for name, value in online.items():
+            monkeypatch.setenv(name, value)
+        printed = command("push", "run", "ann/model", "--license", "apache-2.0", "--film", film)
+        assert "pushed: " in printed
+        files = hub.repo("ann/model").files()
+        card = files["README.md"].decode()
+        assert {"model.safetensors", "film.png", "modeling_llava_next_ar.py"} <= files.keys()
+        assert "| question type |" in card and "](film.png)" in card
+        answer = run(program, "ask", "ann/model", clip, "What color?", *cpu, "--trust-remote-code", cwd=tmp_path)
+        assert answer == command("ask", "run", clip, "What color?", *cpu)
+
+
+def test_the_citation_names_this_version():
+    tomllib = pytest.importorskip("tomllib", reason="tomllib comes with Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
 
 
 def test_editable_install_is_this_checkout(tmp_path):

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from ..hub.hub_folder import is_library_card, portable_adapter_config, read_hub_folder
+from ..hub.model_card import PIPELINE_TAG
 from ..hub.pushed_model import MODEL_TAGS, commit_files, hub_id
 
 logger = logging.get_logger(__name__)
@@ -189,7 +190,7 @@ def _snapshot(checkpoint: Path, output: Path) -> Path:
 def _complete_card(path: Path) -> None:
     """Names the base in a library's card by its Hub id, if it has one: PEFT writes its folder, which the Hub refuses."""
     card = ModelCard.load(path, ignore_metadata_errors=True)
-    card.data.pipeline_tag = card.data.pipeline_tag or "video-text-to-text"
+    card.data.pipeline_tag = card.data.pipeline_tag or PIPELINE_TAG
     card.data.base_model = hub_id(card.data.base_model)
     # PEFT's tag for the base holds the folder too. The Hub makes one itself, from `base_model`.
     card.data.tags = [tag for tag in card.data.tags or () if not tag.startswith("base_model:")]

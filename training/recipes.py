@@ -7,6 +7,7 @@ the prototype's list (`- type: trainer`). Unknown keys are refused with the near
 import argparse
 import json
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -249,6 +250,20 @@ def resolve_key(key: str, source: str) -> str:
     raise ValueError(f"{source}: unknown key {key!r}; did you mean {nearest!r}?")
 
 
+def recipe_path(name: str) -> Path:
+    """The file of a recipe: a path, or the name of a recipe of the package, such as `lora`.
+
+    Raises:
+        FileNotFoundError: if there is neither, with the names of the package's recipes.
+    """
+    folder = Path(__file__).resolve().parents[1] / "scripts" / "configs"
+    for path in (Path(name), folder / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    raise FileNotFoundError(f"config is {name!r}, expected a file or one of {names}")
+
+
 def read_command_line(argv: list[str]) -> dict[str, Any]:
     """`--key value`, `--key=value`, `--flag`, `--key a b` -> values as YAML reads them."""
     document: dict[str, list[str]] = {}
@@ -318,7 +333,7 @@ def parse_arguments(
     values: dict[str, Any] = {}
     config_files = given.pop("config", [])
     for path in config_files if isinstance(config_files, list) else [config_files]:
-        with open(path, encoding="utf-8") as file:
+        with open(recipe_path(str(path)), encoding="utf-8") as file:
             document = yaml.safe_load(file) or {}
         values.update(flatten_recipe(document, str(path)))
     values.update(flatten_recipe(given, "the command line"))

@@ -1,14 +1,13 @@
 """Fine-tune a video language model with next-frame reconstruction.
 
-    accelerate launch --config_file scripts/accelerate/ddp.yaml scripts/train.py \\
-        --config scripts/configs/full.yaml --model llava-hf/llava-onevision-qwen2-0.5b-ov-hf \\
+    llava-next-ar train --launch ddp --config full --model llava-hf/llava-onevision-qwen2-0.5b-ov-hf \\
         --train_data clips/train.json --output_dir outputs/run
 
-    torchrun --nproc_per_node 8 scripts/train.py --config scripts/configs/lora.yaml ...
+    torchrun --nproc_per_node 8 -m llava_next_ar.scripts.train --config lora ...
 
-    # a tiny model on one CPU, in seconds (scripts/demo.py makes model and data)
-    python scripts/train.py --config scripts/configs/demo.yaml --model demo_output/base \\
-        --train_data demo_output/clips/train.json --output_dir demo_output/run
+    # a tiny model on one CPU, in seconds (`llava-next-ar demo` makes model and data)
+    llava-next-ar train --config demo --model demo_output/base --train_data demo_output/clips/train.json \\
+        --output_dir demo_output/run
 
 Every key of a recipe can be given on the command line too, and wins over the file: `--learning_rate 1e-5`,
 `--autoregressive_config.num_hist 4` or just `--num_hist 4`, `--report_to tensorboard`, `--fsdp_config '{...}'`. Keys
@@ -54,6 +53,7 @@ from .bad_samples import BadSampleLedger, TooManyBadSamplesError
 from .checkpoints import UNFINISHED, replace_model
 from .collator import LlavaVideoCollator
 from .data import any_answers, load_training_data
+from .expected_messages import quiet_expected_messages
 from .guards import BadStepError
 from .merge import merge_adapters
 from .output_folder import checkpoint_to_resume, remove_run, write_recipe
@@ -383,6 +383,7 @@ def run(argv: list[str]) -> None:
     if "--help" in argv or "-h" in argv:
         make_parser(__doc__).print_help()
         return
+    quiet_expected_messages()
     try:
         args, data_args, guard_args, training_args, sections, values = parse_arguments(argv)
         folder = Path(training_args.output_dir)

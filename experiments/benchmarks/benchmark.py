@@ -1,14 +1,15 @@
-"""Measures what the package promises about speed and memory, as ratios within one run.
+"""Measure speed and memory, as ratios within one run.
 
-    python scripts/benchmark.py                                    # all parts
-    python scripts/benchmark.py video-loading                      # writes a 10-minute video first, once
-    python scripts/benchmark.py video-loading --minutes 0.1 --frames 8 --repeats 1 --no-real-clips
-    python scripts/benchmark.py memory --loads 2000
-    python scripts/benchmark.py training-step                      # two CPU cores
-    python scripts/benchmark.py training-step --device cuda --bf16 --shape 7b --frames 32 --lora --activation-checkpointing
-    python scripts/benchmark.py head
-    python scripts/benchmark.py stream
-    python scripts/benchmark.py load-time --repeats 5
+    llava-next-ar benchmark                                    # all parts
+    llava-next-ar benchmark video-loading                      # writes a 10-minute video first, once
+    llava-next-ar benchmark video-loading --minutes 0.1 --frames 8 --repeats 1 --no-real-clips
+    llava-next-ar benchmark memory --loads 2000
+    llava-next-ar benchmark training-step                      # two CPU cores
+    llava-next-ar benchmark training-step --device cuda --bf16 --shape 7b --frames 32 --lora --activation-checkpointing
+    llava-next-ar benchmark head
+    llava-next-ar benchmark stream
+    llava-next-ar benchmark load-time --repeats 5
+    llava-next-ar benchmark recipe-memory
 
 video-loading: four ways from a file to `num_frames` uniformly sampled frames,
 
@@ -24,7 +25,7 @@ the float32 result, which alone takes most of the time for small pictures (113 M
 
 memory: resident memory while many clips are loaded, one process for each back end.
 
-training-step and head: see scripts/benchmark_training.py; stream: see scripts/benchmark_stream.py.
+training-step and head: see training.py in this folder; stream: see stream.py; recipe-memory: see recipe_memory.py.
 
 load-time: `from_pretrained` of a saved checkpoint, each time in a fresh process, ours (the installed class, and the code that
 the checkpoint carries through an auto class) and transformers' LlavaOnevisionForConditionalGeneration on the same weights,
@@ -42,7 +43,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # decord reads it once; with its default it gives up on the last frames of good files when the machine is busy
@@ -55,6 +56,7 @@ from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from ...processing.video_frames import FrameSampling, load_video  # noqa: E402
+from .recipe_memory import recipe_memory, recipe_memory_options  # noqa: E402
 from .stream import stream, stream_options  # noqa: E402
 from .training import head, head_options, training_step, training_step_options  # noqa: E402
 
@@ -368,10 +370,11 @@ PARTS = {
     "head": (head, head_options),
     "stream": (stream, stream_options),
     "load-time": (load_time, _load_time_options),
+    "recipe-memory": (recipe_memory, recipe_memory_options),
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cache = Path(tempfile.gettempdir()) / "llava_next_ar_benchmark"
     parser.add_argument("--cache", type=Path, default=cache, help=f"where clips are kept (default: {cache})")
@@ -380,7 +383,7 @@ def main() -> None:
         part = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         add_options(part)
         part.set_defaults(run=run)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     for name in [options.part] if options.part else PARTS:
         print(f"== {name}")
         options = parser.parse_args(["--cache", str(options.cache), name]) if not hasattr(options, "run") else options

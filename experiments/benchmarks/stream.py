@@ -1,4 +1,4 @@
-"""What a frame costs that is read by itself, with everything before it in the cache; a part of scripts/benchmark.py.
+"""Cost of one more frame of a stream, with all frames before it in the cache; a part of the benchmark.
 
     frames      how many were read
     stream      milliseconds of one more frame, the median of those since the row before

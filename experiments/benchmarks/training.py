@@ -1,4 +1,4 @@
-"""The parts of scripts/benchmark.py about training: the step, its memory, and what the head costs.
+"""Parts of the benchmark about training: time and memory of a step, and cost of the head.
 
 training-step: one optimizer step on the same weights and batch, each way in processes of its own that take turns,
 

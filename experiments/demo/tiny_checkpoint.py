@@ -1,4 +1,4 @@
-"""A complete Hub folder with a model that trains on a CPU in minutes: random weights, real code paths.
+"""Write a complete Hub folder with a tiny model: random weights, real code paths, trains on a CPU in minutes.
 
     python scripts/tiny_checkpoint.py --data clips/train.json --output tiny
 

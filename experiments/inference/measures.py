@@ -1,4 +1,4 @@
-"""What a checkpoint answers when it sees some frames, or some visual tokens, of each video; used by scripts/inference_uses.py.
+"""Answers of a checkpoint that reads some frames, or some visual tokens, of each video.
 
 Every way of choosing has the same budget. Those that look at the video rest on one of these scores:
 

@@ -1,4 +1,4 @@
-"""Which frames and which visual tokens of a video a language model gets to see; used by scripts/inference_uses.py.
+"""Selection of frames and of visual tokens for a language model.
 
 All rules are deterministic: of equal scores the earlier one wins.
 

@@ -1,4 +1,4 @@
-"""Raw numbers of scripts/inference_uses.py -> tables with intervals and paired differences, and a plot."""
+"""Tables with intervals and paired differences, and a plot, from raw numbers of inference-time use."""
 
 import json
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""What dropping visual tokens saves, and what finding out which ones costs; used by scripts/inference_uses.py.
+"""Time that dropping visual tokens saves, and time that selecting them costs.
 
 On a model with random weights: neither time nor memory depends on what they are.
 """

@@ -1,4 +1,4 @@
-"""A small model that has seen videos with frames and tokens left out; used by scripts/inference_uses.py.
+"""Training of a small model on videos with frames and tokens left out.
 
 A model that only knows evenly spaced frames would count it against a rule that it spaces them otherwise. This one is trained on
 random frames of random number, and in half of the batches on a random share of the tokens. So no rule is what it knows best.

@@ -1,4 +1,4 @@
-"""What the head buys at inference, against the obvious cheap way at the same budget.
+"""Measure inference-time uses of the head against model-free baselines at the same budget.
 
     # a small model that has learned to predict motion, then one that has seen videos with frames and tokens left out
     python scripts/demo.py

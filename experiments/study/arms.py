@@ -1,4 +1,4 @@
-"""What the study compares. A table is a set of arms, and an arm is what it changes about the common settings.
+"""Experiments of the study. An experiment is a set of variants, and a variant changes some of the common settings.
 
 Nothing else differs between two arms: they share clips, and for each seed the first weights and the order of the samples.
 """

@@ -1,4 +1,4 @@
-"""The study's clips and questions as samples for the package's collator; frames are given by their numbers.
+"""Clips and questions of the study as samples for the package's collator; frames are given by their numbers.
 
 Clips are those of the temporal benchmark (temporal_benchmark.py), drawn by seed and rendered without a video file in
 between. Words are tokens, and so is every choice as a whole: the model's answer is one token and the end of its turn.

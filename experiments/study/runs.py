@@ -1,4 +1,4 @@
-"""One run of the study: train an arm with a seed, measure it, and write all of it to one file."""
+"""One run of the study: train a variant with a seed, measure it, and write one file."""
 
 import json
 import logging

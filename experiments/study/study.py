@@ -1,4 +1,4 @@
-"""The study of what the objective does for understanding: the same clips and seeds for every arm, in tables.
+"""Run the study of the objective: the same clips and seeds for each variant, and tables.
 
     python scripts/study.py features                       # once: the frozen tower's features of all clips
     python scripts/study.py run --table main               # trains what is missing of a table; go on after a kill

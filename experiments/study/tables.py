@@ -1,4 +1,4 @@
-"""Runs of the study -> tables with intervals, and plots.
+"""Tables with intervals, and plots, from the runs of the study.
 
 Every number is a mean over seeds with its 95% t interval. An arm is compared with the first one of its table seed by seed:
 the same seed has the same first weights and the same order of samples, so that the interval of the differences is narrower

@@ -1,4 +1,4 @@
-"""A benchmark of temporal understanding that needs no download: generated videos with true answers.
+"""Generate a benchmark of temporal understanding, without any download: videos with true answers.
 
     python scripts/temporal_benchmark.py --output temporal --train 40 --val 20 --test 20 --seed 0
     python scripts/temporal_benchmark.py --output temporal --train 4 --val 4 --test 4 --size 64 --levels easy

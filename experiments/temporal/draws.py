@@ -1,4 +1,4 @@
-"""What the clips of the temporal benchmark are drawn from: levels of difficulty, and the parts that scenes share."""
+"""Random draws of the temporal benchmark: levels of difficulty, and parts that scenes share."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

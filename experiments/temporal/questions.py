@@ -1,4 +1,4 @@
-"""The question types of the temporal benchmark: for each a recipe that draws a scene together with its true answer.
+"""Question types of the temporal benchmark: each draws a scene together with its true answer.
 
 What a type asks, and what one frame, or all frames without their order, tell about its answer, stands in
 `QUESTION_TYPES`. The recipes follow three rules that keep the answer out of single frames:

@@ -1,4 +1,4 @@
-"""Scenes of the temporal benchmark: bodies that move by simple physics, what hides them, a camera, and their pictures.
+"""Scenes of the temporal benchmark: bodies with simple physics, occluders, a camera, and their pictures.
 
     motion = simulate([(0.2, 0.5), (0.6, 0.5)], [(0.05, 0), (0, 0)], radius=0.08, num_frames=16)   # an elastic push
     scene = Scene(bodies=..., camera=still_camera(16), ...)

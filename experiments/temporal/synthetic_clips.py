@@ -1,4 +1,4 @@
-"""Videos of moving shapes with questions whose answers are true by construction.
+"""Generate videos of moving shapes with questions whose answers are true by construction.
 
     python scripts/synthetic_clips.py --output clips --num-train 320 --num-test 80 --seed 0
     python scripts/synthetic_clips.py --output clips --num-train 16 --num-test 16 --size 64 --num-frames 8

@@ -148,7 +148,8 @@ def test_onevision_there_and_back(tmp_path, generation, shards, tied):
     theirs = onevision(tmp_path / "theirs", generation=generation, shards=shards, tied=tied)
     run(tmp_path / "theirs", tmp_path / "ours", max_shard_size=20_000)
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
-    run(tmp_path / "ours", tmp_path / "back", to="llava_onevision")
+    done = run(tmp_path / "ours", tmp_path / "back", to="llava_onevision")
+    assert not any("head" in note for note in done.notes)  # it never had one
     theirs.save_pretrained(tmp_path / "expected")
     assert same_bytes(weights(tmp_path / "back"), weights(tmp_path / "expected"))
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("expected", "back")]
@@ -247,7 +248,10 @@ def test_what_onevision_cannot_express_is_refused_by_name(tmp_path, keys):
 def test_a_trained_model_goes_back_without_its_head(tmp_path):
     ours = tiny_model()
     ours.save_pretrained(tmp_path / "ours")
-    run(tmp_path / "ours", tmp_path / "back", to="llava_onevision")
+    done = run(tmp_path / "ours", tmp_path / "back", to="llava_onevision")
+    assert [note for note in done.notes if "head" in note] == [
+        "the head (autoregressive_module.*) was left out: LLaVA-OneVision has no place for it"
+    ]
     theirs_class = LlavaOnevisionForConditionalGeneration
     theirs, report = theirs_class.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]

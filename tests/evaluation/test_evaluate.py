@@ -1,4 +1,4 @@
-"""scripts/evaluate.py and what it is made of, on a tiny checkpoint and real mp4 files."""
+"""`llava-next-ar evaluate` and its parts, on a tiny checkpoint and real mp4 files."""
 
 import dataclasses
 import importlib.metadata
@@ -145,8 +145,8 @@ def test_an_untrained_head_is_exactly_the_copy_baseline(folder):
 def test_the_command_in_the_output_repeats_it(folder):
     settings = settings_for(folder, likelihood=False, trust_remote_code=True, frame_order="reversed", num_frames=4)
     output = Path("new") / "r.json"
-    _, script, *words = command_line(settings, output).split()
-    assert script == "scripts/evaluate.py"
+    program, name, *words = command_line(settings, output).split()
+    assert (program, name) == ("llava-next-ar", "evaluate")
     options = vars(make_parser("").parse_args(words))
     assert [options.pop(name) for name in ("output", "resume", "no_report")] == [output, False, False]
     assert EvaluationSettings(**options) == settings

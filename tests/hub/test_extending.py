@@ -1,4 +1,4 @@
-"""The README's example of another predictor and loss keeps every promise of the head, in training and after a reload.
+"""The example of another predictor and loss keeps every promise of the head, in training and after a reload.
 
 It is used as a reader uses it: written into the folder of a checkpoint, loaded as remote code.
 """
@@ -17,7 +17,7 @@ from llava_next_ar.hub.hub_code import code_files
 from llava_next_ar.modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration, logger
 from llava_next_ar.training.trainer import AutoregressiveTrainer
 
-(EXAMPLE,) = [block for block in code_blocks("README.md", "python") if re.match(r"# \S+\.py\n", block)]
+(EXAMPLE,) = [block for block in code_blocks("docs/extend.md", "python") if re.match(r"# \S+\.py\n", block)]
 FRAMES = [[6], [4, 5]]
 
 

@@ -1,4 +1,4 @@
-"""scripts/hub_card.py: what a card says about a folder, what it leaves out, and what it refuses."""
+"""The model card: its facts about a folder, facts that are left out, and errors."""
 
 import dataclasses
 import importlib.metadata
@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_security import REQUIRED
 from tiny import tiny_model
+from transformers.pipelines import SUPPORTED_TASKS
 
 from llava_next_ar.evaluation.tables import format_results
 from llava_next_ar.hub.hub_folder import weights_sha256
@@ -85,6 +86,67 @@ def test_no_place_and_no_name_of_the_recipe_goes_into_the_card(folder):
     (folder / "train_config.yaml").write_text(yaml.safe_dump(dict.fromkeys(keys, "/home/ann")))
     (recipe,) = re.findall(r"^```yaml\n(.*?)^```", build_card(folder, "a/b").text, re.MULTILINE | re.DOTALL)
     assert yaml.safe_load(recipe).keys() == shown & keys | {"autoregressive_config.loss_type"}
+
+
+def test_the_card_states_the_objective_that_was_trained(folder):
+    text = build_card(folder, "ann/model").text
+    assert "with `loss_weight` 1.0" in text or "with `loss_weight` 0.1" in text
+    assert "mean squared error between" in text and "each patch normalised" in text
+    assert "smooth L1" not in text and "cosine distance" not in text
+    config = json.loads((folder / "config.json").read_text())
+    config["autoregressive_config"] |= {"loss_type": "cosine", "target_norm": False, "loss_weight": 0.25}
+    (folder / "config.json").write_text(json.dumps(config))
+    text = build_card(folder, "ann/model").text
+    assert "with `loss_weight` 0.25" in text and "cosine distance between" in text and "not normalised" in text
+    assert "mean squared error" not in text
+    (folder / "config.json").write_text(json.dumps({**config, "enable_autoregressive": False}))
+    text = build_card(folder, "ann/model").text
+    assert "has no reconstruction head" in text and "cosine" not in text.partition("## Training")[2].partition("##")[0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parts"),
+    [
+        ({"max_steps": 3}, "language model, projector, head"),
+        ({"trainable": "head"}, "head"),
+        ({"trainable": "projector_and_head"}, "projector, head"),
+        ({"trainable": "full", "freeze_vision_tower": False}, "language model, projector, head, vision tower"),
+        (
+            {"trainable": "lora", "freeze_vision_tower": False},
+            "adapters on the language model, projector, head, adapters on the vision tower",
+        ),
+    ],
+)
+def test_the_card_names_the_parts_that_were_trained(folder, recipe, parts):
+    assert "Trained: " not in build_card(folder, "ann/model").text
+    (folder / "train_config.yaml").write_text(yaml.safe_dump(recipe))
+    assert f"\nTrained: {parts}.\n" in build_card(folder, "ann/model").text
+
+
+def test_the_card_names_data_sets_of_the_hub_and_no_file_of_a_computer(folder):
+    sources = ["ann/clips", {"path": "bob/more", "weight": 0.5}, "clips/train.json", "/home/ann/data", str(folder)]
+    (folder / "train_config.yaml").write_text(yaml.safe_dump({"train_data": sources}))
+    card = build_card(folder, "ann/model")
+    assert card.data.datasets == ["ann/clips", "bob/more"]
+    assert "[bob/more](https://huggingface.co/datasets/bob/more)" in card.text and "/home" not in card.text
+    assert build_card(folder, "ann/model", CardOptions(datasets=("c/d",))).data.datasets == ["c/d"]
+    (folder / "train_config.yaml").write_text(yaml.safe_dump({"train_data": "ann/clips"}))
+    assert build_card(folder, "ann/model").data.datasets == ["ann/clips"]
+
+
+def test_the_numbers_of_the_card_are_in_tables_that_a_page_scrolls(folder):
+    with_results(folder)
+    text = build_card(folder, "ann/model").text
+    evaluation = text.partition("## Evaluation")[2]
+    assert "```" not in evaluation
+    head, rule, row = [line for line in evaluation.splitlines() if line.startswith("|")][:3]
+    assert head.startswith("| question type | questions | exact |") and set(rule) <= set("|-:")
+    assert row.split("|")[1:4] == [" all ", " 4 ", " 0.750 [0.50, 1.00] "]
+    assert head.count("|") == rule.count("|") == row.count("|")
+
+
+def test_the_task_of_the_card_is_one_of_the_pipelines(folder):
+    assert build_card(folder, "ann/model").data.pipeline_tag in SUPPORTED_TASKS
 
 
 def with_results(folder: Path, *, here: bool = True, **changes: object) -> Path:

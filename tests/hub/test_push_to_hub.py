@@ -1,8 +1,9 @@
-"""scripts/push_to_hub.py, the model card and the trainer's pushes, in this process and against a local Hub."""
+"""`llava-next-ar push`, the model card and the trainer's pushes, in this process and against a local Hub."""
 
 import json
 import re
 import shutil
+import sys
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import yaml
 from card_metadata import check_card
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard, constants
+from PIL import Image
 from test_hub_card import RESULTS
 from tiny import tiny_model
 from tiny_processor import tiny_processor
@@ -92,9 +94,9 @@ def test_a_dry_run_lists_what_would_happen_and_sends_nothing(hub, folder, capsys
     assert left_out == {
         **dict.fromkeys(("optimizer.pt", "scheduler.pt", "rng_state_0.pth"), "state of the training"),
         **dict.fromkeys(("trainer_state.json", "training_args.bin"), "state of the training"),
-        "runs/one/events.out.tfevents.1": "a log",
-        "checkpoint-5/model.safetensors": "an earlier checkpoint",
-        "data/clip.mp4": "not on the list of what a model needs",
+        "runs/": "1 file: a log",
+        "checkpoint-5/": "1 file: an earlier checkpoint",
+        "data/": "1 file: not on the list of what a model needs",
         ".env": "not on the list of what a model needs",
         "notes.py": "no module of the model's code",
     }
@@ -103,6 +105,46 @@ def test_a_dry_run_lists_what_would_happen_and_sends_nothing(hub, folder, capsys
     # What is said is what is done.
     push(folder, "ann/model", "--license", "apache-2.0")
     assert set(hub.repo("ann/model").files()) == uploaded | {".gitattributes"}
+
+
+def test_a_folder_that_is_left_out_takes_one_line():
+    names = {f"checkpoint-10/{number}": "an earlier checkpoint" for number in range(220)}
+    names |= {"runs/a/b.log": "a log", "runs/c.bin": "a pickle", "x.log": "a log"}
+    lines = push_to_hub.describe({}, [], names).splitlines()
+    assert [line.split(maxsplit=2)[2] for line in lines[:-1]] == [
+        "checkpoint-10/ (220 files: an earlier checkpoint)",
+        "runs/ (1 file: a log; 1 file: a pickle)",
+        "x.log (a log)",
+    ]
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_dry_run_without_a_hub_lists_the_local_files(folder, offline, monkeypatch, capsys):
+    """Offline mode, and a host that does not answer: the files are known all the same."""
+    if not offline:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    push(folder, "ann/model", "--dry-run")
+    printed = capsys.readouterr().out
+    assert re.search(r"^upload +[\d,]+  model.safetensors$", printed, re.MULTILINE)
+    assert "cannot be reached" in printed and "only the local files are listed" in printed
+    assert "dry run: nothing was sent" in printed
+    monkeypatch.setenv("HF_TOKEN", "hf_some")
+    with pytest.raises(SystemExit, match="the Hub at http://127.0.0.1:9 cannot be reached"):
+        push(folder, "ann/model")
+
+
+def test_a_film_strip_is_pushed_and_shown(hub, folder, tmp_path):
+    picture = tmp_path / "of a clip.png"
+    Image.new("RGB", (4, 4)).save(picture)
+    push(folder, "ann/model", "--film", picture)
+    files = hub.repo("ann/model").files()
+    assert files["film.png"] == picture.read_bytes()
+    assert "](film.png)" in files["README.md"].decode()
+    (folder / "film.png").write_bytes(picture.read_bytes())
+    assert "](film.png)" in str(hub_card.build_card(folder, "ann/model"))
+    with pytest.raises(SystemExit, match="expected a PNG file"):
+        push(folder, "ann/model", "--film", folder / "config.json")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +161,7 @@ def test_what_is_missing_is_named_before_anything_is_sent(hub, folder, missing, 
     (folder / missing).unlink()
     with pytest.raises(SystemExit) as caught:
         push(folder, "ann/model")
-    assert str(caught.value).startswith(f"push_to_hub.py: {folder} is not complete; it lacks ")
+    assert str(caught.value).partition(": ")[2].startswith(f"{folder} is not complete; it lacks ")
     assert message in str(caught.value)
     assert not hub.log
 
@@ -245,7 +287,7 @@ def test_a_push_that_fails_leaves_the_repository_as_it_was(hub, folder, where):
     before = hub.repo("ann/model").resolve("main")
     tiny_model(seed=1).save_pretrained(folder, max_shard_size="90KB")
     hub.fail(where, status=500, times=1000)
-    with pytest.raises(SystemExit, match="^push_to_hub.py: .*500"):
+    with pytest.raises(SystemExit, match="^[^ ]+: .*500"):
         push(folder, "ann/model", "--license", "apache-2.0")
     assert hub.repo("ann/model").resolve("main") == before
     assert 1 < len([request for request in hub.requests(where) if request.status == 500]) < 40
@@ -291,7 +333,7 @@ def test_refusals_say_what_is_wrong(hub, folder, monkeypatch):
     def refused(*arguments: object) -> str:
         with pytest.raises(SystemExit) as caught:
             push(folder, *arguments)
-        assert str(caught.value).startswith("push_to_hub.py: ")
+        assert str(caught.value).startswith(f"{Path(sys.argv[0]).name}: ")
         return str(caught.value)
 
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(folder / "no_token"))
@@ -305,9 +347,9 @@ def test_refusals_say_what_is_wrong(hub, folder, monkeypatch):
     push(folder, "ann/model", "--license", "apache-2.0")
     before = hub.repo("ann/model").resolve("main")
     assert "is public: make it private" in refused("ann/model", "--private")
-    assert "none.json, which is no file" in refused("ann/model", "--results", "none.json")
+    assert "none.json, which is not a file" in refused("ann/model", "--results", "none.json")
     assert '"license" must be one of the known licenses, got Apache 2' in refused("ann/model", "--license", "Apache 2")
-    assert "is no folder" in str(pytest.raises(SystemExit, push, folder / "none", "ann/model").value)
+    assert "is not a folder" in str(pytest.raises(SystemExit, push, folder / "none", "ann/model").value)
     assert "repo_id" in refused("ann/mo--del")
     monkeypatch.setenv("HF_TOKEN", "hf_bob")
     assert "403" in refused("ann/model")
@@ -348,7 +390,7 @@ def test_the_card_says_what_the_folder_does(hub, folder):
     assert card.data.to_dict() == {
         "license": "apache-2.0",
         "library_name": "transformers",
-        "pipeline_tag": "video-text-to-text",
+        "pipeline_tag": "image-text-to-text",
         "base_model": "llava-hf/base",
         "base_model_relation": "finetune",
         "datasets": ["ann/clips"],
@@ -358,7 +400,7 @@ def test_the_card_says_what_the_folder_does(hub, folder):
                 "name": "model",
                 "results": [
                     {
-                        "task": {"type": "video-text-to-text"},
+                        "task": {"type": "image-text-to-text"},
                         "dataset": {"name": "clips/test.json", "type": "ann/clips"},
                         "metrics": [
                             {"type": "accuracy", "value": 0.75, "name": "Exact match"},
@@ -391,10 +433,15 @@ def test_the_code_of_a_card_runs_as_it_stands(hub, folder, tmp_path, monkeypatch
     content = hub.repo(f"ann/{kind}").files()["README.md"].decode()
     monkeypatch.chdir(tmp_path)
     write_clip(tmp_path / "clip.mp4", 12)
-    (block,) = re.findall(r"^```python\n(.*?)^```", content, re.MULTILINE | re.DOTALL)
+    block, with_pipeline = re.findall(r"^```python\n(.*?)^```", content, re.MULTILINE | re.DOTALL)
     capsys.readouterr()
-    exec(compile(block, "README.md", "exec"), {})
-    assert re.search(r"^-?\d\.\d+$", capsys.readouterr().out, re.MULTILINE)
+    namespace: dict = {}
+    exec(compile(block, "README.md", "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert re.search(r"^-?\d\.\d+$", printed, re.MULTILINE)
+    exec(compile(with_pipeline, "README.md", "exec"), namespace)
+    answer = capsys.readouterr().out.rstrip("\n")
+    assert answer and printed.startswith(answer)  # both are greedy
     data = ModelCard(content).data
     assert data.license == "apache-2.0"  # an adapter has its base's
     if kind == "adapter":
@@ -548,7 +595,7 @@ def test_the_trainer_pushes_the_model_and_nothing_else(hub, tmp_path):
     assert commit.oid == hub.repo("ann/run").resolve("main").oid
     card = ModelCard(hub.repo("ann/run").files()["README.md"].decode())
     assert {"custom_code", "generated_from_trainer"} <= set(card.data.tags)
-    assert card.data.pipeline_tag == "video-text-to-text"
+    assert card.data.pipeline_tag == "image-text-to-text"
     loaded = AutoModelForImageTextToText.from_pretrained("ann/run", trust_remote_code=True)
     state = trainer.model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())

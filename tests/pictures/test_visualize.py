@@ -41,7 +41,7 @@ from llava_next_ar.pictures.strip import (
     colour_scale,
     frame_strip,
     legible,
-    over_frame,
+    patch_colours,
     shorten,
     write_title,
 )
@@ -219,8 +219,7 @@ def test_half_and_twice_as_wrong_as_copying_are_equally_strong():
     ]  # where nothing moved: wrong, and wrong by noise alone
     strip = rows_of("surprise", surprise_maps, np.ones((2, 1, 5, 3)), [0.0, 1.0], surprise, "title")
     scale = strip["bars"][0].scale
-    drawn = strip["rows"][1].pictures[1][0] / over_frame(np.ones((1, 1, 3)), np.array([[1.0]]), scale)[0, 0]
-    drawn = drawn * scale.to_rgba(1.0)[:3]
+    drawn = strip["rows"][1].pictures[1][0]
     np.testing.assert_allclose(drawn, scale.to_rgba([0.5, 1, 2, 8, (1e-4 + 0.1) / (1e-5 + 0.1)])[:, :3], atol=1e-6)
     half, same, twice = scale.norm([0.5, 1.0, 2.0])
     assert same - half == pytest.approx(twice - same) and same == pytest.approx(0.5)
@@ -562,14 +561,20 @@ def test_names_are_shortened_to_the_room_that_they_take():
     assert shorten("clip_" + "红" * 13) == "clip_红红...红红红红红"
 
 
-def test_numbers_lie_on_the_place_that_they_are_about():
-    scale = colour_scale("OrRd", Normalize(0, 1))
-    frame = np.ones((6, 9, 3))
-    frame[0, 0] = 0
-    picture = over_frame(frame, np.array([[0.0, 1.0, 0.5], [0.25, 0.75, 1.0]]), scale)
-    np.testing.assert_allclose(picture[1, 4], scale.to_rgba(1.0)[:3])
-    np.testing.assert_allclose(picture[4, 1], scale.to_rgba(0.25)[:3])
-    assert (picture[0, 0] < picture[1, 1]).all()  # the frame is seen below the colour
+@pytest.mark.parametrize("frame", [np.zeros((6, 9, 3)), np.ones((6, 9, 3)), np.linspace(0, 1, 162).reshape(6, 9, 3)])
+def test_numbers_lie_on_the_place_that_they_are_about_in_a_colour_of_the_bar(frame):
+    """A colour that is blended with the frame cannot be found on the bar."""
+    scale, values = colour_scale("OrRd", Normalize(0, 1)), np.array([[0.0, 1.0, 0.5], [0.25, 0.75, 1.0]])
+    picture = patch_colours(frame, values, scale)
+    expected = scale.to_rgba(values)[..., :3].repeat(3, axis=0).repeat(3, axis=1)
+    np.testing.assert_array_equal(picture, expected)
+
+
+def test_the_most_attended_patch_is_the_brightest(checkpoint, settings):
+    numbers = {"patches": [[[0.0, 1.0], [2.0, 3.0]]], "layers": [{"frames": [0.5]}]}
+    strip = rows_of("attention", attention_maps, np.ones((1, 4, 4, 3)), [0.0], numbers, "title")
+    drawn = strip["rows"][1].pictures[0][::2, ::2].sum(-1)  # of white frames, on which pale colours shine
+    assert drawn[0, 0] < drawn[0, 1] < drawn[1, 0] < drawn[1, 1]
 
 
 def test_a_strip_needs_a_picture_for_each_frame():
@@ -624,8 +629,10 @@ def test_text_on_the_page_is_text(tmp_path):
     report = Report("<b>")
     report.heading("a < b", anchor='"x"')
     report.facts([("<i>", "&amp;")])
+    report.text("use `x < y`, and a lone ` stays")
     report.write(tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
+    assert "<p>use <code>x &lt; y</code>, and a lone ` stays</p>" in (tmp_path / "page.html").read_text()
     assert page.words.count("<b>") == 2 and "a < b" in page.words and "<i>" in page.words and "&amp;" in page.words
     assert not page.all("b") and not page.all("i") and page.all("h2") == [{"id": '"x"'}]
 
@@ -761,7 +768,7 @@ def test_the_command_repeats_itself(folder, tmp_path, capsys):
     assert first["settings"]["question"] == question and len(first["videos"][0]["seconds"]) == 3
     assert re.fullmatch("[0-9a-f]{64}", first["model"]["weights_sha256"])
     program, script, *words = visualize.shlex.split(first["command"])
-    assert (program, script) == ("python", "scripts/visualize.py")
+    assert (program, script) == ("llava-next-ar", "visualize")
     visualize.main(words)
     assert json.loads((tmp_path / "a b" / "numbers.json").read_text()) == first
 

@@ -1,0 +1,65 @@
+"""Messages that a user cannot act on are not shown; all others are."""
+
+import logging
+import warnings
+
+import pytest
+from tiny import tiny_model, tiny_onevision
+
+from llava_next_ar.modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
+from llava_next_ar.training.expected_messages import ExpectedMessages, quiet_expected_messages
+
+
+@pytest.fixture
+def shown():
+    """Texts that transformers logs, with the filters installed, and none of them afterwards."""
+    texts: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record):
+            texts.append(record.getMessage())
+
+    handler, root = Collector(), logging.getLogger("transformers")
+    root.addHandler(handler)
+    with warnings.catch_warnings():
+        quiet_expected_messages()
+        yield texts
+    root.removeHandler(handler)
+    for name in ("transformers.modeling_utils", "transformers.configuration_utils"):
+        logger = logging.getLogger(name)
+        for own in [own for own in logger.filters if isinstance(own, ExpectedMessages)]:
+            logger.removeFilter(own)
+
+
+def test_a_base_without_a_head_gives_one_line(shown, tmp_path):
+    tiny_onevision().save_pretrained(tmp_path)
+    LlavaNextARForConditionalGeneration.from_pretrained(tmp_path)
+    reports = [text for text in shown if "autoregressive_module" in text]
+    assert len(reports) == 1 and len(reports[0].splitlines()) == 1 and "it is new" in reports[0]
+    assert not any("can yield errors" in text for text in shown)
+
+
+def test_any_other_missing_or_unexpected_weight_is_reported_in_full(shown, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tiny_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (name,) = [name for name in weights if name.endswith("layers.0.mlp.up_proj.weight") and "language_model" in name]
+    del weights[name]
+    for head in [key for key in weights if key.startswith("autoregressive_module.change")]:
+        del weights[head]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    LlavaNextARForConditionalGeneration.from_pretrained(tmp_path)
+    (report,) = [text for text in shown if "LOAD REPORT" in text]
+    assert "up_proj" in report and "autoregressive_module.change.weight" in report
+
+
+def test_other_warnings_stay():
+    with pytest.warns(UserWarning, match="something else"), warnings.catch_warnings():
+        quiet_expected_messages()
+        warnings.warn("something else", UserWarning, stacklevel=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet_expected_messages()
+        warnings.warn("This DataLoader will create 4 worker processes in total.", UserWarning, stacklevel=1)
+    assert not caught
