@@ -13,9 +13,10 @@ DEMO_ARGS ?=
 BENCHMARK_ARGS ?=
 VERSIONS_ARGS ?=
 LMMS_EVAL_ARGS ?=
+DEEPSPEED_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-versions test-lmms-eval lint demo benchmark clean
+.PHONY: help setup test test-versions test-lmms-eval test-deepspeed lint demo benchmark clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -42,6 +43,9 @@ test-versions: setup ## run the core tests with the oldest and newest releases (
 
 test-lmms-eval: setup ## run lmms-eval itself on a tiny model, in an environment of its own (needs a package index)
 	$(BIN)/python tests/environments/lmms_eval_run.py $(LMMS_EVAL_ARGS)
+
+test-deepspeed: setup ## train under DeepSpeed ZeRO on the CPU, in an environment of its own (needs a package index)
+	$(BIN)/python tests/environments/deepspeed_run.py $(DEEPSPEED_ARGS)
 
 lint: setup ## check the style, and that static tools see the package's types
 	$(BIN)/python -m ruff check .

@@ -13,6 +13,7 @@ appears only once it is complete.
 
 import argparse
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,12 +76,23 @@ def read_plan(checkpoint: Path) -> list[PlannedTensor]:
             raise ValueError(
                 f"{checkpoint} is a DeepSpeed checkpoint, which only DeepSpeed reads: pip install deepspeed"
             ) from error
-        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
+        state = _as_saved(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint)))
         return [HeldTensor(name, tuple(t.shape), t.dtype, None, t.contiguous()) for name, t in state.items()]
     raise ValueError(
         f"{checkpoint} holds no sharded weights: neither {FSDP_WEIGHTS}/.metadata (FSDP, SHARDED_STATE_DICT) nor "
         "global_step* (DeepSpeed)"
     )
+
+
+def _as_saved(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Returns the tensors of an adapter under the names that PEFT gives them in its file, and those of a model as they are.
+
+    In memory, and so in DeepSpeed's checkpoints, the names also hold that of the adapter, and frozen weights may be there.
+    """
+    if not any(".lora_" in name for name in state):
+        return state
+    of_adapter = {name: tensor for name, tensor in state.items() if ".lora_" in name or ".modules_to_save." in name}
+    return {re.sub(r"(\.modules_to_save)?\.default(?=\.|$)", "", name): t for name, t in of_adapter.items()}
 
 
 def check_names(plan: Mapping[str, PlannedTensor], config: LlavaNextARConfig) -> None:

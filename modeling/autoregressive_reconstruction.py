@@ -396,7 +396,12 @@ class AutoregressiveReconstructionModule(nn.Module):
             return nn.functional.smooth_l1_loss(predictions, targets, reduction="none").mean(-1)
         return 1 - nn.functional.cosine_similarity(predictions, targets, dim=-1)
 
-    def zero_touch(self, zero: torch.Tensor | None = None, vision_tower: nn.Module | None = None) -> torch.Tensor:
+    def zero_touch(
+        self,
+        zero: torch.Tensor | None = None,
+        vision_tower: nn.Module | None = None,
+        wrapper: nn.Module | None = None,
+    ) -> torch.Tensor:
         """A zero that came through the whole head, for batches without video.
 
         Distributed training waits for the gradient of every parameter, and sharded training for every rank to run the
@@ -405,6 +410,7 @@ class AutoregressiveReconstructionModule(nn.Module):
         Args:
             zero: a zero that came through the language model; a frozen head too then passes a gradient on to it.
             vision_tower: given, the teacher runs before the head, as it does for a video, if that is a pass of its own.
+            wrapper: the module to call in place of this one, as PEFT's around it: ZeRO-3 compares its calls over ranks too.
         """
         clip = self.token_layout.video(2)
         device = next(self.parameters()).device
@@ -417,7 +423,8 @@ class AutoregressiveReconstructionModule(nn.Module):
         hidden_states = torch.zeros(len(clip.patch_offsets), self.input_projection.in_features, device=device)
         if zero is not None:
             hidden_states = hidden_states + zero
-        return zero_through(self(hidden_states, [clip], features).loss_per_video)
+        head = self if wrapper is None else wrapper
+        return zero_through(head(hidden_states, [clip], features).loss_per_video)
 
     def compute_autoregressive_loss(
         self,

@@ -328,6 +328,11 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             # With a cache, transformers takes the samples of a row for one sequence and lets them see each other.
             use_cache = False
         found = {} if host_ids is None else find_placeholders(self.config, host_ids)
+        vision: dict[str, Any] = {
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+            "return_dict": True,
+        }
         if pixel_values_videos is not None:
             encoded["video"] = self.model.get_video_features(
                 pixel_values_videos,
@@ -336,9 +341,7 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
                 video_timestamps=video_timestamps,
                 video_layout=video_layout,
                 video_pixel_norm=video_pixel_norm,
-                vision_feature_layer=vision_feature_layer,
-                vision_feature_select_strategy=vision_feature_select_strategy,
-                return_dict=True,
+                **vision,
             )
             if found:  # an early error for the likeliest mistake
                 check_num_placeholders(len(found["video"]), list(map(len, encoded["video"].pooler_output)))
@@ -354,14 +357,19 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             zero = self._touch_vision(has_videos=encoded.get("video") is not None, has_images=has_images)
         if trains and wants_reconstruction:
             self.create_teacher()
+        if pixel_values is not None and encoded.get("image") is None:
+            # Not in the model's forward: ZeRO-3 fails unless all ranks enter their modules in the same order.
+            encoded["image"] = self.model.get_image_features(
+                pixel_values,
+                image_sizes,
+                vision_aspect_ratio=vision_aspect_ratio,
+                batch_num_images=batch_num_images,
+                **vision,
+            )
+            pixel_values = None
         outputs = self.model(
             input_ids=input_ids,
-            pixel_values=pixel_values,
-            image_sizes=image_sizes,
-            vision_aspect_ratio=vision_aspect_ratio,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            batch_num_images=batch_num_images,
+            pixel_values=pixel_values,  # beside encoded images an error
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
@@ -437,7 +445,8 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         head = self.autoregressive_module
         if head is None or not (wants_reconstruction or any(p.requires_grad for p in head.parameters())):
             return 0.0
-        return head.zero_touch(zero_through(hidden_states), self.model.vision_tower if _has_several_ranks() else None)
+        tower = self.model.vision_tower if _has_several_ranks() else None
+        return head.zero_touch(zero_through(hidden_states), tower, wrapper=head)
 
     def _main_loss(
         self,

@@ -50,7 +50,7 @@ from ..processing.llava_conversation import DEFAULT_CHAT_TEMPLATE
 from ..processing.processing_llava_next_ar import LlavaNextARProcessor, layout_options
 from ..processing.video_processing_llava_next_ar import LlavaNextARVideoProcessorKwargs
 from .bad_samples import BadSampleLedger, TooManyBadSamplesError
-from .checkpoints import UNFINISHED, replace_model
+from .checkpoints import UNFINISHED, holds_weights, replace_model
 from .collator import LlavaVideoCollator
 from .data import any_answers, load_training_data
 from .expected_messages import quiet_expected_messages
@@ -67,6 +67,7 @@ from .trained_model import (
     check_adapter_base,
     check_attention,
     check_quantization,
+    check_teacher,
     choose_trainable,
     load_config,
     load_model,
@@ -356,7 +357,12 @@ def save(trainer: AutoregressiveTrainer, merge_lora: bool) -> None:
 def next_commands(folder: Path, data_args: DataArguments) -> str:
     """Returns the commands that a user may want after a training."""
     data = (data_args.eval_data or ["<test.json>"])[0]
-    commands = (
+    commands: tuple[tuple[str, str], ...] = ()
+    if not holds_weights(folder):  # DeepSpeed's ZeRO-3 left them split
+        whole = folder.with_name(f"{folder.name}_whole")
+        commands = (("join the shards", f"scripts/consolidate.py {folder} {whole}"),)
+        folder = whole
+    commands += (
         ("evaluate", f"scripts/evaluate.py --model {folder} --data {data} --output {folder.name}_results.json"),
         (
             "look at a clip",
@@ -408,6 +414,7 @@ def run(argv: list[str]) -> None:
         config, changed = load_config(args, sections)
         if args.trainable == "lora":
             check_adapter_base(args, changed, training_args)
+        check_teacher(args, config)
         processor = load_processor(args, data_args, config)
         if data_args.check:
             if not is_main:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, TrainingArguments
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import is_bitsandbytes_available
 
@@ -98,6 +99,7 @@ def load_model(args: ModelArguments, config: Any, training_args: TrainingArgumen
     Raises:
         ValueError: if the checkpoint lacks weights other than those of the head, or a faster token that would not train.
     """
+    _join_deepspeed(training_args)
     dtype = weights_dtype(args, training_args)
     remote = args.trust_remote_code and not isinstance(config, LlavaNextARConfig)
     model_class = AutoModelForImageTextToText if remote else LlavaNextARForConditionalGeneration
@@ -119,6 +121,35 @@ def load_model(args: ModelArguments, config: Any, training_args: TrainingArgumen
             "train it first with trainable: projector_and_head or full"
         )
     return model
+
+
+def _join_deepspeed(training_args: TrainingArguments) -> None:
+    """Gives DeepSpeed the process group of the ranks, as accelerate does on GPUs only.
+
+    ZeRO-3 splits the weights while they load. It takes a process without a group of DeepSpeed's for the only one.
+    """
+    if not (training_args.use_cpu and "DEEPSPEED" in sharding_asked_for(training_args)):
+        return
+    if torch.distributed.is_initialized():
+        import deepspeed
+
+        deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False)
+
+
+def check_teacher(args: ModelArguments, config: Any) -> None:
+    """Refuses a tower that trains under ZeRO-3, unless the checkpoint holds the copy of it that is the head's teacher.
+
+    Raises:
+        ValueError: naming ways out.
+    """
+    if args.trainable == "lora" or args.freeze_vision_tower or not is_deepspeed_zero3_enabled():
+        return  # adapters on the tower are turned off for the teacher
+    if config.enable_autoregressive and not config.autoregressive_config.separate_teacher:
+        raise ValueError(
+            "ZeRO-3 splits the vision tower, of which the head needs a frozen copy: use ZeRO-2, or make the copy first "
+            "(load the checkpoint without DeepSpeed, unfreeze the tower, model.create_teacher(), model.save_pretrained) and "
+            "train from that folder"
+        )
 
 
 def check_attention(args: ModelArguments, config: Any) -> None:
@@ -148,7 +179,10 @@ def model_without_weights(args: ModelArguments, config: Any, training_args: Trai
 def choose_trainable(model: Any, args: ModelArguments, training_args: TrainingArguments) -> Any:
     """Freezes what is not to train and returns the model, in a PEFT model for `lora`."""
     if args.trainable == "lora":
-        model = add_adapters(model, args)
+        # The same adapters however many random numbers loading took, as it does to initialise a head under ZeRO-3.
+        set_seed(training_args.seed)
+        is_split = "DEEPSPEED" in sharding_asked_for(training_args)
+        model = add_adapters(model, args, keep_dtype=is_split)
     else:
         head_only, bridge_too = args.trainable == "head", args.trainable == "projector_and_head"
         for name, parameter in model.named_parameters():
@@ -165,10 +199,16 @@ def choose_trainable(model: Any, args: ModelArguments, training_args: TrainingAr
     return prepare_for_training(model)
 
 
-def add_adapters(model: Any, args: ModelArguments) -> Any:
+def add_adapters(model: Any, args: ModelArguments, keep_dtype: bool = False) -> Any:
     """LoRA on the language model's linear layers (and the tower's, unless frozen); projector and head train whole.
 
     The newline and faster tokens stay as they are: PEFT saves whole modules only, and they are bare parameters.
+
+    Args:
+        model: the base.
+        args: the recipe.
+        keep_dtype: adapters in the precision of the base, where PEFT makes them float32. DeepSpeed's ZeRO-3 fails on
+            trainable parameters of two precisions, and keeps its own copy of each in float32.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -185,7 +225,7 @@ def add_adapters(model: Any, args: ModelArguments) -> Any:
         target_modules=targets,
         modules_to_save=["multi_modal_projector", *([HEAD] if has_head else [])],
     )
-    return get_peft_model(model, lora)
+    return get_peft_model(model, lora, autocast_adapter_dtype=not keep_dtype)
 
 
 def check_adapter_base(

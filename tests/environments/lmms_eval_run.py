@@ -17,16 +17,15 @@ scripts/evaluate.py where that asks the same.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from own_environment import install, make_environment, run
 from PIL import Image
 from tqdm import tqdm
 
@@ -123,21 +122,6 @@ def answers_of_rounds(document, results):
 # -- What the runs need
 
 
-def make_environment(folder: Path, log: Path) -> Path:
-    """A virtual environment that sees the packages of this one; returns its interpreter."""
-    _run(sys.executable, "-m", "venv", folder, log=log)
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
-    # A line of code, since the .pth files there (the editable install of this package) are to be read as well.
-    line = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
-    Path(site, "this_environment.pth").write_text(line)
-    pip = (python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check")
-    _run(*pip, "--no-deps", LMMS_EVAL, log=log)
-    _run(*pip, "-c", ROOT / "constraints.txt", *NEEDED, log=log)
-    return python
-
-
 def make_tasks(folder: Path, clips: Path, entries: Sequence[dict[str, Any]]) -> None:
     """YAML files as lmms-eval reads them, with their documents and pictures."""
     folder.mkdir(parents=True)
@@ -214,7 +198,7 @@ def run_lmms_eval(python: Path, folder: Path, name: str, checkpoint: Path) -> di
         *("--include_path", folder / "tasks", "--log_samples", "--output_path", output),
         *("--verbosity", "DEBUG"),  # otherwise a run that failed ends with 0, too
     )
-    _run(*command, log=folder / f"{output.name}.log")
+    run(*command, log=folder / f"{output.name}.log")
     (results,) = output.rglob("*_results.json")
     metrics = json.loads(results.read_text())["results"]
     found = {}
@@ -275,17 +259,6 @@ def _is_same(one: Any, other: Any) -> bool:
     return abs(loss - expected) <= TOLERANCE * abs(expected) and expected_greedy in (None, is_greedy)
 
 
-def _run(*command: object, log: Path) -> None:
-    # Neither caches nor the settings of the process that called belong to the environment.
-    unset = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "HF_TOKEN")
-    environ = {name: value for name, value in os.environ.items() if name not in unset}
-    environ.update(OMP_NUM_THREADS="1", HF_HOME=str(log.parent / "huggingface"), HF_HUB_OFFLINE="1")
-    with open(log, "a") as file:
-        subprocess.run(
-            [str(part) for part in command], cwd=log.parent, env=environ, stdout=file, stderr=file, check=True
-        )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
@@ -303,7 +276,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         make_tasks(folder / "tasks", clips, entries)
         expected = {"scripts/evaluate.py": run_evaluate(checkpoint, clips / "test.json")}
         try:
-            python = make_environment(folder / "environment", folder / "environment.log")
+            log = folder / "environment.log"
+            python = make_environment(folder / "environment", log)
+            install(python, "--no-deps", LMMS_EVAL, log=log)
+            install(python, "-c", ROOT / "constraints.txt", *NEEDED, log=log)
             for name in tqdm(RUNS, desc="lmms-eval", unit="run", disable=None):
                 expected[name] = run_lmms_eval(python, folder, name, checkpoint)
         except subprocess.CalledProcessError as error:

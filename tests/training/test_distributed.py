@@ -1,5 +1,6 @@
 """Sharded training, launch files and sharded checkpoints. Two ranks on the CPU stand for any number of GPUs."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -24,6 +25,9 @@ from transformers import AutoModel, AutoProcessor, TrainingArguments
 from llava_next_ar.conversion import consolidate
 from llava_next_ar.modeling import modeling_llava_next_ar
 from llava_next_ar.training import run as train
+from llava_next_ar.training import trained_model
+from llava_next_ar.training.recipes import ModelArguments
+from llava_next_ar.training.trained_model import choose_trainable
 from llava_next_ar.training.trainer import AutoregressiveTrainer, LlavaVideoCollator
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -97,6 +101,61 @@ def test_gradients_become_ready_in_one_order_whatever_a_rank_holds(options, monk
     assert len(orders["text"]) > 30
     for kind, order in orders.items():
         assert order == orders["text"], kind
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_modules_are_entered_in_one_order_whatever_a_rank_holds(trainable, monkeypatch):
+    """ZeRO-3 compares the order over ranks, PEFT's wrappers included, and fails where it differs."""
+    monkeypatch.setattr(modeling_llava_next_ar, "_has_several_ranks", lambda: True)
+    args = ModelArguments(model="tiny", trainable=trainable)
+    orders = {}
+    for kind in KINDS:
+        model = choose_trainable(tiny_model(), args, TrainingArguments(use_cpu=True, report_to="none"))
+        order = orders[kind] = []
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(lambda *_, name=name, order=order: order.append(name))
+        model(**batch_of(model.config, kind, 0), skip_logits=True)
+    assert len(orders["text"]) > 100
+    for kind, order in orders.items():
+        assert order == orders["text"], kind
+
+
+@pytest.mark.parametrize("sharding", ["", "DEEPSPEED"])
+def test_all_that_trains_has_one_precision_under_deepspeed(sharding, monkeypatch):
+    """ZeRO-3 fails on two; without it, adapters and the modules trained whole are float32, as small updates need."""
+    monkeypatch.setattr(trained_model, "sharding_asked_for", lambda _: [sharding])
+    args = ModelArguments(model="tiny", trainable="lora")
+    training_args = TrainingArguments(use_cpu=True, bf16=True, report_to="none")
+    model = choose_trainable(tiny_model().to(torch.bfloat16), args, training_args)
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    assert dtypes == {torch.bfloat16 if sharding else torch.float32}
+
+
+def test_adapters_do_not_depend_on_random_numbers_that_loading_took():
+    states = []
+    for number in range(2):
+        torch.rand(1 + number)
+        args = ModelArguments(model="tiny", trainable="lora")
+        model = choose_trainable(tiny_model(seed=number), args, TrainingArguments(use_cpu=True, report_to="none"))
+        states.append({n: p.clone() for n, p in model.named_parameters() if "lora_A" in n})
+    assert len(states[0]) > 5 and all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize(
+    ("trainable", "freeze", "has_copy", "fails"),
+    [
+        ("full", False, False, True),
+        ("full", False, True, False),
+        ("full", True, False, False),
+        ("lora", False, False, False),
+    ],
+)
+def test_a_tower_that_zero3_cannot_copy_is_refused_before_it_loads(trainable, freeze, has_copy, fails, monkeypatch):
+    monkeypatch.setattr(trained_model, "is_deepspeed_zero3_enabled", lambda: True)
+    args = ModelArguments(model="tiny", trainable=trainable, freeze_vision_tower=freeze)
+    config = tiny_model(head={"separate_teacher": has_copy}).config
+    with pytest.raises(ValueError, match="ZeRO-3 splits the vision tower") if fails else contextlib.nullcontext():
+        trained_model.check_teacher(args, config)
 
 
 def test_a_teacher_is_not_copied_from_a_tower_that_deepspeed_has_split():
@@ -197,6 +256,22 @@ def test_a_sharded_adapter_becomes_an_adapter(runs, tmp_path):
     model = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")
     loaded = get_peft_model_state_dict(model)
     assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_an_adapter_of_deepspeed_gets_the_names_of_its_file(tmp_path, monkeypatch):
+    """Its checkpoints have those of the model in memory, with the name of the adapter, and frozen weights as well."""
+    model = build(tower_lora=True)
+    module = SimpleNamespace(get_fp32_state_dict_from_zero_checkpoint=lambda _: model.state_dict())
+    for name in ("deepspeed", "deepspeed.utils", "deepspeed.utils.zero_to_fp32"):
+        monkeypatch.setitem(sys.modules, name, module)
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "latest").write_text("global_step1")
+    model.peft_config["default"].save_pretrained(checkpoint)
+    tiny_processor(tiny_model().config, num_frames=4).save_pretrained(checkpoint)
+    consolidate.consolidate(checkpoint, tmp_path / "adapter")
+    weights, expected = load_file(tmp_path / "adapter" / "adapter_model.safetensors"), get_peft_model_state_dict(model)
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_consolidating_refuses_what_it_cannot_read(runs, tmp_path, monkeypatch):
