@@ -164,7 +164,7 @@ class Prompts(Dataset):
         self.processor = processor
         self.frame_order = settings.frame_order
         self.seed = settings.seed
-        self.processor_kwargs = sampling_options(processor, num_frames=settings.num_frames)
+        self.processor_kwargs = sampling_options(processor, **settings.video_options())
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -186,9 +186,7 @@ class Prompts(Dataset):
 
 
 def sampling_options(processor: Any, **given: Any) -> dict[str, Any]:
-    """How a call of the processor samples videos, where not as it does by itself: what is given and not None, and its policy.
-
-    The policy is named, so that clips with fewer frames than `num_frames` give all of theirs.
+    """Options of a call of the processor for its videos: what is given and not None, and the policy that it implies.
 
     Raises:
         ValueError: if the processor refuses the sampling.
