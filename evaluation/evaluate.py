@@ -105,6 +105,7 @@ def evaluate(
         but the first, None.
 
     Raises:
+        ImportError: if the library of `video_backend` cannot be imported.
         ValueError: for a bad entry of the data; for an answer that takes more than `max_new_tokens`; if records beside the
             output belong to another evaluation, or to an interrupted one that shall not be resumed.
     """
@@ -126,9 +127,10 @@ def evaluate(
     questions = read_questions(dataset, settings.max_samples, max_bad_samples=settings.max_bad_samples)
     if settings.generation:
         check_answers_fit(questions, processor, settings.max_new_tokens)
+    backend = settings.video_backend or processor.video_processor.video_backend
     provenance = {
         "settings": asdict(settings),
-        "versions": {**versions(), "video_decoder": choose_backend(processor.video_processor.video_backend)},
+        "versions": {**versions(), "video_decoder": choose_backend(backend)},
         "model": identity,
         "data": {"path": settings.data, "sha256": entries_sha256(dataset.entries[: settings.max_samples])},
     }
@@ -325,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _check_output(output, has_report=not no_report)
         check_device(settings.device)
         results = evaluate(settings, output=output, resume=resume)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # the latter of a video back end
         parser.exit(2, f"{parser.prog}: {error}\n")
     processes = PartialState()
     if results is not None:

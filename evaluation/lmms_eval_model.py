@@ -18,7 +18,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from ..processing.video_frames import IMAGE_SUFFIXES
 from ..training.collator import LlavaVideoCollator
 from .measures import answer_tokens, load_checkpoint, prompt_positions, score_choices
 from .questions import prompt_sample, sampling_options
-from .settings import EvaluationSettings, resolved_revisions
+from .settings import EvaluationSettings, VideoOptions, resolved_revisions
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ class RequestAnswerer:
         device, dtype: such as `cuda` and `bfloat16`.
         batch_size: documents in a batch.
         max_new_tokens: where a task says nothing.
-        num_frames, max_frames, fps: how videos are sampled, where not as the checkpoint's processor says.
+        sampling, num_frames, fps, max_frames, sample_rate, short_clip, video_backend: reading of videos, where not as the
+            checkpoint's processor does (`VideoOptions`).
         likelihood: `sum` (of the log-probabilities of a choice's tokens, its end of turn included, as `llava-next-ar evaluate`
             does) or `mean` (as lmms-eval's own LLaVA models do: choices are not judged by their length).
         stop_at_blank_line: also stop at a blank line. lmms-eval gives it as stop string to all tasks that name none, where
@@ -83,9 +84,13 @@ class RequestAnswerer:
     dtype: str = "float32"
     batch_size: int | str = 1
     max_new_tokens: int = 1024
+    sampling: str | None = None
     num_frames: int | None = None
-    max_frames: int | None = None
     fps: float | None = None
+    max_frames: int | None = None
+    sample_rate: int | None = None
+    short_clip: str | None = None
+    video_backend: str | None = None
     likelihood: str = "sum"
     stop_at_blank_line: bool = False
 
@@ -103,21 +108,19 @@ class RequestAnswerer:
         names = ("trust_remote_code", "device", "dtype", "revision", "base_revision")
         options = {name: getattr(self, name) for name in names}
         # Validates them.
-        EvaluationSettings(
+        settings = EvaluationSettings(
             model=self.pretrained,
             data="",
             batch_size=self.batch_size,
             max_new_tokens=self.max_new_tokens,
-            num_frames=self.num_frames,
+            **{field.name: getattr(self, field.name) for field in fields(VideoOptions)},
             **options,
         )
         self.model, self.processor = load_checkpoint(self.pretrained, **options)
         if self.peft is not None:
             self.model.load_adapter(self.peft)
             self.model.eval()
-        self.sampling = sampling_options(
-            self.processor, num_frames=self.num_frames, max_frames=self.max_frames, fps=self.fps
-        )
+        self.video_options = sampling_options(self.processor, **settings.video_options())
         self.collate = LlavaVideoCollator(self.processor, padding_side="left")
 
     # -- lmms-eval's request types
@@ -215,7 +218,7 @@ class RequestAnswerer:
         samples = []
         for prompt in prompts:
             try:
-                samples.append(prompt_sample(self.processor, prompt.messages, **self.sampling))
+                samples.append(prompt_sample(self.processor, prompt.messages, **self.video_options))
             except (ValueError, OSError) as error:
                 raise ValueError(f"document {prompt.name}: {error}") from error
         batch = self.collate(samples)

@@ -1,6 +1,8 @@
 """Answers and predictions of a checkpoint for a batch of questions, as plain records; used by `llava-next-ar evaluate`."""
 
+import copy
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -126,6 +128,67 @@ def score_choices(
     return [pairs[end - len(some) : end] for some, end in zip(choices, ends, strict=True)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReadPrompts:
+    """A batch of prompts after one forward pass over them.
+
+    Attributes:
+        last_logits: `[B, V]` at the last token of each prompt.
+        cache: of the prompts alone, if it was asked for.
+        reconstruction: of their videos, if it was asked for and there is one.
+        generated: `[B, A]`, the tokens of the answers, if there are to be any.
+    """
+
+    last_logits: torch.Tensor
+    cache: DynamicCache | None
+    reconstruction: Any
+    generated: torch.Tensor | None = None
+
+
+def read_prompts(
+    model: Any, batch: dict[str, torch.Tensor], *, max_new_tokens: int, wants_cache: bool, wants_frames: bool
+) -> ReadPrompts:
+    """Reads prompts once for all that is measured of them: greedy answers go on from the pass that is kept.
+
+    Args:
+        batch: model inputs, padded on the left.
+        max_new_tokens: of an answer; 0 for no answers.
+        wants_cache, wants_frames: for likelihoods, and for the reconstruction.
+    """
+    kept: list[ReadPrompts] = []
+
+    def keep(outputs: Any) -> None:
+        if not kept:
+            # A copy: tokens that are generated afterwards go into the cache that the pass returned.
+            own = copy.deepcopy(outputs.past_key_values) if wants_cache else None
+            kept.append(
+                ReadPrompts(last_logits=outputs.logits[:, -1], cache=own, reconstruction=outputs.reconstruction)
+            )
+
+    options = {"return_reconstruction": wants_frames, "skip_reconstruction": not wants_frames}
+    cache = DynamicCache(config=model.config.get_text_config()) if wants_cache or max_new_tokens else None
+    if not max_new_tokens:
+        positions = prompt_positions(batch["attention_mask"])
+        use = {"past_key_values": cache, "use_cache": wants_cache, "logits_to_keep": 1}
+        keep(model(**batch, position_ids=positions, **use, **options))
+        return kept[0]
+    hook = model.register_forward_hook(lambda module, args, outputs: keep(outputs))
+    try:
+        generated = model.generate(
+            **batch,
+            **options,
+            past_key_values=cache,
+            cache_implementation=None,  # a checkpoint may name one, which would contradict this one
+            use_cache=True,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+        )
+    finally:
+        hook.remove()
+    return replace(kept[0], generated=generated[:, batch["input_ids"].shape[1] :])
+
+
 @torch.inference_mode()
 def measure_batch(
     model: Any,
@@ -141,14 +204,26 @@ def measure_batch(
     first question about a video `next_frame` (see `next_frame_records`) and what `rollout_records` gives.
     """
     batch = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+    choices = [[answer_tokens(processor, q.messages, choice) for choice in q.choices] for q in questions]
+    wants_choices = settings.likelihood and any(choices)
+    wants_frames = settings.reconstruction and model.autoregressive_module is not None
+    wants_frames &= any(q.first_videos for q in questions) and "pixel_values_videos" in batch
     records = [
         {"id": q.id, "question_type": q.question_type, "answer": q.answer, "choices": list(q.choices)}
         for q in questions
     ]
-    if settings.generation:
-        generated = model.generate(**batch, max_new_tokens=settings.max_new_tokens, do_sample=False, num_beams=1)
+    if not (settings.generation or wants_choices or wants_frames):
+        return records
+    prompts = read_prompts(
+        model,
+        batch,
+        max_new_tokens=settings.max_new_tokens if settings.generation else 0,
+        wants_cache=bool(wants_choices),
+        wants_frames=bool(wants_frames),
+    )
+    if prompts.generated is not None:
         texts = processor.tokenizer.batch_decode(
-            generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            prompts.generated, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         for record, question, text in zip(records, questions, texts, strict=True):
             record["generated"] = text.strip()
@@ -156,32 +231,14 @@ def measure_batch(
             if question.choices:
                 place = parse_choice(text, question.choices)
                 record["choice"] = None if place is None else question.choices[place]
-    choices = [[answer_tokens(processor, q.messages, choice) for choice in q.choices] for q in questions]
-    wants_choices = settings.likelihood and any(choices)
-    wants_frames = settings.reconstruction and model.autoregressive_module is not None
-    wants_frames &= any(q.first_videos for q in questions) and "pixel_values_videos" in batch
-    if not wants_choices and not wants_frames:
-        return records
-    cache = DynamicCache(config=model.config.get_text_config()) if wants_choices else None
-    outputs = model(
-        **batch,
-        position_ids=prompt_positions(batch["attention_mask"]),
-        past_key_values=cache,
-        use_cache=wants_choices,
-        return_reconstruction=wants_frames,
-        skip_reconstruction=not wants_frames,
-        logits_to_keep=1,
-    )
     if wants_choices:
-        scores = choice_log_likelihoods(
-            model, outputs.past_key_values, outputs.logits[:, -1], batch["attention_mask"], choices
-        )
+        scores = choice_log_likelihoods(model, prompts.cache, prompts.last_logits, batch["attention_mask"], choices)
         for record, question, own in zip(records, questions, scores, strict=True):
             if own:
                 record["log_likelihoods"] = own
                 record["likelihood"] = question.choices[int(np.argmax(own))] == question.answer
-    if wants_frames and outputs.reconstruction is not None:
-        frames = next_frame_records(outputs.reconstruction, batch["video_timestamps"], questions)
+    if prompts.reconstruction is not None:
+        frames = next_frame_records(prompts.reconstruction, batch["video_timestamps"], questions)
         for record, own in zip(records, frames, strict=True):
             if own:
                 record["next_frame"] = own
@@ -210,11 +267,9 @@ def next_frame_records(
         `video` (which of the question's), `frame` (that is predicted), `gap` (seconds since the last frame that was seen)
         and the metrics.
     """
-    owners = _owners(questions)
-    metrics = {name: values.tolist() for name, values in reconstruction.frame_metrics().items()}
-    of_batch, frames = reconstruction.frame_video.tolist(), reconstruction.frame_index.tolist()
-    times = timestamps.tolist()
-    metrics["linear_mse"] = linear_errors(reconstruction, timestamps).tolist()
+    owners, times = _owners(questions), timestamps.tolist()
+    of_batch, frames = torch.stack([reconstruction.frame_video, reconstruction.frame_index]).tolist()
+    metrics = _lists({**reconstruction.frame_metrics(), "linear_mse": linear_errors(reconstruction, timestamps)})
     records: list[dict[str, list[float]]] = [{} for _ in questions]
     for place, (video, frame) in enumerate(zip(of_batch, frames, strict=True)):
         question, number = owners[video]
@@ -235,13 +290,17 @@ def next_frame_records(
 
 def linear_errors(reconstruction: Any, timestamps: torch.Tensor) -> torch.Tensor:
     """`[M]`: squared error of continuing the last two frames in a straight line, or of copying where there is one alone."""
-    errors = []
-    predicted = zip(reconstruction.frame_video.tolist(), reconstruction.frame_index.tolist(), strict=True)
+    times, errors = timestamps.tolist(), []
+    predicted = torch.stack([reconstruction.frame_video, reconstruction.frame_index], dim=1).tolist()
     for (video, frame), frames in zip(predicted, reconstruction.candidates, strict=True):
-        times = timestamps[video]
-        line = straight_line(frames[:frame], times[:frame], times[frame])
+        line = straight_line(frames[:frame], times[video][:frame], times[video][frame])
         errors.append((line - frames[frame]).square().mean())
     return torch.stack(errors)
+
+
+def _lists(metrics: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+    """The numbers of tensors of one shape and type, in one transfer from their device."""
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
 
 
 def rollout_records(
@@ -268,12 +327,12 @@ def rollout_records(
         inputs = {name: value[video, None] for name, value in batch.items() if "video" in name}
         inputs["input_ids"] = batch["input_ids"][row, None, text]
         (own,) = model.imagine(num_frames, hold_back=True, **inputs)
-        metrics = {name: values.tolist() for name, values in own.frame_metrics().items()}
+        metrics, frames = _lists(own.frame_metrics()), own.frame_index.tolist()
         times = batch["video_timestamps"][video].tolist()
         rollout = {
             str(ahead): {
                 "video": [0],
-                "frame": [int(own.frame_index[ahead - 1])],
+                "frame": [frames[ahead - 1]],
                 "gap": [round((times[length - num_frames + ahead - 1] - times[length - num_frames - 1]) / 1e9, 6)],
                 **{name: [values[ahead - 1]] for name, values in metrics.items()},
                 "temporal_consistency_chance": [1 / length],

@@ -29,7 +29,7 @@ class Question:
     choices: tuple[str, ...] = ()
     media: tuple[str, ...] = ()
     videos: tuple[str, ...] = ()
-    """Those of its media that are videos."""
+    """Those of its media that are videos; one that is sampled by options of its own is named with them."""
     moment: tuple[float, float] | None = None
     """When what is asked about is seen, if not all the time: seconds since the first frame, of its first and last frame."""
     first_videos: tuple[int, ...] = ()
@@ -72,7 +72,7 @@ def read_questions(
                 answer="",
                 problem=str(error),
             )
-        seen.update(question.media)
+        seen.update(question.videos)
         questions.append(question)
     return questions
 
@@ -90,7 +90,7 @@ def _read_question(dataset: LlavaVideoDataset, index: int, seen: set[str]) -> Qu
     if choices and answer not in choices:
         raise ValueError(f"{name}: the answer {answer!r} is not among {choices}")
     parts = [part for message in messages for part in media_parts(message)]
-    videos = [part["video"] for part in parts if part["type"] == "video"]
+    videos = [_clip_name(part) for part in parts if part["type"] == "video"]
     return Question(
         index=index,
         id=str(entry.get("id", index)),
@@ -103,6 +103,12 @@ def _read_question(dataset: LlavaVideoDataset, index: int, seen: set[str]) -> Qu
         first_videos=tuple(n for n, video in enumerate(videos) if video not in {*seen, *videos[:n]}),
         moment=tuple(entry["moment"]) if entry.get("moment") else None,
     )
+
+
+def _clip_name(part: dict[str, Any]) -> str:
+    """A video and its sampling options, if it has any: the same file sampled otherwise shows other frames."""
+    options = ", ".join(f"{name}={part[name]!r}" for name in sorted(part.keys() - {"type", "video"}))
+    return f"{part['video']} ({options})" if options else part["video"]
 
 
 def check_answers_fit(questions: Sequence[Question], processor: Any, max_new_tokens: int) -> None:
@@ -158,7 +164,7 @@ class Prompts(Dataset):
         self.processor = processor
         self.frame_order = settings.frame_order
         self.seed = settings.seed
-        self.processor_kwargs = sampling_options(processor, num_frames=settings.num_frames)
+        self.processor_kwargs = sampling_options(processor, **settings.video_options())
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -180,9 +186,7 @@ class Prompts(Dataset):
 
 
 def sampling_options(processor: Any, **given: Any) -> dict[str, Any]:
-    """Sampling options for a call of the processor: those that are given and not None, and their policy.
-
-    The policy is named, so that clips with fewer frames than `num_frames` give all of theirs.
+    """Options for a call of the processor: those that are given and not None, and the policy that they imply.
 
     Raises:
         ValueError: if the processor refuses the sampling.

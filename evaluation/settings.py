@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -24,14 +24,50 @@ from huggingface_hub import ResolvedRevision
 from transformers.utils import find_adapter_config_file, resolve_revision
 
 from ..hub.hub_folder import sha256_of, weights_sha256
+from ..processing.frame_sampling import SAMPLING_POLICIES, SHORT_CLIPS
+from ..processing.video_decoding import VideoBackend
 
+# Options of the video processor that are words.
+VIDEO_CHOICES = {
+    "sampling": tuple(SAMPLING_POLICIES),
+    "short_clip": SHORT_CLIPS,
+    "video_backend": get_args(VideoBackend),
+}
 FRAME_ORDERS = ("natural", "shuffled", "reversed")
 # Settings that change no number.
 _WITHOUT_EFFECT = ("num_workers", "max_bad_samples")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
+class VideoOptions:
+    """How videos are read, where not as the checkpoint's processor does: options of `LlavaNextARVideoProcessor`."""
+
+    sampling: str | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+    max_frames: int | None = None
+    sample_rate: int | None = None
+    short_clip: str | None = None
+    video_backend: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in VIDEO_CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+        for name in ("num_frames", "fps", "max_frames", "sample_rate"):
+            value, least = getattr(self, name), "above 0" if name == "fps" else "at least 1"
+            if value is not None and not (value > 0 if name == "fps" else value >= 1):
+                raise ValueError(f"{name} is {value}, expected {least}")
+
+    def video_options(self) -> dict[str, Any]:
+        """Those that are set."""
+        values = {field.name: getattr(self, field.name) for field in fields(VideoOptions)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(VideoOptions):
     """Everything that the results depend on; written into the output."""
 
     model: str
@@ -55,7 +91,6 @@ class EvaluationSettings:
     max_bad_samples: int = 0
     """Entries that may be left out since they cannot be read, all of them named in the output; one more is an error."""
     max_new_tokens: int = 16
-    num_frames: int | None = None
     frame_order: str = "natural"
     """`shuffled` and `reversed` show each video's frames in another order, at the same times: what is still answered
     needs no time."""
@@ -68,7 +103,8 @@ class EvaluationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_new_tokens", "max_samples", "num_frames", "cpu_threads", "horizons"):
+        super().__post_init__()
+        for name in ("batch_size", "max_new_tokens", "max_samples", "cpu_threads", "horizons"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
@@ -94,6 +130,26 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         is_negative = isinstance(action, argparse._StoreFalseAction)
         return action.help if is_negative else super()._get_help_string(action)
+
+
+def add_video_options(parser: argparse.ArgumentParser) -> None:
+    """One option for each of `VideoOptions`."""
+    group = parser.add_argument_group("videos", "How they are read, if other than the checkpoint's processor does.")
+    helps = {
+        "sampling": "policy that chooses frames: by default that of the options given here, or else the processor's",
+        "num_frames": "frames of a video",
+        "fps": "frames per second, instead of their number",
+        "max_frames": "limit on the frames that fps or sample rate give",
+        "sample_rate": "every how many frames one is taken",
+        "short_clip": "a clip with fewer frames than are asked for gives all it has, or is an error; by default all, but "
+        "an error with the policy num_frames",
+        "video_backend": "library that decodes",
+    }
+    types = {"num_frames": int, "fps": float, "max_frames": int, "sample_rate": int}
+    for name, text in helps.items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}", type=types.get(name, str), choices=VIDEO_CHOICES.get(name), help=text
+        )
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -138,9 +194,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         help="leave out, and name in the output, up to so many entries that cannot be read",
     )
     parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="tokens of an answer")
-    parser.add_argument(
-        "--num-frames", type=int, help="frames of a video, if other than the checkpoint's processor says"
-    )
+    add_video_options(parser)
     parser.add_argument(
         "--frame-order", choices=FRAME_ORDERS, default=defaults.frame_order, help="a control: what needs no time"
     )

@@ -176,7 +176,8 @@ def _imagine(
         predictions=[one.prediction for one in predictions],
         copies=[on_grid[kind][num_seen - 1] for kind in kinds],
         extrapolations=[
-            straight_line(on_grid[kind][:num_seen], seen_times, time) for kind, time in zip(kinds, times, strict=True)
+            straight_line(on_grid[kind][:num_seen], seen_times.tolist(), time)
+            for kind, time in zip(kinds, times.tolist(), strict=True)
         ],
         targets=[on_grid[kind][frame] for kind, frame in zip(kinds, index, strict=True)] if hold_back else None,
         candidates=[on_grid[kind] for kind in kinds] if hold_back else None,

@@ -291,7 +291,8 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             skip_logits: with labels, project to the vocabulary only where there is a label, a chunk of positions at a time;
                 `logits` is then None.
             skip_reconstruction: do not run the head; `loss` is then `main_loss` alone.
-            return_reconstruction: run the head without labels too and return what it predicts.
+            return_reconstruction: run the head without labels too and return what it predicts, also of videos that are given
+                as `VideoFeatures` in `mm_encoder_outputs`.
             num_items_in_batch: labels in the whole optimizer step (all micro-batches, all ranks), as `Trainer` passes it;
                 `main_loss` is then a sum divided by it.
             num_videos_in_batch: videos with two frames or more in the whole optimizer step, as `AutoregressiveTrainer`
@@ -314,10 +315,12 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         cache = next((kwargs[name] for name in _CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
         has_cache = cache is not None
         has_pixels = pixel_values is not None or pixel_values_videos is not None
+        # `generate` encodes before it calls: what the head predicts can be asked for there, too.
+        predicts_encoded = return_reconstruction and isinstance(encoded.get("video"), VideoFeatures)
         may_be_packed = position_ids is not None and attention_mask is None and not has_cache
         # One transfer for all that the host must know of the batch, before anything is computed: no later step waits.
         host_ids, host_labels, host_positions, *host = to_host(
-            input_ids if has_pixels or not (has_cache or torch.compiler.is_compiling()) else None,
+            input_ids if has_pixels or predicts_encoded or not (has_cache or torch.compiler.is_compiling()) else None,
             labels if shift_labels is None else shift_labels,
             position_ids if may_be_packed else None,
             *(video_frame_mask, video_frame_types, video_layout, image_sizes, batch_num_images),
@@ -389,7 +392,8 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             main_loss = self._main_loss(hidden_states, logits, labels, host_labels, num_items_in_batch, shift_labels)
 
         reconstruction = autoregressive_loss = None
-        if wants_reconstruction and self.autoregressive_module is not None and pixel_values_videos is not None:
+        has_frames = pixel_values_videos is not None or predicts_encoded
+        if wants_reconstruction and self.autoregressive_module is not None and has_frames:
             positions = found.get("video")
             if positions is None:  # without ids, the placeholders are the positions that were given as their embedding
                 _, mask = self.model.get_placeholder_mask(None, inputs_embeds)

@@ -5,6 +5,7 @@ Shape letters: M predicted frames (all but the first of each clip), T frames of 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -171,21 +172,21 @@ def summarize_frame_metrics(metrics: dict[str, torch.Tensor]) -> dict[str, float
     return means
 
 
-def straight_line(frames: torch.Tensor, times: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+def straight_line(frames: torch.Tensor, times: Sequence[float], time: float) -> torch.Tensor:
     """The baseline of constant motion: the last two of some frames, continued in a straight line to another time.
 
     Args:
         frames: `[T, P, Dv]`.
-        times: `[T]` of these frames, in any unit.
-        time: a scalar in the same unit.
+        times: T numbers, in any unit. Not a tensor: each number of one would be a transfer from its device.
+        time: in the same unit.
 
     Returns:
         `[P, Dv]`; the last frame where there is one alone, or where the last two have the same time.
     """
-    last_time, last = times[-1].item(), frames[-1]
-    gap = last_time - times[-2].item() if len(frames) > 1 else 0
+    last = frames[-1]
+    gap = times[-1] - times[-2] if len(frames) > 1 else 0
     # Numbers of Python: differences of nanoseconds are exact, as no float32 would be.
-    return last + (last - frames[-2]) * ((time.item() - last_time) / gap) if gap > 0 else last
+    return last + (last - frames[-2]) * ((time - times[-1]) / gap) if gap > 0 else last
 
 
 def _unpadded(values: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:

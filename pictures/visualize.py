@@ -40,7 +40,15 @@ from tqdm import tqdm
 from ..configuration.frame_token_layout import VideoTokens
 from ..evaluation.html_page import Report
 from ..evaluation.measures import load_checkpoint
-from ..evaluation.settings import check_device, model_identity, resolved_revision, versions
+from ..evaluation.questions import sampling_options
+from ..evaluation.settings import (
+    VideoOptions,
+    add_video_options,
+    check_device,
+    model_identity,
+    resolved_revision,
+    versions,
+)
 from ..modeling.frame_surprise import SURPRISE_FLOOR
 from .attention import answer_attention, attention_layers, attention_maps, attention_numbers
 from .features import error_figure, features_of, film_figure, fit_basis
@@ -98,7 +106,7 @@ FORESIGHT = "Each column is predicted from the columns to its left alone."
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisualizeSettings:
+class VisualizeSettings(VideoOptions):
     """Everything that the pictures depend on."""
 
     model: str
@@ -106,19 +114,17 @@ class VisualizeSettings:
     revision: str | None = None
     """Of a model on the Hub. In the output it is the commit that was loaded."""
     question: str = "What happens in this video?"
-    num_frames: int | None = None
     max_new_tokens: int = 16
     trust_remote_code: bool = False
     device: str = "cpu"
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.videos:
             raise ValueError("videos is empty, expected at least one file")
-        for name in ("num_frames", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"dtype is {self.dtype!r}, expected one such as float32 or bfloat16")
 
@@ -134,8 +140,9 @@ class VisualizeSettings:
             "--video",
             *self.videos,
         ]
-        for name in ("revision", "question", "num_frames", "max_new_tokens", "device", "dtype"):
-            value = getattr(self, name)
+        names = ("revision", "question", "max_new_tokens", "device", "dtype")
+        values = {name: getattr(self, name) for name in names} | self.video_options()
+        for name, value in values.items():
             words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
         return shlex.join(words + ["--trust-remote-code"] * self.trust_remote_code)
 
@@ -197,7 +204,7 @@ def read_clip(model: Any, processor: Any, video: str, settings: VisualizeSetting
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={} if settings.num_frames is None else {"num_frames": settings.num_frames},
+        processor_kwargs=sampling_options(processor, **settings.video_options()),
     )
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     video_processor = processor.video_processor
@@ -488,9 +495,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--video", dest="videos", nargs="+", required=True, help="video files")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--question", default=defaults.question, help="what is asked, for the attention of the answer")
-    parser.add_argument(
-        "--num-frames", type=int, help="frames of a video, if other than the checkpoint's processor says"
-    )
+    add_video_options(parser)
     parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="of the answer")
     parser.add_argument(
         *("--trust-remote-code", "--trust_remote_code"),
@@ -503,7 +508,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = options.pop("output")
     try:
         results = visualize(VisualizeSettings(**{**options, "videos": tuple(options["videos"])}), output)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # the latter of a video back end
         parser.exit(2, f"{parser.prog}: {error}\n")
     unread = [record for record in results["videos"] if is_unread(record)]
     for record in results["videos"]:

@@ -277,6 +277,11 @@ class FrameSampling:
         """Number of frames that are asked for, if it does not depend on the clip."""
         return self.num_frames if "num_frames" in _settings_of(self.policy) else self.max_frames
 
+    @property
+    def needs_times(self) -> bool:
+        """True if the choice depends on when frames are shown, beyond their number and rate."""
+        return _goes_by_time(self.policy) or bool(self.video_start) or self.video_end is not None
+
     def select(
         self, total_frames: int, native_fps: float | None = None, times: np.ndarray | None = None
     ) -> SampledFrames:

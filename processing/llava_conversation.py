@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
+from .media_sources import source_name
 from .video_inputs import MediaRequest
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
@@ -56,11 +57,12 @@ DEFAULT_CHAT_TEMPLATE = (
 # Where a content part of each kind may have its medium, in the order in which transformers looks.
 _MEDIA_KEYS = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
 _PIXEL_LIMITS = ("min_pixels", "max_pixels")
-_SAMPLING_OPTIONS = ("fps", "num_frames", "max_frames", "sample_rate", "sampling", "video_start", "video_end")
+SAMPLING_OPTIONS = ("fps", "num_frames", "max_frames", "sample_rate", "sampling", "video_start", "video_end")
 # Options of one medium, that a content part may hold beside it, and other names of them in public data.
-PART_OPTIONS = {"image": _PIXEL_LIMITS, "video": (*_SAMPLING_OPTIONS, *_PIXEL_LIMITS)}
+PART_OPTIONS = {"image": _PIXEL_LIMITS, "video": (*SAMPLING_OPTIONS, *_PIXEL_LIMITS)}
 _MEDIA_NAMES = {name for names in (*_MEDIA_KEYS.values(), *PART_OPTIONS.values()) for name in names}
-_ALIASES = {"nframes": "num_frames", "start": "video_start", "end": "video_end"}
+_PAYLOAD = re.compile(r"(data:[\w/.+;=-]{0,60},)[\w+/=%-]{8,}")  # of a data URL in a text
+OPTION_ALIASES = {"nframes": "num_frames", "start": "video_start", "end": "video_end"}
 
 
 def prepare_messages(conversation: Any, template: str, options: Mapping[str, Any]) -> list[Any]:
@@ -79,7 +81,7 @@ def prepare_messages(conversation: Any, template: str, options: Mapping[str, Any
             raise ValueError(f"the chat template does not read {name!r} and would drop it: give one that does")
     with_media = bool(options.get("tokenize"))
     if not isinstance(conversation, (list, tuple)) or not conversation:
-        raise ValueError(f"conversation must be a list of messages that is not empty, got {_shown(conversation)}")
+        raise ValueError(f"conversation must be a list of messages that is not empty, got {shown(conversation)}")
     is_batch = all(isinstance(item, (list, tuple)) for item in conversation)
     prepared = []
     for number, messages in enumerate(conversation if is_batch else [conversation]):
@@ -97,13 +99,13 @@ def template_reads(template: str, name: str) -> bool:
 
 def _message(where: str, message: Any, template: str, with_media: bool) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise ValueError(f"{where} must be a dict with a string as 'role' and with 'content', got {_shown(message)}")
+        raise ValueError(f"{where} must be a dict with a string as 'role' and with 'content', got {shown(message)}")
     content = message.get("content")
     message = {key: value for key, value in message.items() if value not in (None, "", [], {}) or key == "content"}
     for key, value in message.items():
         if key not in ("role", "content") and not template_reads(template, key):
             raise ValueError(
-                f"{where} has {key!r}, but the chat template does not read it and would drop {_shown(value)}: give a "
+                f"{where} has {key!r}, but the chat template does not read it and would drop {shown(value)}: give a "
                 "chat_template that reads it, or write it into the content"
             )
     if content is None and "tool_calls" in message:
@@ -113,13 +115,13 @@ def _message(where: str, message: Any, template: str, with_media: bool) -> dict[
             _part(f"{where}['content'][{number}]", part, template, with_media) for number, part in enumerate(content)
         ]
     elif not isinstance(content, str):
-        raise ValueError(f"{where}['content'] must be a string or a list of parts, got {_shown(content)}")
+        raise ValueError(f"{where}['content'] must be a string or a list of parts, got {shown(content)}")
     return message
 
 
 def _part(place: str, part: Any, template: str, with_media: bool) -> dict[str, Any]:
     if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
-        raise ValueError(f"{place} must be a dict with a string as 'type', got {_shown(part)}")
+        raise ValueError(f"{place} must be a dict with a string as 'type', got {shown(part)}")
     part = {key: value for key, value in part.items() if value is not None}
     kind = part["type"]
     if kind in ("image_url", "video_url") and kind in part:  # as OpenAI's clients write them
@@ -127,9 +129,10 @@ def _part(place: str, part: Any, template: str, with_media: bool) -> dict[str, A
         kind = kind.removesuffix("_url")
         part = {**part, **(dict(url) if isinstance(url, Mapping) else {"url": url}), "type": kind}
     if kind == "text" and not isinstance(part.get("text"), str):
-        raise ValueError(f"{place} is of type 'text' and must have a string as 'text', got {_shown(part)}")
+        raise ValueError(f"{place} is of type 'text' and must have a string as 'text', got {shown(part)}")
     media, options = _MEDIA_KEYS.get(kind, ()), PART_OPTIONS.get(kind, ())
-    known = {"text"} if kind == "text" else {*media, *options, *(key for key in _ALIASES if _ALIASES[key] in options)}
+    aliases = (alias for alias, name in OPTION_ALIASES.items() if name in options)
+    known = {"text"} if kind == "text" else {*media, *options, *aliases}
     for key in sorted(part.keys() - known - {"type"}) if kind == "text" or media else ():
         if key in _MEDIA_NAMES or not template_reads(template, key):
             near = difflib.get_close_matches(key.removeprefix("video_"), sorted(known), n=1, cutoff=0.0)
@@ -146,14 +149,14 @@ def _media_part(place: str, part: dict[str, Any], with_media: bool) -> dict[str,
     for key in given:
         # Media themselves are seen to by who reads them. A video may be a list of frames, an image may not.
         if isinstance(part[key], (bool, int, float, Mapping, *((list, tuple) if kind == "image" else ()))):
-            raise ValueError(f"{place}['{key}'] must be a path, a URL or the {kind} itself, got {_shown(part[key])}")
+            raise ValueError(f"{place}['{key}'] must be a path, a URL or the {kind} itself, got {shown(part[key])}")
     if len(given) > 1:
         raise ValueError(f"{place} must have one {kind}, but has one as {' and one as '.join(map(repr, given))}")
     if kind == "video" and with_media and not given:
         raise ValueError(
-            f"{place} is of type 'video' and must have one of 'video', 'url' and 'path', got {_shown(part)}"
+            f"{place} is of type 'video' and must have one of 'video', 'url' and 'path', got {shown(part)}"
         )
-    named = {key: _ALIASES.get(key, key) for key in part if _ALIASES.get(key, key) in PART_OPTIONS[kind]}
+    named = {key: OPTION_ALIASES.get(key, key) for key in part if OPTION_ALIASES.get(key, key) in PART_OPTIONS[kind]}
     for key, name in named.items():
         if key != name and name in named:
             raise ValueError(f"{place} has {name!r} twice, once as {key!r}")
@@ -163,9 +166,23 @@ def _media_part(place: str, part: dict[str, Any], with_media: bool) -> dict[str,
     return {**{key: value for key, value in part.items() if key not in named}, given[0]: request}
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
+def shown(value: Any) -> str:
+    """A value as messages show it: at most about 200 characters, and nothing of the content of a medium in it."""
+    text = _PAYLOAD.sub(r"\1...", repr(_without_content(value)))
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _without_content(value: Any) -> Any:
+    if isinstance(value, str):
+        return source_name(value)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return f"<{len(value)} bytes>"
+    if isinstance(value, Mapping):
+        return {key: _without_content(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_content(inner) for inner in value[:20]]
+    shape = getattr(value, "shape", None)
+    return value if shape is None else f"<{type(value).__name__} of shape {tuple(shape)}>"
 
 
 def llava_conversation_to_messages(
@@ -193,9 +210,9 @@ def llava_conversation_to_messages(
         raise ValueError("the conversation has no turns")
     for number, turn in enumerate(conversations):
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
-            raise ValueError(f"turn {number} must be a dict with 'from' and 'value', got {turn!r}")
+            raise ValueError(f"turn {number} must be a dict with 'from' and 'value', got {shown(turn)}")
         if turn["from"] not in _LLAVA_ROLES:
-            raise ValueError(f"turn {number} is from {turn['from']!r}, expected one of {', '.join(_LLAVA_ROLES)}")
+            raise ValueError(f"turn {number} is from {shown(turn['from'])}, expected one of {', '.join(_LLAVA_ROLES)}")
     # In any other turn the word is text: an answer may quote it.
     text = "".join(turn["value"] for turn in conversations if turn["from"] == "human")
     counts = {VIDEO_TOKEN: text.count(VIDEO_TOKEN), IMAGE_TOKEN: text.count(IMAGE_TOKEN)}
@@ -208,7 +225,7 @@ def llava_conversation_to_messages(
         if count != given[token]:
             raise ValueError(
                 f"the conversation has {count} {token} placeholders for {given[token]} {media[token][0]}s: "
-                f"{text[:200]!r}"
+                f"{shown(text)}"
             )
     messages = []
     for turn in conversations:

@@ -193,6 +193,18 @@ def video_length(source: Any) -> tuple[int, float]:
         return len(reader.timestamps), reader.fps
 
 
+def video_times(source: Any, fps: float | None = None) -> tuple[np.ndarray, float, float]:
+    """(seconds `[T]` at which frames are shown, frames a second, duration) of a source that `load_video` reads with `fps`.
+
+    Nothing is decoded where a file's packets have times.
+
+    Raises:
+        VideoReadError: as `video_length`.
+    """
+    with _open_reader(source, fps=fps) as reader:
+        return reader.timestamps, reader.fps, reader.duration
+
+
 def _read_sampled(
     reader: FrameReader,
     sampling: FrameSampling | None,

@@ -88,11 +88,15 @@ class MediaRequest:
         """The picture, enlarged or reduced to the limits, its proportions kept."""
         if not isinstance(image, Image.Image):
             raise ValueError(f"{self.place}: {', '.join(self.options)} need a picture, got {type(image).__name__}")
-        (low, high), size = self.pixel_limits, image.width * image.height
+        sides = self.fitted_size(image.size)
+        return image if sides == image.size else image.resize(sides, Image.BICUBIC)
+
+    def fitted_size(self, sides: tuple[int, int]) -> tuple[int, int]:
+        """Width and height of an image within the limits."""
+        (low, high), size = self.pixel_limits, sides[0] * sides[1]
         scale = math.sqrt(min(max(size, low), high) / size)
         rounded = math.floor if scale < 1 else math.ceil  # never beyond the limit
-        sides = [max(1, rounded(side * scale)) for side in image.size]
-        return image if scale == 1 else image.resize(sides, Image.BICUBIC)
+        return tuple(max(1, rounded(side * scale)) for side in sides)
 
 
 def flatten_videos(videos: Any) -> "tuple[list[Any], list[int] | int]":
@@ -400,6 +404,7 @@ def _sample_frames(
         # The default rate is good enough for times, but frames are not chosen by a rate that nobody knows.
         native_fps = metadata.fps * num_frames / total if metadata.fps else None
         times = (np.arange(num_frames) if places is None else np.asarray(places)) / (metadata.fps or IMAGE_FPS)
+        times = None if sampling.policy == "fps_time" and not metadata.fps else times
         sampled = sampling.select(num_frames, native_fps, times)
         if not np.array_equal(chosen, sampled.indices):
             chosen = sampled.indices

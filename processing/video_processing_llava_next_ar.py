@@ -312,7 +312,7 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
             request, own_sampling, own_kwargs, loading = None, sampling, kwargs, {}
             if is_request(source):
                 request, source = source, source.source
-                metadata, own_sampling, own_kwargs, loading = self._requested(request, metadata, kwargs)
+                metadata, own_sampling, own_kwargs, loading = self.sampling_of_request(request, metadata, kwargs)
             clip = read_clip(
                 source,
                 metadata,
@@ -332,10 +332,11 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
                 request.check_pixels(*clips[-1].scales[0].shape[-2:])
         return _collate(clips, options)
 
-    def _requested(
+    def sampling_of_request(
         self, request: MediaRequest, metadata: VideoMetadata | None, kwargs: dict[str, Any]
     ) -> tuple[Any, ...]:
-        """(metadata, sampling, options, further arguments of `read_clip`); `fps` is that of frames without times."""
+        """(metadata, sampling, options, further arguments of `read_clip`) of a video with options of its own in a call
+        with the options `kwargs`; `fps` is that of frames without times. Raises ValueError as a call does."""
         try:
             self._check_types({name: request.options[name] for name in request.options.keys() & SAMPLING_SETTINGS})
             own, metadata, loading = request.sampling_options(metadata)

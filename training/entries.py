@@ -4,7 +4,9 @@
     {"conversations": [{"from": "human", "value": "<video>\\nWhat happens?"}, {"from": "gpt", "value": "Rain."}],
      "video": "x.mp4"}
 
-Chat messages under `messages` are read as well. An entry comes from a stranger: whatever it holds is either understood
+Chat messages under `messages` are read as well. Sampling options (`SAMPLING_KEYS`, such as `fps` or `video_start` and
+`video_end` in seconds) stand in an entry, for its one video, or in a content part of `messages`; they mean what they mean
+in a chat, and go before the processor's own. An entry comes from a stranger: whatever it holds is either understood
 or refused with a ValueError (a missing file with a FileNotFoundError). So a key that is not read is an error, unless it
 is a usual annotation (`ANNOTATION_KEYS`), null, or named in `ignored_keys`.
 """
@@ -21,7 +23,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..processing.llava_conversation import llava_conversation_to_messages
+from ..processing.llava_conversation import (
+    OPTION_ALIASES,
+    PART_OPTIONS,
+    SAMPLING_OPTIONS,
+    llava_conversation_to_messages,
+    shown,
+)
 from ..processing.media_sources import is_animation, names_picture, source_name
 from .media_paths import path_below
 
@@ -47,20 +55,20 @@ ANNOTATION_KEYS = frozenset(
         ),
     )
 )
+# Sampling options of an entry's one video, under the names that content parts of chats have for them.
+SAMPLING_KEYS = (*SAMPLING_OPTIONS, *OPTION_ALIASES)
 # Options that other trainers read from an entry, and where the same is set here.
 _OPTION_KEYS = {
     **dict.fromkeys(("weight", "weights", "sample_weight", "loss_weight"), "a source has a weight, an entry has none"),
+    **dict.fromkeys(("min_frames", "video_fps"), "frames are sampled by 'num_frames', 'fps' and 'max_frames'"),
     **dict.fromkeys(
-        ("fps", "nframes", "num_frames", "max_frames", "min_frames", "sample_rate", "video_fps"),
-        "frames are sampled as the processor and the recipe's keys say (num_frames, fps, max_frames)",
-    ),
-    **dict.fromkeys(
-        ("start", "end", "start_time", "end_time", "video_start", "video_end", "clip", "segment", "timestamps"),
-        "a video is read from its start to its end: cut the file",
+        ("start_time", "end_time", "clip", "segment", "timestamps"),
+        "a part of a video is given by 'video_start' and 'video_end', in seconds",
     ),
 }
-# Of a content part of each type, beside `type`; a medium lies under one of them.
+# Of a content part of each type, beside `type` and options; a medium lies under one of them.
 _PART_KEYS = {"text": ("text",)} | {kind: (kind, "path", "url", f"{kind}_url") for kind in ("video", "image")}
+_PART_OPTIONS = {"text": (), "image": PART_OPTIONS["image"], "video": (*PART_OPTIONS["video"], *OPTION_ALIASES)}
 _TEXT_WORDS = re.compile(
     r"(question|answer|caption|text|prompt|completion|response|reply|instruction|input|output|conversation|dialog"
     r"|dialogue|chat|message|turn|query|qa|description|transcript|subtitle|narration|summary|label|solution|history)"
@@ -96,7 +104,7 @@ class MediaFolders:
         if isinstance(media, (np.ndarray, torch.Tensor) if kind == "video" else Image.Image):
             return media
         if not isinstance(media, str) or not media:
-            raise ValueError(f"{kind} must be a path, got {str(media)[:200]!r}")
+            raise ValueError(f"{kind} must be a path, got {shown(media)}")
         root = self.video_root if kind == "video" else self.image_root
         if "://" in media or media.startswith("data:"):
             if self.allow_outside_root:
@@ -106,7 +114,7 @@ class MediaFolders:
             )
         path = os.path.abspath(root / media) if self.allow_outside_root else path_below(root, media, kind)
         if not os.path.exists(path):
-            raise FileNotFoundError(f"no such file: {path}")
+            raise FileNotFoundError(f"no such file: {source_name(path)}")
         if kind == "video" and names_picture(media, only_still=True) and not is_animation(path):
             raise ValueError(f"video {media[-200:]!r} is an image; give it under 'image'")
         return path
@@ -124,7 +132,7 @@ def entry_to_messages(entry: Any, folders: MediaFolders, ignored_keys: Collectio
     """
     if not isinstance(entry, Mapping):
         raise ValueError(f"an entry must be a dict, got {type(entry).__name__}")
-    _check_keys(entry, CONTENT_KEYS, "the entry", {*ANNOTATION_KEYS, *ignored_keys})
+    _check_keys(entry, (*CONTENT_KEYS, *SAMPLING_KEYS), "the entry", {*ANNOTATION_KEYS, *ignored_keys})
     videos = [folders.locate(media, "video") for media in _as_list(entry, "video")]
     images = [folders.locate(media, "image") for media in _as_list(entry, "image")]
     turns, chat = entry.get("conversations"), entry.get("messages")
@@ -144,6 +152,8 @@ def entry_to_messages(entry: Any, folders: MediaFolders, ignored_keys: Collectio
         raise ValueError("the entry has neither 'conversations' nor 'messages', nor a video alone to reconstruct")
     if turns is not None or chat is not None:
         _check_answers(messages)
+    options = {key: entry[key] for key in SAMPLING_KEYS if key not in ignored_keys and entry.get(key) is not None}
+    _give_to_video(options, messages)
     return _with_system(messages, entry.get("system"))
 
 
@@ -166,7 +176,7 @@ def media_names(entry: Any) -> list[str]:
     flat = [name for value in values for name in (value if isinstance(value, (list, tuple)) else [value])]
     flat = [name.get("path") or name.get("url") if isinstance(name, Mapping) else name for name in flat]
     names = [str(name) for name in flat if isinstance(name, (str, int, float, os.PathLike))]
-    return [name[: 40 if name.startswith("data:") else 500] for name in names]
+    return [source_name(name)[:500] for name in names]
 
 
 def without_nulls(value: Any) -> Any:
@@ -206,12 +216,32 @@ def _check_answers(messages: list[dict[str, Any]]) -> None:
             raise ValueError(f"turn {number}, from 'gpt', is an answer without text")
 
 
+def _give_to_video(options: Mapping[str, Any], messages: list[dict[str, Any]]) -> None:
+    """Writes an entry's sampling options into the content part of its one video."""
+    if not options:
+        return
+    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
+    parts = [part for content in contents for part in content if part["type"] == "video"]
+    names = ", ".join(map(repr, options))
+    if len(parts) != 1:
+        raise ValueError(
+            f"the entry has {names}, expected one video that these are of, got {len(parts)}; with several, give them in "
+            "the content parts of 'messages'"
+        )
+    for key in options:
+        name = OPTION_ALIASES.get(key, key)
+        other = next((one for one in parts[0] if OPTION_ALIASES.get(one, one) == name), None)
+        if other is not None:
+            raise ValueError(f"the entry has {key!r}, and its video has {other!r} as well; give one")
+        parts[0][key] = options[key]
+
+
 def _with_system(messages: list[dict[str, Any]], system: Any) -> list[dict[str, Any]]:
     """The conversation behind the entry's system prompt, if it has one."""
     if system is None:
         return messages
     if not isinstance(system, str) or not system.strip():
-        raise ValueError(f"'system' must be the text of the system prompt, got {str(system)[:200]!r}")
+        raise ValueError(f"'system' must be the text of the system prompt, got {shown(system)}")
     if any(message["role"] == "system" for message in messages):
         raise ValueError("the entry has 'system', and its conversation a system turn too")
     return [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
@@ -221,17 +251,15 @@ def _from_chat(
     chat: Any, videos: list[Any], images: list[Any], folders: MediaFolders, ignored_keys: Collection[str]
 ) -> list[dict[str, Any]]:
     if not isinstance(chat, list) or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in chat):
-        raise ValueError(f"'messages' must be a list of dicts with 'role' and 'content', got {str(chat)[:200]}")
+        raise ValueError(f"'messages' must be a list of dicts with 'role' and 'content', got {shown(chat)}")
     for number, message in enumerate(chat):
         _check_keys(message, ("role", "content"), f"message {number}", ignored_keys)
         if not isinstance(message["role"], str) or message["role"] not in _CHAT_ROLES:
             raise ValueError(
-                f"message {number} has the role {message['role']!r}, expected one of {', '.join(_CHAT_ROLES)}"
+                f"message {number} has the role {shown(message['role'])}, expected one of {', '.join(_CHAT_ROLES)}"
             )
         if not isinstance(message["content"], (str, list)):
-            raise ValueError(
-                f"message {number} must have text or a list of parts, got {str(message['content'])[:200]}"
-            )
+            raise ValueError(f"message {number} must have text or a list of parts, got {shown(message['content'])}")
     if all(isinstance(message["content"], str) for message in chat):
         # Plain strings with placeholders: LLaVA's form under other names.
         turns = [{"from": _CHAT_ROLES[message["role"]], "value": message["content"]} for message in chat]
@@ -244,12 +272,18 @@ def _from_chat(
         for part in parts:
             kind = str(part.get("type")).removesuffix("_url") if isinstance(part, Mapping) else None
             if kind in _PART_KEYS:
-                _check_keys(part, ("type", *_PART_KEYS[kind]), f"a {kind} part of message {number}", ignored_keys)
-        parts = [_part(part, f"message {number}", message["role"], left, folders) for part in parts]
-        messages.append({"role": message["role"], "content": parts})
+                known = ("type", *_PART_KEYS[kind], *_PART_OPTIONS[kind])
+                _check_keys(part, known, f"a {kind} part of message {number}", ignored_keys)
+        read = [_part(part, f"message {number}", message["role"], left, folders) for part in parts]
+        for part, own in zip(parts, read, strict=True):
+            names = [name for name in _PART_OPTIONS[own["type"]] if name not in ignored_keys]
+            own |= {name: part[name] for name in names if part.get(name) is not None}
+        messages.append({"role": message["role"], "content": read})
     for kind, names in left.items():
         if names:
-            raise ValueError(f"{len(names)} more {kind}s were given than the messages have parts for: {names[0]}")
+            raise ValueError(
+                f"{len(names)} more {kind}s were given than the messages have parts for: {shown(names[0])}"
+            )
     return messages
 
 
@@ -274,7 +308,7 @@ def _part(part: Any, where: str, role: str, left: dict[str, list[Any]], folders:
         if not left[media]:
             raise ValueError(f"{where} holds a {media} part, but no {media} is given for it")
         return {"type": media, media: left[media].pop(0)}
-    raise ValueError(f"{where} holds {str(part)[:200]}; a content part is a dict of type text, image or video")
+    raise ValueError(f"{where} holds {shown(part)}; a content part is a dict of type text, image or video")
 
 
 def _as_list(entry: Mapping[str, Any], kind: str) -> list[Any]:
@@ -294,7 +328,7 @@ def _checked_turns(conversations: Any, ignored_keys: Collection[str]) -> list[di
             _check_keys(turn, ("from", "value"), f"turn {number}", ignored_keys)
         for key in ("from", "value") if isinstance(turn, Mapping) else ():
             if not isinstance(turn.get(key, ""), str):
-                raise ValueError(f"turn {number} must have a string as {key!r}, got {str(turn[key])[:200]}")
+                raise ValueError(f"turn {number} must have a string as {key!r}, got {shown(turn[key])}")
     return conversations
 
 

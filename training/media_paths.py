@@ -4,6 +4,8 @@
 import os
 from pathlib import Path
 
+from ..processing.media_sources import source_name
+
 
 def path_below(root: str | os.PathLike, name: str, kind: str = "file") -> str:
     """The real path of what `name` means below `root`.
@@ -23,14 +25,15 @@ def path_below(root: str | os.PathLike, name: str, kind: str = "file") -> str:
     """
     root = Path(root).resolve()
     path = Path(os.path.abspath(root / name))
-    real = _checked(path, root, f"{kind} {name!r}")
+    shown = source_name(name)
+    real = _checked(path, root, f"{kind} {shown!r}")
     if not real.exists():
-        raise FileNotFoundError(f"no such file: {path}")
+        raise FileNotFoundError(f"no such file: {path if shown == name else shown}")
     if real.is_dir():
         with os.scandir(real) as entries:
             for entry in entries:
                 if entry.is_symlink():
-                    _checked(Path(entry.path), root, f"{entry.name!r} in the {kind} folder {name!r}")
+                    _checked(Path(entry.path), root, f"{entry.name!r} in the {kind} folder {shown!r}")
     return str(real)
 
 

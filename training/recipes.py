@@ -8,7 +8,7 @@ import argparse
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -17,6 +17,8 @@ from transformers import HfArgumentParser, LlavaOnevisionConfig, TrainingArgumen
 from ..configuration.configuration_llava_next_ar import LlavaNextARAutoregressiveConfig, LlavaNextARConfig
 from ..configuration.key_names import nearest_name
 from ..configuration.transformers_compat import ACTIVATION_CHECKPOINTING
+from ..processing.frame_sampling import SAMPLING_POLICIES, SHORT_CLIPS
+from ..processing.video_decoding import VideoBackend
 from .guards import BadStepPolicy
 
 TRAINABLE = ("full", "projector_and_head", "head", "lora")
@@ -112,7 +114,11 @@ class DataArguments:
         metadata={"help": "Put the samples of a batch into one row, without padding; they do not see each other."},
     )
     sampling: str | None = field(
-        default=None, metadata={"help": "uniform | num_frames | fps | every_nth | fast_slow."}
+        default=None,
+        metadata={
+            "help": f"Policy that chooses frames: {' | '.join(SAMPLING_POLICIES)}. uniform_time and fps_time go by the times "
+            "of frames, for videos whose frame rate varies."
+        },
     )
     num_frames: int | None = field(default=None, metadata={"help": "Frames of a video."})
     fps: float | None = field(default=None, metadata={"help": "Frames per second, instead of num_frames."})
@@ -120,7 +126,16 @@ class DataArguments:
         default=None, metadata={"help": "Limit on the frames that fps or sample_rate give."}
     )
     sample_rate: int | None = field(default=None, metadata={"help": "Every how many frames one is taken."})
-    video_backend: str | None = field(default=None, metadata={"help": "auto | decord | pyav."})
+    short_clip: str | None = field(
+        default=None,
+        metadata={
+            "help": f"{' | '.join(SHORT_CLIPS)}: a clip with fewer frames than are asked for gives all it has, or is an error. "
+            "By default all, but an error with the policy num_frames."
+        },
+    )
+    video_backend: str | None = field(
+        default=None, metadata={"help": f"{' | '.join(get_args(VideoBackend))}: library that decodes."}
+    )
     resize_backend: str | None = field(default=None, metadata={"help": "torch | pil."})
     allow_partial: bool | None = field(default=None, metadata={"help": "Use what can be read of a damaged video."})
     add_time_instruction: bool | None = field(

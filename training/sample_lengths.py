@@ -5,16 +5,17 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from ..processing.frame_sampling import SampledFrames
+from ..processing.frame_sampling import FrameSampling, SampledFrames
+from ..processing.llava_conversation import prepare_messages
 from ..processing.media_sources import IMAGE_FPS, open_image
-from ..processing.video_frames import video_length
-from ..processing.video_inputs import load_images
+from ..processing.video_frames import video_length, video_times
+from ..processing.video_inputs import MediaRequest, is_request, load_images
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def count_tokens(
         ValueError, OSError: for a medium whose header cannot be read, or that the sampling refuses.
     """
     prompt = processor.apply_chat_template(messages, tokenize=False)
+    messages = prepare_messages(messages, "", {"tokenize": True})  # media with options become requests
     media = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
     videos = [_video_text(processor, part["video"], options) for part in media if part["type"] == "video"]
     images = _image_texts(processor, [part["image"] for part in media if part["type"] == "image"])
@@ -66,30 +68,55 @@ def count_tokens(
 
 
 def _video_text(processor: Any, video: Any, options: dict[str, Any]) -> str:
+    """The text of a video, or of a `MediaRequest` of one."""
     video_processor = processor.video_processor
     names = video_processor.valid_kwargs.__annotations__
     given = {name: value for name, value in options.items() if name in names} | options.get("videos_kwargs", {})
-    sampling = video_processor.sampling_for(**given)
-    total, native_fps = _length(video)
-    sampled = SampledFrames(np.arange(total)) if sampling is None else sampling.select(total, native_fps)
-    fps = native_fps or IMAGE_FPS
+    request = video if is_request(video) else MediaRequest(video, {}, "")
+    request = MediaRequest(_opened(request.source), request.options, request.place)
+    metadata, sampling, _, loading = video_processor.sampling_of_request(request, None, given)
+    clip = _clock(request.source, metadata.fps if metadata else loading.get("fps"), sampling)
+    sampled = SampledFrames(np.arange(clip.total)) if sampling is None else sampling.select(*clip[:3])
+    fps = clip.fps or IMAGE_FPS
+    timestamps = sampled.indices / fps if clip.times is None else clip.times[sampled.indices]
     processed: dict[str, Any] = {
         "video_frame_mask": torch.ones(1, len(sampled.indices), dtype=torch.bool),
-        "video_timestamps": torch.from_numpy(sampled.indices / fps)[None],
-        "video_metadata": [_Metadata(total, fps, total / fps)],
+        "video_timestamps": torch.from_numpy(timestamps)[None],
+        "video_metadata": [_Metadata(clip.total, fps, clip.total / fps if clip.duration is None else clip.duration)],
     }
     if sampled.frame_types is not None:
         processed["video_frame_types"] = torch.tensor([sampled.frame_types])
     return processor.video_text(processed, 0, given)
 
 
-def _length(video: Any) -> tuple[int, float | None]:
-    """(number of frames, frames a second); arrays have no rate."""
+def _opened(video: Any) -> Any:
+    """As `SampleReader` hands it to the processor."""
     if isinstance(video, str) and video.lower().endswith(".npy"):
-        video = np.load(video, mmap_mode="r", allow_pickle=False)
+        return np.load(video, mmap_mode="r", allow_pickle=False)
+    return video
+
+
+class _Clock(NamedTuple):
+    """Of a video: number of frames, frames a second, seconds of each frame, duration; None where it is not looked up."""
+
+    total: int
+    fps: float | None
+    times: np.ndarray | None = None
+    duration: float | None = None
+
+
+def _clock(video: Any, fps: float | None, sampling: FrameSampling | None) -> _Clock:
+    """Reads what the sampling goes by; `fps` is that of frames without times of their own."""
+    needs_times = sampling is not None and sampling.needs_times
     if isinstance(video, (np.ndarray, torch.Tensor)):
-        return len(video), None
-    return video_length(video)
+        # As in `read_clip`: the default rate serves for times, but no frame is chosen by it.
+        has_times = needs_times and (fps or sampling.policy != "fps_time")
+        return _Clock(len(video), fps, np.arange(len(video)) / (fps or IMAGE_FPS) if has_times else None)
+    if not needs_times:
+        total, native_fps = video_length(video)
+        return _Clock(total, fps or native_fps)
+    times, native_fps, duration = video_times(video, fps)  # packets are read, which costs more than a header
+    return _Clock(len(times), native_fps, times, duration)
 
 
 def _image_texts(processor: Any, images: list[Any]) -> list[str]:
@@ -108,6 +135,8 @@ def _image_texts(processor: Any, images: list[Any]) -> list[str]:
 
 def _upright_size(media: Any) -> tuple[int, int]:
     """(width, height) as transformers sees the image, that is, turned the way the camera was held."""
+    if is_request(media):
+        return media.fitted_size(_upright_size(media.source))
     if isinstance(media, Image.Image):
         image = media
     elif isinstance(media, str) and ("://" in media or media.startswith("data:")):

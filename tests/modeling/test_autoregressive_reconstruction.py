@@ -407,15 +407,16 @@ def test_metrics_take_frame_numbers_that_are_on_another_device_than_the_features
 @pytest.mark.parametrize("first", [0, 2**60])
 def test_a_straight_line_by_hand(first):
     frames = torch.randn(3, 4, 8)
-    times = first + torch.tensor(
-        [0, 1, 5]
-    )  # of nanoseconds since 1970, no floating point number holds these differences
+    times = [
+        first,
+        first + 1,
+        first + 5,
+    ]  # of nanoseconds since 1970, no floating point number holds these differences
     line = frames[2] + (frames[2] - frames[1]) * 0.75
-    torch.testing.assert_close(straight_line(frames, times, first + torch.tensor(8)), line)
+    torch.testing.assert_close(straight_line(frames, times, first + 8), line)
     assert torch.equal(straight_line(frames[:1], times[:1], times[2]), frames[0])
-    assert torch.equal(straight_line(frames, times[[0, 2, 2]], times[2] + 8), frames[2])
-    seconds = torch.tensor([0.0, 0.5, 1.5])
-    torch.testing.assert_close(straight_line(frames, seconds, torch.tensor(2.25)), line)
+    assert torch.equal(straight_line(frames, [times[0], times[2], times[2]], times[2] + 8), frames[2])
+    torch.testing.assert_close(straight_line(frames, [0.0, 0.5, 1.5], 2.25), line)
 
 
 def test_metrics_of_a_copy():

@@ -52,14 +52,18 @@ def root(tmp_path_factory):
         ({"conversations": ASKED, "vidoes": ["b.mp4"]}, "'vidoes'; did you mean 'videos'"),
         ({"conversations": ASKED, "image_path": "b.png"}, "'image_path'; did you mean 'image"),
         ({"conversations": ASKED, "weight": 2.0}, "'weight'; a source has a weight"),
-        ({"conversations": ASKED, "fps": 4}, "'fps'; frames are sampled as"),
-        ({"conversations": ASKED, "start": 1.0, "end": 2.0}, "'start'; a video is read from its start to its end"),
-        ({"conversations": ASKED, "video_start": 1.0}, "'video_start'; a video is read from its start"),
+        ({"conversations": ASKED, "video_fps": 4}, "'video_fps'; frames are sampled by 'num_frames'"),
+        ({"conversations": ASKED, "start_time": 1.0}, "'start_time'; a part of a video is given by 'video_start'"),
+        ({"conversations": ASKED, "fsp": 1.0}, "'fsp'; did you mean 'fps'"),
         ({"conversations": [{**ASKED[0], "loss": False}, ASKED[1]]}, "turn 0 has the unknown key 'loss'"),
         ({"messages": [{"role": "user", "content": "<video>", "tool_calls": []}]}, "message 0 has the unknown key"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "video", "path": "a.mp4", "fps": 4}]}]},
-            "a video part of message 0 has the unknown key 'fps'; frames are sampled",
+            {"messages": [{"role": "user", "content": [{"type": "video", "path": "a.mp4", "num_frame": 4}]}]},
+            "a video part of message 0 has the unknown key 'num_frame'; did you mean 'num_frames'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "path": "a.png", "fps": 4}]}]},
+            "an? image part of message 0 has the unknown key 'fps'",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "video", "path": "a.mp4", "video": "a.mp4"}]}]},
