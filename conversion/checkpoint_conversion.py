@@ -170,7 +170,10 @@ def convert_checkpoint(
         _choose_placeholders(config, processor, options.image_token_id, options.video_token_id, notes)
     ours, theirs = LlavaNextARForConditionalGeneration, LlavaOnevisionForConditionalGeneration
     model_class = ours if options.to == "llava_next_ar" else theirs
-    plan = plan_tensors(read_index(folder), config, model_class, ORIGINAL_KEYS if kind == "original" else (), notes)
+    stored = read_index(folder)
+    if options.to == "llava_onevision" and any(name.startswith(HEAD) for name in stored):
+        notes.append(f"the head ({HEAD}*) was left out: LLaVA-OneVision has no place for it")
+    plan = plan_tensors(stored, config, model_class, ORIGINAL_KEYS if kind == "original" else (), notes)
     plan = _cast(plan, config, options.dtype)
     config.architectures = [model_class.__name__]
 
@@ -183,8 +186,6 @@ def convert_checkpoint(
             processor.save_pretrained(partial)
         elif options.to == "llava_onevision":
             _export_processor(folder, partial, notes)
-        if options.to == "llava_onevision" and values.get("enable_autoregressive", True):
-            notes.append(f"the head ({HEAD}*) is left out: LLaVA-OneVision has none")
         if options.to == "llava_next_ar":
             if config.enable_autoregressive:
                 notes.append(f"the head ({HEAD}*) is new: it is initialised when the model is loaded")

@@ -43,6 +43,7 @@ from .video_language_model import (
     to_host,
     with_frames_first,
 )
+from .vision_teacher import has_several_ranks
 
 logger = logging.get_logger(__name__)
 
@@ -331,11 +332,8 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             # With a cache, transformers takes the samples of a row for one sequence and lets them see each other.
             use_cache = False
         found = {} if host_ids is None else find_placeholders(self.config, host_ids)
-        vision: dict[str, Any] = {
-            "vision_feature_layer": vision_feature_layer,
-            "vision_feature_select_strategy": vision_feature_select_strategy,
-            "return_dict": True,
-        }
+        layer, strategy = vision_feature_layer, vision_feature_select_strategy
+        vision = {"vision_feature_layer": layer, "vision_feature_select_strategy": strategy, "return_dict": True}
         if pixel_values_videos is not None:
             encoded["video"] = self.model.get_video_features(
                 pixel_values_videos,
@@ -355,13 +353,12 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         wants_reconstruction = (labels is not None or return_reconstruction) and not skip_reconstruction
         trains = labels is not None and self.training
         zero = None
-        if trains or (labels is not None and _has_several_ranks()):
+        if trains or (labels is not None and has_several_ranks()):
             has_images = pixel_values is not None or encoded.get("image") is not None
             zero = self._touch_vision(has_videos=encoded.get("video") is not None, has_images=has_images)
         if trains and wants_reconstruction:
             self.create_teacher()
-        if pixel_values is not None and encoded.get("image") is None:
-            # Not in the model's forward: ZeRO-3 fails unless all ranks enter their modules in the same order.
+        if pixel_values is not None and encoded.get("image") is None:  # ZeRO-3 wants one order of modules on all ranks
             encoded["image"] = self.model.get_image_features(
                 pixel_values,
                 image_sizes,
@@ -370,6 +367,7 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
                 **vision,
             )
             pixel_values = None
+        placeholders = {n: tensor_on(where, self.device) for n, where in found.items()} if has_pixels else None
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,  # beside encoded images an error
@@ -378,9 +376,7 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             mm_encoder_outputs=encoded,
-            placeholders={n: tensor_on(where, self.device) for n, where in found.items()}
-            if has_pixels and found
-            else None,
+            placeholders=placeholders or None,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -430,7 +426,7 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         and, where modules are sharded, use them together: equally often and in the same order. So with several ranks the
         tower runs once for videos and once for images, on one blank frame where there is none, before the language model.
         """
-        several_ranks = _has_several_ranks()
+        several_ranks = has_several_ranks()
         misses = (not has_videos and (several_ranks or not has_images), not has_images and several_ranks)
         tokens = [token for token in (self.model.image_newline, self.model.faster_token) if token is not None]
         vision = self.config.vision_config
@@ -449,7 +445,7 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         head = self.autoregressive_module
         if head is None or not (wants_reconstruction or any(p.requires_grad for p in head.parameters())):
             return 0.0
-        tower = self.model.vision_tower if _has_several_ranks() else None
+        tower = self.model.vision_tower if has_several_ranks() else None
         return head.zero_touch(zero_through(hidden_states), tower, wrapper=head)
 
     def _main_loss(
@@ -602,8 +598,3 @@ def _without_heads(quantization_config: Any) -> Any:
     if values.get(name) is None:
         values[name] = list(_NOT_QUANTIZED)
     return config
-
-
-def _has_several_ranks() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

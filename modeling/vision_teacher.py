@@ -157,3 +157,9 @@ def adapters_off(layers: list[nn.Module]) -> Iterator[None]:
             layer.enable_adapters(True)
         for parameter, requires_grad in trainable:  # PEFT makes all adapters trainable that it switches on
             parameter.requires_grad_(requires_grad)
+
+
+def has_several_ranks() -> bool:
+    """More than one process trains."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -24,6 +24,7 @@ from tiny_processor import tiny_processor
 # The extra that a script needs, with all that it imports; None: the package alone.
 EXTRA_OF_SCRIPT = {
     "benchmark.py": "benchmark",
+    "benchmark_gpu.py": "benchmark",
     "command.py": None,  # imports each program when it runs
     "compare.py": None,
     "consolidate.py": None,

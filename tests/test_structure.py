@@ -84,7 +84,9 @@ def lines_of_code(function: ast.FunctionDef, text: str) -> int:
     return sum(not re.fullmatch(r"\s*(#.*)?", text.splitlines()[number - 1]) for number in lines)
 
 
-SCRIPTS = [path for path in sorted((ROOT / "scripts").glob("*.py")) if path.name != "command.py"]  # it dispatches to all
+SCRIPTS = [
+    path for path in sorted((ROOT / "scripts").glob("*.py")) if path.name != "command.py"
+]  # it dispatches to all
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)

@@ -360,17 +360,17 @@ def next_commands(folder: Path, data_args: DataArguments) -> str:
     commands: tuple[tuple[str, str], ...] = ()
     if not holds_weights(folder):  # DeepSpeed's ZeRO-3 left them split
         whole = folder.with_name(f"{folder.name}_whole")
-        commands = (("join the shards", f"scripts/consolidate.py {folder} {whole}"),)
+        commands = (("join the shards", f"consolidate {folder} {whole}"),)
         folder = whole
     commands += (
-        ("evaluate", f"scripts/evaluate.py --model {folder} --data {data} --output {folder.name}_results.json"),
+        ("evaluate", f"evaluate --model {folder} --data {data} --output {folder.name}_results.json"),
         (
             "look at a clip",
-            f"scripts/visualize.py --model {folder} --video <clip.mp4> --output {folder.name}_pictures",
+            f"visualize --model {folder} --video <clip.mp4> --output {folder.name}_pictures",
         ),
-        ("share", f"scripts/push_to_hub.py {folder} <user>/{folder.resolve().name} --dry-run"),
+        ("share", f"push {folder} <user>/{folder.resolve().name} --dry-run"),
     )
-    return "\n".join(["next:", *(f"  {what + ':':<16}python {command}" for what, command in commands)])
+    return "\n".join(["next:", *(f"  {what + ':':<16}llava-next-ar {command}" for what, command in commands)])
 
 
 def main(argv: list[str]) -> None:

@@ -131,8 +131,10 @@ def _join_deepspeed(training_args: TrainingArguments) -> None:
     if not (training_args.use_cpu and "DEEPSPEED" in sharding_asked_for(training_args)):
         return
     if torch.distributed.is_initialized():
-        import deepspeed
-
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise ValueError("the launch file or recipe asks for DeepSpeed: pip install deepspeed") from error
         deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False)
 
 

@@ -33,5 +33,5 @@ def test_an_export_says_that_it_leaves_the_head_out(with_head, tmp_path):
     model.save_pretrained(tmp_path / "ours")
     tiny_processor(model.config).save_pretrained(tmp_path / "ours")
     result = convert_checkpoint(tmp_path / "ours", tmp_path / "theirs", to="llava_onevision", progress=False)
-    notes = [note for note in result.notes if "is left out: LLaVA-OneVision has none" in note]
+    notes = [note for note in result.notes if "was left out: LLaVA-OneVision has no place for it" in note]
     assert len(notes) == with_head

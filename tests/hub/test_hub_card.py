@@ -73,7 +73,7 @@ def test_no_place_and_no_name_of_the_recipe_goes_into_the_card(folder):
     """Of the keys that can hold a text of any kind, these stay; a new one of transformers' needs a decision."""
     shown = set(
         """
-        dtype attn_implementation trainable lora_target_modules on_bad_sample sampling video_backend resize_backend
+        dtype attn_implementation trainable lora_target_modules on_bad_sample sampling short_clip video_backend resize_backend
         bad_step_action lr_scheduler_type lr_scheduler_kwargs optim optim_args optim_target_modules
         activation_checkpointing_kwargs gradient_checkpointing_kwargs torch_compile_backend torch_compile_mode
         logging_strategy include_num_input_tokens_seen log_level log_level_replica eval_strategy include_for_metrics

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import yaml
 from demo_folder import entries_of, make_changed_checkpoint, make_demo_folder
@@ -26,9 +27,7 @@ def folder(tmp_path_factory) -> Path:
 
 def run(*words: object, cwd: Path = ROOT, status: int = 0) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "llava_next_ar.scripts.command", *map(str, words)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
+    return processes.run(command, cwd=cwd, timeout=300, status=status)
 
 
 def test_the_command_is_the_entry_point_of_the_package():
@@ -43,9 +42,8 @@ def test_its_help_names_every_command_and_imports_none_of_them(tmp_path):
         "import sys; from llava_next_ar.scripts.command import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     )
     code += "assert not {'torch', 'transformers', 'numpy', 'yaml'} & sys.modules.keys()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.split("commands:\n")[1].splitlines()] == list(COMMANDS)
+    printed = processes.run_python("-c", code, cwd=tmp_path)
+    assert [line.split()[0] for line in printed.split("commands:\n")[1].splitlines()] == list(COMMANDS)
 
 
 def is_there(module: str) -> bool:

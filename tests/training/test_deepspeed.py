@@ -233,7 +233,7 @@ def test_weights_that_stay_split_are_joined_by_the_command_that_is_printed(work,
     assert_same_losses(work / "split", work / "tied_plain")
     folder = work / "split"
     assert not list(folder.glob("*.safetensors")) and num_partitions(folder) == 2
-    assert f"python scripts/consolidate.py {folder} {folder}_whole" in output
+    assert f"llava-next-ar consolidate {folder} {folder}_whole" in output
     consolidate.main([str(folder), f"{folder}_whole"])
     model, report = AutoModel.from_pretrained(f"{folder}_whole", trust_remote_code=True, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]

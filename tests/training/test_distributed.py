@@ -89,7 +89,7 @@ def test_train_refuses_what_accelerate_silently_does_not_split(name, monkeypatch
 )
 def test_gradients_become_ready_in_one_order_whatever_a_rank_holds(options, monkeypatch):
     """DeepSpeed's ZeRO-2 sends them off as they come, and mixed up those of ranks that differed."""
-    monkeypatch.setattr(modeling_llava_next_ar, "_has_several_ranks", lambda: True)
+    monkeypatch.setattr(modeling_llava_next_ar, "has_several_ranks", lambda: True)
     orders = {}
     for kind in KINDS:
         model, order = build(**options), []
@@ -106,7 +106,7 @@ def test_gradients_become_ready_in_one_order_whatever_a_rank_holds(options, monk
 @pytest.mark.parametrize("trainable", ["full", "lora"])
 def test_modules_are_entered_in_one_order_whatever_a_rank_holds(trainable, monkeypatch):
     """ZeRO-3 compares the order over ranks, PEFT's wrappers included, and fails where it differs."""
-    monkeypatch.setattr(modeling_llava_next_ar, "_has_several_ranks", lambda: True)
+    monkeypatch.setattr(modeling_llava_next_ar, "has_several_ranks", lambda: True)
     args = ModelArguments(model="tiny", trainable=trainable)
     orders = {}
     for kind in KINDS:

@@ -27,7 +27,9 @@ def test_a_header_is_read_the_same_with_and_without_looking_at_frames(name, tmp_
         assert quick == (0, 0.0)
         return
     with av.open(path) as container:
-        assert quick[0] == sum(1 for _ in container.decode(video=0)) == 30 or name.endswith(".ts")
+        num_frames = sum(1 for _ in container.decode(video=0))
+        announced = 0 if name.endswith(".avi") else 30  # the header of AVI counts the places of dropped frames, too
+        assert num_frames == 30 and (quick[0] == announced or name.endswith(".ts"))
 
 
 @pytest.mark.parametrize("num_frames", [4, 32])

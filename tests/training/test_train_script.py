@@ -552,15 +552,8 @@ def test_lines_tell_how_far_it_is_and_what_comes_next(work, capsys):
     assert not any(line.startswith("{") for line in lines)
     assert sum(line.startswith("evaluation at step 2: eval_loss") for line in lines) == 1
     following = lines[lines.index("next:") + 1 :]
-    assert (
-        f"python scripts/evaluate.py --model {work / 'lines'} --data {data} --output lines_results.json"
-        in following[0]
-    )
-    assert [line.split("python scripts/")[1].split()[0] for line in following] == [
-        "evaluate.py",
-        "visualize.py",
-        "push_to_hub.py",
-    ]
+    assert f"llava-next-ar evaluate --model {work / 'lines'} --data {data} --output lines_results.json" in following[0]
+    assert [line.split("llava-next-ar ")[1].split()[0] for line in following] == ["evaluate", "visualize", "push"]
 
 
 # Saves for longer than the launcher waits.
