@@ -199,10 +199,10 @@ def _with_adapters(model: nn.Module, way: str, has_head: bool) -> nn.Module:
 
 def _quantize(language_model: nn.Module) -> None:
     """Linear layers as the recipe `qlora` loads them: NF4 with double quantization, computed in bfloat16."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise NotRun("bitsandbytes is not installed")
-    import bitsandbytes
-
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise NotRun("bitsandbytes is not installed") from error
     for parent in list(language_model.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer) is nn.Linear:
