@@ -178,7 +178,7 @@ def portable_adapter_config(config: Mapping[str, Any], base_model: str | None = 
         where = f"a folder of this computer: {named}" if named else "nothing"
         raise ValueError(
             f"the adapter's base is {where}. Others load it by its Hub id: push the base first, and give its id as "
-            "base_model"
+            "base_model (--base-model)"
         )
     # `auto_mapping` names the module that the class had on this computer; AutoModel does not need it.
     return {**config, "base_model_name_or_path": found, "auto_mapping": None}

@@ -116,7 +116,8 @@ def surprise_timeline(frames: np.ndarray, seconds: Sequence[float], surprise: An
     ):
         means = [float(error.mean()) for error in errors]
         error_ax.plot(times, means, style, color=colour, markersize=3.5, linewidth=1.2, label=label)
-    error_ax.set_ylim(bottom=0)
+    highest = max(float(error.mean()) for errors in (surprise.errors, surprise.copy_errors) for error in errors)
+    error_ax.set_ylim(0, max(1.15 * highest, 1e-6))
     error_ax.set_ylabel("squared error", fontsize=9)
     error_ax.set_xlabel("seconds", fontsize=9, labelpad=2)
     legend = {"fontsize": 8, "frameon": False, "borderpad": 0, "borderaxespad": 0.2, "columnspacing": 1.2}

@@ -22,7 +22,8 @@ def the_launcher_waits(ranks):
     for rank in ranks:
         rank.wait()
 if len(sys.argv) > 1:
-    print("rank", sys.argv[1], flush=True)
+    sys.stdout.write("rank " + sys.argv[1] + chr(10))  # in one piece: the other rank writes at the same time
+    sys.stdout.flush()
     (the_first_rank_waits, the_second_rank_waits)[int(sys.argv[1])]()
 the_launcher_waits([
     subprocess.Popen([sys.executable, "-c", open(__file__).read(), str(rank)], start_new_session=True) for rank in (0, 1)
@@ -41,7 +42,7 @@ def test_a_program_that_hangs_shows_the_stacks_of_all_its_processes_and_leaves_n
     )
     with processes.Program([sys.executable, tmp_path / "launcher.py"]) as program:
         end = time.monotonic() + 30
-        while program.stdout.count("rank") < 2 and time.monotonic() < end:
+        while program.stdout.count("\n") < 2 and time.monotonic() < end:
             time.sleep(0.05)
         started = [program.process.pid, *(p.pid for p in psutil.Process(program.process.pid).children())]
         with pytest.raises(processes.TimedOutError, match="did not end in 0.1 s") as caught:

@@ -1,7 +1,7 @@
 """Merge a trained adapter into its base: a whole model, which loads without PEFT.
 
-    python scripts/merge.py outputs/lora outputs/merged
-    python scripts/merge.py user/adapter outputs/merged --base user/base --dtype bfloat16
+    llava-next-ar merge outputs/lora outputs/merged
+    llava-next-ar merge user/adapter outputs/merged --base user/base --dtype bfloat16
 
 The base is the one that the adapter names, unless `--base` gives another place of it. An adapter that was trained on a
 base in 4 bits is merged into the base in its own precision.

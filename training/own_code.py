@@ -31,7 +31,9 @@ def find_file(source: str, name: str, revision: str | None = None) -> str | None
         cached = try_to_load_from_cache(source, name, revision=revision)
         if cached is not None:  # a path, or the mark of a file that was looked for and is not there
             return cached if isinstance(cached, str) else None
-        raise OSError(f"whether {source} has a {name} cannot be found out now: {error}") from error
+        raise OSError(
+            f"there is no folder {source} here, and the Hub cannot be asked for its {name} now: {error}"
+        ) from error
     except EntryNotFoundError:
         return None
 

@@ -49,7 +49,7 @@ from ..processing.frame_sampling import head_sampling
 from ..processing.llava_conversation import DEFAULT_CHAT_TEMPLATE
 from ..processing.processing_llava_next_ar import LlavaNextARProcessor, layout_options
 from ..processing.video_processing_llava_next_ar import LlavaNextARVideoProcessorKwargs
-from .bad_samples import BadSampleLedger, TooManyBadSamplesError
+from .bad_samples import BadSampleError, BadSampleLedger, TooManyBadSamplesError
 from .checkpoints import UNFINISHED, holds_weights, replace_model
 from .collator import LlavaVideoCollator
 from .data import any_answers, load_training_data
@@ -312,9 +312,10 @@ def train(trainer: AutoregressiveTrainer, checkpoint: str | None) -> None:
     """Trains. Ends the process if a bad step or a signal stops it, on all ranks alike."""
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    except BadStepError as error:
+    except (BadStepError, BadSampleError, TooManyBadSamplesError) as error:
         trainer.end()
-        sys.exit(f"train.py: {error}")
+        # Of an error in a worker of the loader, the text is a traceback that ends with the message.
+        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
     stopped = max((c.stopped for c in trainer.callback_handler.callbacks if isinstance(c, StopOnSigterm)), default=0)
     if stopped:
         if trainer.is_world_process_zero():

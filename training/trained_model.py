@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.quantizers.quantizers_utils import should_convert_module
-from transformers.utils import is_bitsandbytes_available
+from transformers.utils import is_bitsandbytes_available, logging
 
 from ..configuration.configuration_llava_next_ar import LlavaNextARConfig
 from ..hub.pushed_model import hub_id
@@ -18,6 +18,10 @@ from .own_code import check_own_code
 from .recipes import ModelArguments
 from .trainer import HEAD, prepare_for_training
 
+logger = logging.get_logger(__name__)
+
+# Keys of the head that decide on the shape or the meaning of its weights.
+HEAD_SHAPE = ("embedding_dim", "num_heads", "num_layers")
 # Parts of the model that every choice but `lora` trains: what stands between tower and language model, and the head.
 BRIDGE = ("multi_modal_projector", "image_newline", "faster_token")
 
@@ -48,6 +52,15 @@ def load_config(args: ModelArguments, sections: dict[str, dict[str, Any]]) -> tu
     old, new = ({**c.to_dict(), **c.autoregressive_config.to_dict()} for c in (saved, config))
     changed = {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
     changed.pop("autoregressive_config", None)  # its keys are in there one by one
+    reshaped = {key: changed[key] for key in HEAD_SHAPE if key in changed}
+    if kind == "llava_next_ar" and saved.enable_autoregressive and wants_head and reshaped:
+        before = ", ".join(f"{key}={old}" for key, (old, _) in reshaped.items())
+        after = ", ".join(f"{key}={new}" for key, (_, new) in reshaped.items())
+        logger.warning(
+            f"the head of {args.model} was made with {before}, but the recipe asks for {after}: its weights do not serve "
+            "the new shape, and are kept where they fit. To train it on, give its own values, such as "
+            + " ".join(f"--{key} {old}" for key, (old, _) in reshaped.items())
+        )
     if kind == "llava_onevision":
         changed["model_type"] = (kind, "llava_next_ar")
     return config, changed

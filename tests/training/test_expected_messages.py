@@ -8,6 +8,8 @@ from tiny import tiny_model, tiny_onevision
 
 from llava_next_ar.modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from llava_next_ar.training.expected_messages import ExpectedMessages, quiet_expected_messages
+from llava_next_ar.training.recipes import ModelArguments
+from llava_next_ar.training.trained_model import load_config
 
 
 @pytest.fixture
@@ -55,6 +57,25 @@ def test_any_other_missing_or_unexpected_weight_is_reported_in_full(shown, tmp_p
     LlavaNextARForConditionalGeneration.from_pretrained(tmp_path)
     (report,) = [text for text in shown if "LOAD REPORT" in text]
     assert "up_proj" in report and "autoregressive_module.change.weight" in report
+
+
+def test_a_head_of_which_a_layer_is_missing_is_not_called_new(shown, tmp_path):
+    tiny_model(head={"num_layers": 1}).save_pretrained(tmp_path)
+    LlavaNextARForConditionalGeneration.from_pretrained(tmp_path, autoregressive_config={"num_layers": 2})
+    (report,) = [text for text in shown if "LOAD REPORT" in text]
+    assert "autoregressive_module.blocks.1" in report and "it is new" not in report
+
+
+def test_a_recipe_that_reshapes_a_trained_head_is_reported(tmp_path, caplog):
+    """Attention weights fit into another number of heads without an error, and mean something else."""
+    tiny_model().save_pretrained(tmp_path)
+    saved = tiny_model().config.autoregressive_config.num_heads
+    for num_heads in (saved, saved // 2):
+        caplog.clear()
+        sections = {"model_config": {}, "autoregressive_config": {"num_heads": num_heads}}
+        load_config(ModelArguments(model=str(tmp_path)), sections)
+        assert ("do not serve the new shape" in caplog.text) == (num_heads != saved)
+    assert f"num_heads={saved}" in caplog.text and f"--num_heads {saved}" in caplog.text
 
 
 def test_other_warnings_stay():
