@@ -32,6 +32,8 @@ the checkpoint carries through an auto class) and transformers' LlavaOnevisionFo
 in turns. `load` is the call alone, `whole` the process from its start, imports included; the fastest of the repeats counts.
 Ours holds the reconstruction head besides.
 
+gpu: see scripts/benchmark_gpu.py.
+
 A part is a function that takes its options and prints; PARTS at the end lists them.
 """
 
@@ -56,6 +58,7 @@ from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from ...processing.video_frames import FrameSampling, load_video  # noqa: E402
+from .gpu import main as measure_gpu  # noqa: E402
 from .recipe_memory import recipe_memory, recipe_memory_options  # noqa: E402
 from .stream import stream, stream_options  # noqa: E402
 from .training import head, head_options, training_step, training_step_options  # noqa: E402
@@ -375,6 +378,10 @@ PARTS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["gpu"]:  # not one of all parts: it has its own options, and needs a GPU
+        measure_gpu(words[1:])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cache = Path(tempfile.gettempdir()) / "llava_next_ar_benchmark"
     parser.add_argument("--cache", type=Path, default=cache, help=f"where clips are kept (default: {cache})")

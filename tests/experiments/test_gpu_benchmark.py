@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import pytest
 
-from llava_next_ar.experiments.benchmarks import gpu
+from llava_next_ar.experiments.benchmarks import benchmark, gpu
 
 OPTIONS = Namespace(device="cpu", frames=[2], steps=1, new_tokens=2, shapes=["tiny"], parts=["entries"], budget=300.0)
 
@@ -72,5 +72,5 @@ def test_parts_run_in_processes_of_their_own_and_a_spent_budget_is_a_row(tmp_pat
 def test_a_missing_gpu_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
-        gpu.main([])
+        benchmark.main(["gpu"])
     assert stopped.value.code == 2 and "torch sees no GPU here" in capsys.readouterr().err
