@@ -42,10 +42,9 @@ from ...configuration.transformers_compat import ACTIVATION_CHECKPOINTING
 from ...modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from ...training.throughput import COUNTS, StepFlops, count_batch, peak_flops
 from ...training.trainer import AutoregressiveTrainer
-from .training import IMAGE_TOKEN, VIDEO_TOKEN, StepClock, make_batch, shape_config, wait
+from .training import IMAGE_TOKEN, VIDEO_TOKEN, StepClock, make_batch, shape_config, wait, with_adapters
 
 Row = dict[str, Any]
-TARGETS = r".*\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 ATTENTION = {"sdpa": torch.float32, "flex_attention": torch.float32, "flash_attention_2": torch.bfloat16}
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -151,8 +150,11 @@ def _measure_step(
     keys = {} if model_name == "onevision" else {"enable_autoregressive": model_name == "ours"}
     model = build(options, shape, ours=model_name != "onevision", dtype=dtype, **keys)
     model.model.vision_tower.requires_grad_(False)
+    if way == "qlora":
+        _quantize(model.model.language_model)
+        model.is_loaded_in_4bit = True
     if way != "full":
-        model = _with_adapters(model, way, has_head=model_name == "ours")
+        model = with_adapters(model, has_head=model_name == "ours")
     batch, clock = inputs_of(options, shape, num_frames, dtype), StepClock()
     is_cuda = options.device != "cpu"
     with tempfile.TemporaryDirectory() as folder:
@@ -185,16 +187,6 @@ def _measure_step(
             flops = StepFlops(model, model_name == "ours")(dict(zip(COUNTS, counts, strict=True)))
             row["MFU"] = flops / seconds / peak
     return row
-
-
-def _with_adapters(model: nn.Module, way: str, has_head: bool) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    if way == "qlora":
-        _quantize(model.model.language_model)
-        model.is_loaded_in_4bit = True
-    saved = ["multi_modal_projector", *(["autoregressive_module"] if has_head else [])]
-    return get_peft_model(model, LoraConfig(r=64, target_modules=TARGETS, modules_to_save=saved))
 
 
 def _quantize(language_model: nn.Module) -> None:

@@ -128,13 +128,16 @@ def _load(way: str, options: argparse.Namespace, checkpoint: str) -> torch.nn.Mo
             checkpoint, enable_autoregressive=way == "ours", **keys
         )
     model.model.vision_tower.requires_grad_(False)
-    if options.lora:
-        from peft import LoraConfig, get_peft_model
+    return with_adapters(model, has_head=way == "ours") if options.lora else model
 
-        saved = ["multi_modal_projector", *(["autoregressive_module"] if way == "ours" else [])]
-        targets = r".*\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-        model = get_peft_model(model, LoraConfig(r=64, target_modules=targets, modules_to_save=saved))
-    return model
+
+def with_adapters(model: torch.nn.Module, has_head: bool) -> torch.nn.Module:
+    """Adapters on the linear layers of the language model; projector and head train whole, as in the recipe `lora`."""
+    from peft import LoraConfig, get_peft_model
+
+    saved = ["multi_modal_projector", *(["autoregressive_module"] if has_head else [])]
+    targets = r".*\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    return get_peft_model(model, LoraConfig(r=64, target_modules=targets, modules_to_save=saved))
 
 
 def _run_way(way: str, options: argparse.Namespace, checkpoint: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The GPU benchmark at a tiny shape on the CPU, so that it cannot rot between two looks at a GPU."""
 
 import json
+import sys
 from argparse import Namespace
 
 import pytest
@@ -51,6 +52,14 @@ def test_a_step_is_compared_with_onevision():
     for row in found:
         assert row["seconds"] > 0 and row["tokens/s"] > 0
         assert (row["seconds ratio"] == 1) == (row["model"] == "onevision")
+
+
+def test_adapters_are_measured_and_a_missing_quantizer_is_named(monkeypatch):
+    row = gpu._measure_step(OPTIONS, "tiny", "lora", 2, True, "ours")
+    assert row["seconds"] > 0
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(gpu.NotRun, match="bitsandbytes is not installed"):
+        gpu._measure_step(OPTIONS, "tiny", "qlora", 2, True, "ours")
 
 
 def test_prefill_decoding_and_streams_are_timed():
