@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from ..configuration.configuration_llava_next_ar import LlavaNextARConfig
+from ..hub.command_line import CommandParser, stop
 from ..modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from ..processing.processing_llava_next_ar import LlavaNextARProcessor
 from .streamed_safetensors import PlannedTensor, TensorReader, listed, write_shards
@@ -147,11 +148,14 @@ def consolidate(checkpoint: Path, output: Path, model: str | None = None, max_sh
         max_shard_size: bytes of a file of weights.
 
     Raises:
-        FileExistsError: if there is something at `output`.
+        FileExistsError: if `output` exists.
+        FileNotFoundError: if `checkpoint` is not a folder.
         ValueError: if the checkpoint cannot be read or is not of this model.
     """
     if output.exists():
         raise FileExistsError(f"{output} exists already")
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(f"no such folder: {checkpoint}")
     plan = read_plan(checkpoint)
     source = str(checkpoint) if model is None else model
     is_adapter = any(".lora_" in tensor.name for tensor in plan)
@@ -173,7 +177,7 @@ def consolidate(checkpoint: Path, output: Path, model: str | None = None, max_sh
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="checkpoint folder of a Trainer")
     parser.add_argument("output", type=Path, help="folder to be made")
     parser.add_argument(
@@ -184,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         consolidate(options.checkpoint, options.output, options.model, int(options.max_shard_size * 10**9))
     except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
+        stop(error)
     print(f"wrote {options.output}")
 
 

@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..hub.command_line import CommandParser, stop
 from .checkpoint_conversion import convert_checkpoint
 
 
@@ -35,7 +36,7 @@ def _json(text: str) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line and converts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder or Hub id")
     parser.add_argument("output", type=Path, help="folder to be made")
     parser.add_argument("--to", choices=("llava_next_ar", "llava_onevision"), default="llava_next_ar")
@@ -80,8 +81,8 @@ def main(argv: list[str] | None = None) -> None:
             max_shard_size=int(options.max_shard_size * 10**9),
             progress=not options.no_progress,
         )
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        parser.exit(1, f"error: {error}\n")
+    except (ValueError, OSError) as error:
+        stop(error)
     print(f"wrote {result.num_tensors} tensors ({result.num_bytes / 10**9:.2f} GB) to {result.output}")
     for note in result.notes:
         print(f"note: {note}")

@@ -23,6 +23,7 @@ from PIL import Image
 from transformers import TextStreamer, set_seed
 from transformers.utils import logging
 
+from ..hub.command_line import CommandParser, program_name, stop
 from .measures import load_checkpoint
 from .settings import check_device
 
@@ -89,7 +90,7 @@ def ask(model: Any, processor: Any, options: argparse.Namespace) -> None:
     sampling = {name: value for name, value in sampling.items() if value is not None}
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     set_seed(options.seed)
-    model.generate(
+    generated = model.generate(
         **inputs,
         max_new_tokens=options.max_new_tokens,
         do_sample=bool(sampling),
@@ -97,15 +98,16 @@ def ask(model: Any, processor: Any, options: argparse.Namespace) -> None:
         streamer=streamer,
         **sampling,
     )
+    answer = generated[0, inputs["input_ids"].shape[1] :]
+    if not processor.tokenizer.decode(answer, skip_special_tokens=True).strip():
+        print(f"{program_name()}: the answer is empty: the model ended it after {len(answer)} tokens", file=sys.stderr)
     if options.surprise:
         print("\n".join(surprise_lines(model.surprise(**inputs), videos)))
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line of `ask`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     has_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", "bfloat16") if has_gpu else ("cpu", "float32")
     parser.add_argument("checkpoint", help="model or adapter: a folder or a Hub id")
@@ -156,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         ask(model, processor, options)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
+        stop(error)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ..hub.command_line import stop
 from ..processing.video_decoding import choose_backend
 from ..training.data import LlavaVideoDataset
 from .measures import load_checkpoint, measure_batch
@@ -328,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_device(settings.device)
         results = evaluate(settings, output=output, resume=resume)
     except (ValueError, OSError, ImportError) as error:  # the latter of a video back end
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        stop(error)
     processes = PartialState()
     if results is not None:
         print(format_results(results))

@@ -23,6 +23,7 @@ from accelerate import PartialState
 from huggingface_hub import ResolvedRevision
 from transformers.utils import find_adapter_config_file, resolve_revision
 
+from ..hub.command_line import CommandParser
 from ..hub.hub_folder import sha256_of, weights_sha256
 from ..processing.frame_sampling import SAMPLING_POLICIES, SHORT_CLIPS
 from ..processing.video_decoding import VideoBackend
@@ -155,7 +156,7 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
 def make_parser(description: str) -> argparse.ArgumentParser:
     """One option for each setting, and `output`, `resume` and `no_report`."""
     defaults = EvaluationSettings(model="", data="")
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = CommandParser(description=description, formatter_class=HelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint: a folder or a Hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     parser.add_argument("--base-revision", help="the same of the base of a model that is an adapter")
@@ -165,11 +166,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on where a run with the same output was interrupted")
     parser.add_argument("--video-root", help="folder of the videos; that of the data if not given")
     parser.add_argument("--allow-outside-root", action="store_true", help="accept paths outside of it, and URLs")
+    parser.add_argument("--ignored-keys", help="keys of an entry that may be left out, separated by commas")
     parser.add_argument(
-        *("--ignored-keys", "--ignored_keys"), help="keys of an entry that may be left out, separated by commas"
-    )
-    parser.add_argument(
-        *("--trust-remote-code", "--trust_remote_code"),
+        "--trust-remote-code",
         action="store_true",
         help="run the code that the checkpoint carries",
     )

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from .command_line import CommandParser, stop
 from .hub_code import code_files
 
 RELEASES = Path(__file__).with_name("releases.json")  # release -> file name -> SHA-256, written by --record
@@ -108,7 +109,7 @@ def _hashes(files: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", help="folder of a checkpoint, or Hub id")
     parser.add_argument("--revision", help="of the Hub id: a commit, branch or tag; the default branch if not given")
     parser.add_argument("--diff", action="store_true", help="print how modules differ from those installed here")
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         found = read_code(options.source, options.revision)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        stop(error)
     comparison = compare_code(found)
     print(comparison)
     if options.diff:

@@ -31,6 +31,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .command_line import CommandParser
 from .hub_folder import portable_adapter_config, read_hub_folder
 from .model_card import FILM, RELATIONS, CardOptions, build_card, find_base_model, is_generated
 from .pushed_model import commit_files, replaced_files
@@ -180,7 +181,7 @@ def look_up_base(base: str | None) -> tuple[str | None, str | None]:
 
 
 def main(argv: Sequence[str] | None = None) -> CommitInfo | None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("folder", type=Path, help="saved model, output of a training, checkpoint of it, or adapter")

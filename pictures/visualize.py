@@ -49,6 +49,7 @@ from ..evaluation.settings import (
     resolved_revision,
     versions,
 )
+from ..hub.command_line import CommandParser, stop
 from ..modeling.frame_surprise import SURPRISE_FLOOR
 from .attention import answer_attention, attention_layers, attention_maps, attention_numbers
 from .features import error_figure, features_of, film_figure, fit_basis
@@ -485,10 +486,9 @@ def facts(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     defaults = VisualizeSettings(model="", videos=("",))
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="checkpoint: a folder or a Hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
@@ -498,7 +498,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_video_options(parser)
     parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="of the answer")
     parser.add_argument(
-        *("--trust-remote-code", "--trust_remote_code"),
+        "--trust-remote-code",
         action="store_true",
         help="run the code that the checkpoint carries",
     )
@@ -509,7 +509,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         results = visualize(VisualizeSettings(**{**options, "videos": tuple(options["videos"])}), output)
     except (ValueError, OSError, ImportError) as error:  # the latter of a video back end
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        stop(error)
     unread = [record for record in results["videos"] if is_unread(record)]
     for record in results["videos"]:
         for picture, reason in record["left_out"].items() if record not in unread else ():

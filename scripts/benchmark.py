@@ -1,6 +1,6 @@
 """Measure speed and memory, as ratios within one run."""
 
-from llava_next_ar.experiments.benchmarks.benchmark import main
+from llava_next_ar.scripts.command import run
 
 if __name__ == "__main__":
-    main()
+    run("experiments.benchmarks.benchmark:main")

@@ -1,6 +1,6 @@
 """One command for a GPU: parity, speed, memory, precision and every entry point, from random weights."""
 
-from llava_next_ar.experiments.benchmarks.gpu import main
+from llava_next_ar.scripts.command import run
 
 if __name__ == "__main__":
-    main()
+    run("experiments.benchmarks.gpu:main")

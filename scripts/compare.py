@@ -1,6 +1,6 @@
 """Compare the code of a checkpoint with that of a release of this package."""
 
-from llava_next_ar.hub.compare import main
+from llava_next_ar.scripts.command import run
 
 if __name__ == "__main__":
-    main()
+    run("hub.compare:main")

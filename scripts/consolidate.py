@@ -1,6 +1,6 @@
 """Join a checkpoint whose weights are spread over the ranks that trained it."""
 
-from llava_next_ar.conversion.consolidate import main
+from llava_next_ar.scripts.command import run
 
 if __name__ == "__main__":
-    main()
+    run("conversion.consolidate:main")

@@ -1,6 +1,6 @@
 """Train, save, reload and evaluate a tiny model in minutes, on two CPU cores and without network."""
 
-from llava_next_ar.experiments.demo.demo import main
+from llava_next_ar.scripts.command import run
 
 if __name__ == "__main__":
-    main()
+    run("experiments.demo.demo:main")

@@ -1,8 +1,6 @@
 """Measure a checkpoint on a LLaVA-JSON data set: answers to questions, and predictions of the next frame."""
 
-import sys
-
-from llava_next_ar.evaluation.evaluate import main
+from llava_next_ar.scripts.command import run
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run("evaluation.evaluate:main")

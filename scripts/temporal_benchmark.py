@@ -1,6 +1,6 @@
 """Generate a benchmark of temporal understanding, without any download."""
 
-from llava_next_ar.experiments.temporal.benchmark import main
+from llava_next_ar.scripts.command import run
 
 if __name__ == "__main__":
-    main()
+    run("experiments.temporal.benchmark:main")

@@ -1,6 +1,6 @@
 """Write a complete Hub folder with a tiny model: random weights, real code paths."""
 
-from llava_next_ar.experiments.demo.tiny_checkpoint import main
+from llava_next_ar.scripts.command import run
 
 if __name__ == "__main__":
-    main()
+    run("experiments.demo.tiny_checkpoint:main")

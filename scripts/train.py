@@ -1,8 +1,6 @@
 """Fine-tune a video language model with next-frame reconstruction."""
 
-import sys
-
-from llava_next_ar.training.run import main
+from llava_next_ar.scripts.command import run
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run("training.run:main")

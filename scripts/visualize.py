@@ -1,8 +1,6 @@
 """Draw a checkpoint's predictions, surprise, attention and tokens for a video."""
 
-import sys
-
-from llava_next_ar.pictures.visualize import main
+from llava_next_ar.scripts.command import run
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run("pictures.visualize:main")

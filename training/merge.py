@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..hub.command_line import CommandParser, stop
 from ..hub.model_card import write_card
 from ..modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from ..processing.processing_llava_next_ar import LlavaNextARProcessor
@@ -99,15 +100,13 @@ def merge_checkpoint(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and merges."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", help="folder or Hub id of the adapter")
     parser.add_argument("output", help="folder to be made")
     parser.add_argument("--base", help="folder or Hub id of its base (default: as the adapter says)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: that of the base's files)")
     parser.add_argument(
-        *("--trust-remote-code", "--trust_remote_code"),
+        "--trust-remote-code",
         action="store_true",
         help="run the code that the checkpoints carry (default: the installed package)",
     )
@@ -121,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             trust_remote_code=options.trust_remote_code,
         )
     except (ValueError, OSError, ImportError) as error:
-        parser.exit(1, f"{parser.prog}: {' '.join(str(error).split())}\n")
+        stop(error)
     print(f"saved to {output}")
 
 

@@ -57,6 +57,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from ...hub.command_line import CommandParser
 from ...processing.video_frames import FrameSampling, load_video  # noqa: E402
 from .gpu import main as measure_gpu  # noqa: E402
 from .recipe_memory import recipe_memory, recipe_memory_options  # noqa: E402
@@ -382,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if words[:1] == ["gpu"]:  # not one of all parts: it has its own options, and needs a GPU
         measure_gpu(words[1:])
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cache = Path(tempfile.gettempdir()) / "llava_next_ar_benchmark"
     parser.add_argument("--cache", type=Path, default=cache, help=f"where clips are kept (default: {cache})")
     commands = parser.add_subparsers(dest="part", metavar="part", help="one of the following; without it, all of them")

@@ -39,6 +39,7 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGener
 
 from ...configuration.configuration_llava_next_ar import LlavaNextARConfig
 from ...configuration.transformers_compat import ACTIVATION_CHECKPOINTING
+from ...hub.command_line import CommandParser
 from ...modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from ...training.throughput import COUNTS, StepFlops, count_batch, peak_flops
 from ...training.trainer import AutoregressiveTrainer
@@ -391,7 +392,7 @@ def _shown(value: Any) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--shapes", nargs="+", choices=("tiny", "small", "0.5b", "7b"), default=["0.5b", "7b"])

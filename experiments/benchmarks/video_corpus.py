@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...hub.command_line import CommandParser
 from ...processing.video_frames import VideoReadError, load_video
 
 BLOCK = 8  # pixels
@@ -490,7 +491,7 @@ def write_samples(ffmpeg: str, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ffmpeg", help="command to compare with")
     parser.add_argument("--backends", nargs="+", default=["pyav", "decord", "torchcodec"])
     parser.add_argument("--only", default="*", help="pattern of file names")

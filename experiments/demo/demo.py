@@ -43,6 +43,7 @@ from transformers.utils import logging  # noqa: E402
 
 from ...evaluation.evaluate import EvaluationSettings, evaluate, format_results, load_checkpoint, write_results  # noqa: E402
 from ...evaluation.html_page import Report, accuracy_figure, loss_figure  # noqa: E402
+from ...hub.command_line import CommandParser
 from ...modeling.frame_masks import FrameLevelMaskGenerator  # noqa: E402
 from ...pictures.features import error_rows, features_of, film_rows, fit_basis  # noqa: E402
 from ...pictures.strip import frame_strip, save_figure, time_labels, unnormalise  # noqa: E402
@@ -483,7 +484,7 @@ def write_report(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder to write")

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from ...configuration.configuration_llava_next_ar import LlavaNextARConfig
+from ...hub.command_line import CommandParser
 from ...modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from ...processing.processing_llava_next_ar import LlavaNextARProcessor
 
@@ -126,7 +127,7 @@ def build_tiny_checkpoint(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="LLaVA JSON files with the texts")

@@ -83,6 +83,7 @@ from ...evaluation.settings import (
     versions,
 )
 from ...evaluation.tables import write_results
+from ...hub.command_line import CommandParser, stop
 from ...training.data import LlavaVideoDataset
 from .measures import measure_key_frames, measure_tokens
 from .tables import check_choice_matters, write_tables
@@ -185,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 results / f"{kind}_{name}.json",
             )
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        stop(error)
 
 
 def _write(results: dict[str, Any], path: Path) -> None:
@@ -196,7 +197,7 @@ def _write(results: dict[str, Any], path: Path) -> None:
 
 def _make_parser() -> argparse.ArgumentParser:
     defaults = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], **defaults)
+    parser = CommandParser(description=__doc__.split("\n\n")[0], **defaults)
     jobs = parser.add_subparsers(dest="job", required=True)
 
     train = jobs.add_parser("train", help="on videos with frames and tokens left out", **defaults)

@@ -21,6 +21,7 @@ from subprocess import CalledProcessError
 import torch
 from tqdm import tqdm
 
+from ...hub.command_line import CommandParser, stop
 from .arms import TABLES, Arm, RunSettings
 from .data import StudyData
 from .runs import open_bank, read_run, run_arm, write_run
@@ -76,7 +77,7 @@ def run_tables(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("what", choices=("features", "run", "tables"))
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             print(write_tables(options.table, common, options.results))
     except (ValueError, OSError, CalledProcessError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        stop(error)
 
 
 if __name__ == "__main__":

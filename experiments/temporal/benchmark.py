@@ -55,6 +55,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from ...hub.command_line import CommandParser
 from .draws import HELD_OUT, LEVELS, Draft, Draw
 from .events import EVENTS
 from .questions import QUESTION_TYPES, unordered_ceiling
@@ -345,7 +346,7 @@ def preview(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--output", type=Path, help="folder to write, made if missing")

@@ -51,6 +51,8 @@ import av
 import numpy as np
 from tqdm import tqdm
 
+from ...hub.command_line import CommandParser
+
 COLORS = {"red": (225, 55, 50), "green": (60, 190, 75), "blue": (60, 105, 235), "yellow": (240, 215, 60)}
 # Colors of shapes that are never asked about.
 OTHER_COLORS = {"white": (240, 240, 240), "black": (15, 15, 15)}
@@ -421,7 +423,7 @@ def write_dataset(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write, made if missing")

@@ -176,7 +176,8 @@ def test_commands_have_options_and_files_that_exist(document, monkeypatch):
                 words = split_launch(name, words, monkeypatch)
             parse(name, words, monkeypatch)
         elif program == "python" and words[0].startswith("scripts/"):
-            parse_program(f"llava_next_ar.scripts.{Path(words[0]).stem}:main", words[1:], monkeypatch)
+            (target,) = re.findall(r'run\("([\w.]+:main)"\)', (ROOT / words[0]).read_text())
+            parse_program(f"llava_next_ar.{target}", words[1:], monkeypatch)
         elif program == "make":
             assert {word for word in words if "=" not in word} <= set(targets), line
         else:
