@@ -98,9 +98,9 @@ def ask(model: Any, processor: Any, options: argparse.Namespace) -> None:
         streamer=streamer,
         **sampling,
     )
-    answer = generated[0, inputs["input_ids"].shape[1] :]
-    if not processor.tokenizer.decode(answer, skip_special_tokens=True).strip():
-        print(f"{program_name()}: the answer is empty: the model ended it after {len(answer)} tokens", file=sys.stderr)
+    answer = processor.tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    if not answer.strip():
+        print(f"{program_name()}: the answer is empty: the model generated no text", file=sys.stderr)
     if options.surprise:
         print("\n".join(surprise_lines(model.surprise(**inputs), videos)))
 

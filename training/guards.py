@@ -201,9 +201,16 @@ class ShareWatch:
 
     Args:
         window: log entries; the share is that of their losses together.
+        recommended: lowest and highest share without a report; (0, 1) reports nothing.
+
+    Raises:
+        ValueError: if `recommended` is not a range within 0 and 1.
     """
 
-    def __init__(self, window: int = 20) -> None:
+    def __init__(self, window: int = 20, recommended: Sequence[float] = RECOMMENDED_SHARE) -> None:
+        if len(recommended) != 2 or not 0 <= recommended[0] < recommended[1] <= 1:
+            raise ValueError(f"recommended_share is {list(recommended)}, expected two rising numbers from 0 to 1")
+        self.recommended = tuple(recommended)
         self._entries: deque[tuple[float, float]] = deque(maxlen=window)
         self._has_spoken = False
 
@@ -215,7 +222,7 @@ class ShareWatch:
         main, total = (sum(values) for values in zip(*self._entries, strict=True))
         if not main > 0 or not math.isfinite(total):
             return None  # videos without text only: there is no proportion to keep
-        low, high = RECOMMENDED_SHARE
+        low, high = self.recommended
         share = 1 - main / total
         if low <= share <= high:
             return None

@@ -19,7 +19,7 @@ from ..configuration.key_names import nearest_name
 from ..configuration.transformers_compat import ACTIVATION_CHECKPOINTING
 from ..processing.frame_sampling import SAMPLING_POLICIES, SHORT_CLIPS
 from ..processing.video_decoding import VideoBackend
-from .guards import BadStepPolicy
+from .guards import RECOMMENDED_SHARE, BadStepPolicy
 
 TRAINABLE = ("full", "projector_and_head", "head", "lora")
 TRAINER_TYPE = "autoregressive_trainer"
@@ -163,6 +163,12 @@ class GuardArguments:
     )
     explosion_window: int = field(
         default=BadStepPolicy.explosion_window, metadata={"help": "Steps whose median norm is the usual one."}
+    )
+    recommended_share: list[float] = field(
+        default_factory=lambda: list(RECOMMENDED_SHARE),
+        metadata={
+            "help": "Lowest and highest share of the reconstruction in the loss without a warning; 0 1: never warn."
+        },
     )
     save_on_sigterm: bool = field(
         default=True,

@@ -301,6 +301,7 @@ def make_trainer(
         enable_autoregressive=enable_autoregressive,
         head_learning_rate=args.head_learning_rate,
         bad_steps=guard_args.bad_step_policy(),
+        recommended_share=guard_args.recommended_share,
         callbacks=[StopOnSigterm()] if guard_args.save_on_sigterm else None,
     )
     show_progress(trainer)

@@ -12,7 +12,7 @@ divides by their number. Both are logged the same way, so that what is logged ad
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from transformers.utils import logging
 from .checkpoints import ResumableTrainer, last_complete_checkpoint
 from .collator import LlavaVideoCollator
 from .data import BadSampleError, LlavaVideoDataset
-from .guards import BadStepError, BadStepPolicy, NamingCollator, ShareWatch, StepGuard
+from .guards import RECOMMENDED_SHARE, BadStepError, BadStepPolicy, NamingCollator, ShareWatch, StepGuard
 from .hub_trainer import HubTrainer
 from .mixture import EpochSampler, FollowEpoch
 from .termination import StopOnSigterm
@@ -72,6 +72,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
         head_learning_rate: learning rate of the head, if it is to differ.
         bad_steps: what to do about a step with a loss or gradient that is not finite or explodes; by default, stop.
             Samples are named by their `sample_name`.
+        recommended_share: lowest and highest share of the reconstruction in the loss without a warning.
         kwargs: further arguments of `Trainer`.
 
     Raises:
@@ -88,6 +89,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
         enable_autoregressive: bool = True,
         head_learning_rate: float | None = None,
         bad_steps: BadStepPolicy | None = None,
+        recommended_share: Sequence[float] = RECOMMENDED_SHARE,
         **kwargs: Any,
     ) -> None:
         processor = getattr(train_dataset, "processor", None)
@@ -111,6 +113,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
         # A model_init is called at once, and again by train().
         self.enable_autoregressive = enable_autoregressive
         self.head_learning_rate = head_learning_rate
+        self.recommended_share = recommended_share
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)
         if self.args.label_smoothing_factor:
             raise ValueError(
@@ -178,7 +181,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
     def _reset_run(self) -> None:
         """Makes the state of one run. One that broke off, or ran out of memory, leaves nothing to the next."""
         self._train_sums = _LossSums()
-        self._share_watch = ShareWatch()
+        self._share_watch = ShareWatch(recommended=self.recommended_share)
         self._guard = StepGuard(self._bad_steps, self.args.output_dir)
         self._before_step: tuple[torch.Tensor, _LossSums] | None = None
         self._meter = self._make_meter()

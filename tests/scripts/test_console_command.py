@@ -1,6 +1,9 @@
 """The console command: its sub-commands, their help, `ask`, recipes by name, and launches."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +12,10 @@ import processes
 import pytest
 import yaml
 from demo_folder import entries_of, make_changed_checkpoint, make_demo_folder
-from modules import ROOT
+from modules import MODULES, ROOT
 from PIL import Image
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from llava_next_ar.evaluation.ask import main as ask
 from llava_next_ar.evaluation.measures import load_checkpoint
@@ -65,12 +70,16 @@ def test_each_command_prints_its_own_name_in_its_help(name, capsys, monkeypatch)
     assert f"usage: llava-next-ar {name}" in capsys.readouterr().out
 
 
-def test_a_package_that_is_missing_is_named_with_the_way_to_get_it(monkeypatch):
+def test_a_package_that_is_missing_is_named_with_the_way_to_get_it(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["llava-next-ar"])
     monkeypatch.setitem(sys.modules, "accelerate", None)
     for name in [name for name in sys.modules if name.startswith("llava_next_ar.evaluation")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(SystemExit, match=r"llava-next-ar evaluate: .*accelerate.*pip install 'llava-next-ar\[all\]'"):
+    with pytest.raises(SystemExit) as end:
         main(["evaluate", "--model", "x"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert re.fullmatch(r"llava-next-ar evaluate: .*accelerate.*pip install 'llava-next-ar\[all\]'\n", error)
 
 
 def test_check_is_train_with_check(monkeypatch):
@@ -79,6 +88,95 @@ def test_check_is_train_with_check(monkeypatch):
     main(["check", "--config", "lora"])
     main(["train", "--config", "lora"])
     assert seen == [["--check", "--config", "lora"], ["--config", "lora"]]
+
+
+# --- bad input, and Ctrl-C --------------------------------------------------------------------------------------------
+
+# Of each command, a line whose first file or folder does not exist.
+ABSENT = {
+    "ask": ["none/such/model", "What?"],
+    "check": ["--config", "lora", "--model", "none/such/model", "--train_data", "d.json", "--output_dir", "o"],
+    "train": ["--config", "lora", "--model", "none/such/model", "--train_data", "d.json", "--output_dir", "o"],
+    "merge": ["none/such/model", "merged"],
+    "evaluate": ["--model", "none/such/model", "--data", "d.json", "--device", "cpu"],
+    "visualize": ["--model", "none/such/model", "--video", "{clip}", "--output", "pictures", "--device", "cpu"],
+    "convert": ["none/such/model", "converted"],
+    "consolidate": ["none/such/model", "whole"],
+    "push": ["none/such/model", "user/model", "--dry-run"],
+    "compare": ["none/such/model"],
+}
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_a_folder_that_does_not_exist_is_one_line_with_the_status_of_bad_input(
+    name, folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", ["llava-next-ar"])
+    clip = folder / "clips" / entries_of(folder)[0]["video"]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main([name, *(word.format(clip=clip) for word in ABSENT[name])])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert line.startswith(f"llava-next-ar {name}: ") and "no such folder: none/such/model" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_script_puts_the_name_of_its_file_before_an_error():
+    error = processes.run(
+        [sys.executable, "scripts/convert.py", "none/such", "out", "--to_"], cwd=ROOT, status=2
+    ).stderr
+    assert error.startswith("convert.py: unrecognized arguments: --to_; did you mean --to?")
+
+
+def test_every_command_takes_both_spellings_of_an_option():
+    """One parser class gives them (tests/hub/test_command_line.py); recipes read their keys in both spellings."""
+    others = [path for path in MODULES if "argparse.ArgumentParser(" in path.read_text()]
+    assert others == []
+    line = ["--config", "lora", "--model", "m", "--train-data", "d", "--output-dir", "o"]
+    assert parse_arguments(line)[1].train_data == parse_arguments([w.replace("-d", "_d") for w in line])[1].train_data
+
+
+@pytest.mark.parametrize(
+    "started", [["-m", "llava_next_ar.scripts.command", "evaluate"], [ROOT / "scripts" / "evaluate.py"]]
+)
+def test_ctrl_c_while_modules_load_ends_without_a_traceback(started, tmp_path):
+    stand_in = "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
+    stand_in += "except BaseException as error:\n    raise ImportError('as extension modules do') from error\n"
+    (tmp_path / "torch.py").write_text(stand_in)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = processes.run([sys.executable, *started, "--model", "m"], cwd=ROOT, env=env, timeout=60, status=130)
+    assert done.stderr.strip() in ("llava-next-ar evaluate: interrupted", "evaluate.py: interrupted")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "printed"),
+    [
+        (KeyboardInterrupt(), 130, "llava-next-ar compare: interrupted"),
+        (ValueError("a is 1,\n  expected 2"), 2, "llava-next-ar compare: a is 1, expected 2"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "llava-next-ar compare: [Errno 2] No such file: 'x'"),
+        (SystemExit("llava-next-ar compare: no token"), 2, "llava-next-ar compare: no token"),
+        (SystemExit(1), 1, ""),
+    ],
+)
+def test_an_error_of_a_program_has_one_line_and_one_status(error, status, printed, monkeypatch, capsys):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr("llava_next_ar.hub.compare.main", fail)
+    monkeypatch.setattr(sys, "argv", ["llava-next-ar"])
+    with pytest.raises(SystemExit) as end:
+        main(["compare", "x"])
+    assert (end.value.code, capsys.readouterr().err.strip()) == (status, printed)
+
+
+def test_an_unexpected_error_of_a_training_keeps_its_traceback(monkeypatch):
+    def fail(argv):
+        raise ValueError("in step 1000")
+
+    monkeypatch.setattr("llava_next_ar.training.run.main", fail)
+    with pytest.raises(ValueError, match="in step 1000"):
+        main(["train", "--config", "lora"])
 
 
 # --- recipes and launch files by name --------------------------------------------------------------------------------
@@ -119,6 +217,28 @@ def test_launch_hands_the_rest_to_accelerate(words, monkeypatch):
     assert Path(options.config_file) == ROOT / "scripts" / "accelerate" / "fsdp2.yaml"
     assert (options.num_processes, options.module, options.training_script) == (3, True, "llava_next_ar.scripts.train")
     assert options.training_script_args == ["--config", "lora", "--max_steps", "2"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (subprocess.CalledProcessError(2, ["python"]), 2),
+        (subprocess.CalledProcessError(-9, ["python"]), 137),
+        (ChildFailedError("train", {0: ProcessFailure(0, 1, 143, "none")}), 143),
+        (SignalException("stopped", signal.SIGTERM), 143),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_launch_ends_with_the_status_of_its_processes(error, status, monkeypatch):
+    def fail(options):
+        raise error
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
+    monkeypatch.setattr(sys, "argv", ["llava-next-ar"])
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--launch", "ddp", "--config", "lora"])
+    assert end.value.code == status
 
 
 @pytest.mark.slow
@@ -212,9 +332,24 @@ def test_ask_samples_with_a_seed(folder, capsys):
     assert answers[0] == answers[1] != answers[2]
 
 
+def test_an_empty_answer_is_reported_on_stderr(folder, capsys, monkeypatch):
+    model, processor = load_checkpoint(str(folder / "changed"))
+    monkeypatch.setitem(ask.__globals__, "load_checkpoint", lambda *_, **__: (model, processor))
+    end = processor.tokenizer.eos_token_id
+    model.generation_config.forced_eos_token_id = end
+    clip = str(folder / "clips" / entries_of(folder)[0]["video"])
+    ask(["m", clip, "next", "--max_new_tokens", "1", "--device", "cpu"])
+    printed = capsys.readouterr()
+    assert printed.out.strip() == "" and "the answer is empty: the model generated no text" in printed.err
+    model.generation_config.forced_eos_token_id = None
+    ask(["m", clip, "next", "--max_new_tokens", "6", "--device", "cpu"])
+    assert "the answer is empty" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["{model}", "{clip}", "What?", "--max_new_tokenz", "3"], "did you mean --max-new-tokens?"),
         (["{model}", "missing.mp4", "What?"], "no such file: missing.mp4"),
         (["{model}", "{clip}"], "expected a text after the files"),
         (["missing-folder/x/y", "{clip}", "What?"], "missing-folder/x/y"),

@@ -203,6 +203,14 @@ def test_the_share_is_that_of_the_window(losses, expected):
     assert last is None if expected is None else expected in last
 
 
+def test_the_recommended_share_can_be_set():
+    assert ShareWatch(window=1, recommended=(0.0, 1.0)).add(1.0, 10.0) is None
+    assert "10.0% of the total" in ShareWatch(window=1, recommended=(0.2, 0.9)).add(90.0, 100.0)
+    for wrong in ((0.5,), (0.5, 0.2), (-0.1, 0.5), (0.5, 1.5)):
+        with pytest.raises(ValueError, match="expected two rising numbers from 0 to 1"):
+            ShareWatch(recommended=wrong)
+
+
 # -------------------------------------------------------------------------------------------------------------- reports
 
 
