@@ -1,8 +1,8 @@
 """Conversion of checkpoints between LLaVA-OneVision, the original LLaVA-NeXT project and this package; see convert.py.
 
-Everything is checked before anything is written: the names and shapes of the stored tensors, read from the files'
-headers, against those of the model, built without memory on the meta device. Then one tensor after another is copied,
-so that a checkpoint may be larger than memory, into a folder that gets its name when it is complete.
+All names and shapes of the stored tensors are read from the headers of the files and compared with those of the model,
+built on the meta device, before anything is written. Then the tensors are copied one at a time, so that a checkpoint may
+be larger than memory. The output folder appears when it is complete.
 """
 
 import json
@@ -48,7 +48,7 @@ HEAD = "autoregressive_module."
 EMBEDDINGS, LM_HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 NEWLINE, FASTER = "model.image_newline", "model.faster_token"
 
-# Any generation of key names on disk -> the names of the model in memory; the first that matches.
+# Key names of all versions on disk -> names of the model in memory; the first match counts.
 _ONEVISION_KEYS = (
     (r"^(?:language_model\.)?lm_head\.", "lm_head."),
     (r"^(?:language_model\.model|model\.language_model|language_model)\.", "model.language_model."),
@@ -62,7 +62,7 @@ _ONEVISION_KEYS_ON_DISK = (
     (r"^model\.language_model\.", "language_model.model."),
     (r"^model\.(?=vision_tower\.|multi_modal_projector\.|image_newline$)", ""),
 )
-# Buffers that older versions stored and every version computes.
+# Buffers that older versions stored. All versions compute them.
 _COMPUTED = re.compile(r"\.(position_ids|rotary_emb\.inv_freq)$")
 _TEXT_FILES = ("*.json", "*.txt", "*.jinja", "*.model")
 
@@ -75,7 +75,7 @@ class Conversion:
         output: the folder.
         config: as written.
         num_tensors, num_bytes: as written.
-        notes: choices that the source left open, and what was left out; for the person who converts.
+        notes: settings that the source leaves open, and tensors that were left out.
     """
 
     output: Path
@@ -90,15 +90,15 @@ class ConversionOptions:
     """Options of `convert_checkpoint`."""
 
     to: Format = "llava_next_ar"
-    """Format of the result."""
+    """Format of the output."""
     dtype: str | torch.dtype | None = None
     """Type of all floating-point tensors; as stored if None."""
     pool_mode: str | None = None
     """`average | max | bilinear`; short for `config_overrides={"mm_spatial_pool_mode": ...}`."""
     config_overrides: Mapping[str, Any] | None = None
-    """Keys of the source's `config.json`, read as if they had these values."""
+    """Keys of the source's `config.json`, with the values to read instead."""
     vision_config: Mapping[str, Any] | None = None
-    """For an original checkpoint, its whole vision tower; see `settings_from_original_config`."""
+    """Whole vision tower of an original checkpoint; see `settings_from_original_config`."""
     autoregressive_config: Mapping[str, Any] | None = None
     """Keys of the new head."""
     tokenizer: str | os.PathLike | None = None
@@ -111,7 +111,7 @@ class ConversionOptions:
     base_model: str | None = None
     """Hub id for the model card, if the source is a folder."""
     revision: str | None = None
-    """Of the Hub id."""
+    """Branch, tag or commit of the Hub id."""
     max_shard_size: int = 5 * 10**9
     """Bytes of a shard."""
     progress: bool = True
@@ -121,23 +121,24 @@ class ConversionOptions:
 def convert_checkpoint(
     source: str | os.PathLike, output: str | os.PathLike, options: ConversionOptions | None = None, **keys: Any
 ) -> Conversion:
-    """Converts a checkpoint into a complete folder: weights, configuration, processor, code and model card.
+    """Convert a checkpoint to a complete folder: weights, configuration, processor, code and model card.
 
     From LLaVA-OneVision (transformers) or the original LLaVA-NeXT project (`llava_qwen`) to this package; from this
-    package back to LLaVA-OneVision where the model is one but for the head. The head is new: its weights are not in
-    the folder but initialised when the model is loaded. Peak memory is at most that of the largest file read.
+    package back to LLaVA-OneVision, without the head, if the rest is a LLaVA-OneVision model. The head is new: its
+    weights are not in the folder but initialised when the model is loaded. Peak memory is at most that of the largest
+    file read.
 
     Args:
         source: folder or Hub id with safetensors. Pickles are never read.
-        output: folder to be made; must not exist, or be empty.
-        options: see there.
-        keys: fields of `options`, which win over those of the object.
+        output: new folder; must not exist, or be empty.
+        options: see `ConversionOptions`.
+        keys: fields of `options`, which win over those of `options`.
 
     Raises:
-        CheckpointError: if the tensors are not those of the model, naming the missing, unexpected and wrongly shaped
-            ones, or a file is damaged or a pickle.
-        ValueError: on a setting that the target cannot express, naming its key.
-        FileExistsError: if `output` holds something.
+        CheckpointError: if the tensors are not those of the model, with the missing, unexpected and wrongly shaped ones,
+            or a file is damaged or a pickle.
+        ValueError: on a setting that the target cannot express, with its key.
+        FileExistsError: if `output` is not empty.
         FileNotFoundError: if the source has no `config.json`.
     """
     options = replace(options or ConversionOptions(), **keys)
@@ -157,7 +158,7 @@ def convert_checkpoint(
     }:
         raise ValueError(f"cannot convert a {kind!r} checkpoint to {options.to!r}")
 
-    if kind != "original":  # whose overrides are keys of its own
+    if kind != "original":  # where overrides are keys of the original
         LlavaNextARConfig.check_keywords(overrides)
     notes: list[str] = []
     config, processor_options = _target_config(kind, values, options, notes)
@@ -172,7 +173,7 @@ def convert_checkpoint(
     model_class = ours if options.to == "llava_next_ar" else theirs
     stored = read_index(folder)
     if options.to == "llava_onevision" and any(name.startswith(HEAD) for name in stored):
-        notes.append(f"the head ({HEAD}*) was left out: LLaVA-OneVision has no place for it")
+        notes.append(f"the head ({HEAD}*) was left out: LLaVA-OneVision has no head")
     plan = plan_tensors(stored, config, model_class, ORIGINAL_KEYS if kind == "original" else (), notes)
     plan = _cast(plan, config, options.dtype)
     config.architectures = [model_class.__name__]
@@ -193,7 +194,7 @@ def convert_checkpoint(
                 notes.append("the source has no tokenizer, so no processor was written; give one with --tokenizer")
             card = _model_card(hub_id or options.base_model, kind, notes)
             (partial / "README.md").write_text(card, encoding="utf-8")
-        config.save_pretrained(partial)  # last: without it a folder does not look like a model
+        config.save_pretrained(partial)  # last: a folder without it is not a model
         if output.exists():
             output.rmdir()
         partial.rename(output)
@@ -206,7 +207,7 @@ def convert_checkpoint(
 def _target_config(
     kind: str, values: dict[str, Any], options: ConversionOptions, notes: list[str]
 ) -> tuple[Any, dict[str, Any] | None]:
-    """Configuration of the result and, from an original checkpoint, options of its processor; adds to the notes."""
+    """Return the configuration of the output and, for an original checkpoint, options of its processor; extend the notes."""
     if kind == "original":
         settings = settings_from_original_config(
             values,
@@ -226,10 +227,10 @@ def _target_config(
 
 
 def onevision_config(config: LlavaNextARConfig) -> LlavaOnevisionConfig:
-    """The configuration of the same model without the head.
+    """Return the configuration of the same model without the head.
 
     Raises:
-        ValueError: naming each key that LLaVA-OneVision does not have and that is not at its behaviour.
+        ValueError: with each key that LLaVA-OneVision lacks, if its value changes the model.
     """
     shared = {known.name for known in fields(LlavaOnevisionConfig)}
     own = {known.name: known.default for known in fields(LlavaNextARConfig) if known.name not in shared}
@@ -259,7 +260,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _fetch(source: str | os.PathLike, revision: str | None) -> tuple[Path, str | None]:
-    """A local folder, and the Hub id if it came from there."""
+    """Return a local folder, and the Hub id of a download."""
     if Path(source).is_dir():
         return Path(source), None
     try:
@@ -277,14 +278,14 @@ def _choose_placeholders(
     video_token_id: int | None,
     notes: list[str],
 ) -> None:
-    """Sets both placeholder ids; they must be rows of the embeddings."""
+    """Set both placeholder ids; they must be rows of the embeddings."""
     vocab_size = config.text_config.vocab_size
     for name, given, from_end in (("image_token_id", image_token_id, 2), ("video_token_id", video_token_id, 1)):
         if given is not None:
             setattr(config, name, given)
         elif processor is None and getattr(config, name) >= vocab_size:
             setattr(config, name, vocab_size - from_end)
-            notes.append(f"{name} is {getattr(config, name)}, at the end of the vocabulary, for want of a tokenizer")
+            notes.append(f"{name} is {getattr(config, name)}, at the end of the vocabulary, without a tokenizer")
         if not 0 <= getattr(config, name) < vocab_size:
             raise ValueError(f"{name}={getattr(config, name)} is not a row of the {vocab_size} embeddings")
     if processor is not None:
@@ -301,16 +302,16 @@ def plan_tensors(
     own_keys: tuple[tuple[str, str], ...] = (),
     notes: list[str] | None = None,
 ) -> list[PlannedTensor]:
-    """Plan of the conversion: for each tensor of the model the stored one, in the order of the source.
+    """Plan the conversion: the stored tensor of each tensor of the model, in the order of the source.
 
     Args:
-        stored: as found on disk.
-        config, model_class: what is expected.
+        stored: tensors on disk.
+        config, model_class: of the output.
         own_keys: the source's (pattern, replacement) table; LLaVA-OneVision's if empty.
-        notes: what was left out or filled in is added here.
+        notes: extended by the tensors that are left out or filled in.
 
     Raises:
-        CheckpointError: naming all tensors that are missing, unexpected, wrongly shaped or there twice.
+        CheckpointError: with all tensors that are missing, unexpected, wrongly shaped or duplicate.
     """
     notes = [] if notes is None else notes
     expected = _expected_shapes(config, model_class)
@@ -320,7 +321,7 @@ def plan_tensors(
         target = _rename(name, own_keys or _ONEVISION_KEYS)
         if target.startswith(HEAD) or _COMPUTED.search(target):
             continue
-        if target not in expected:  # towers that keep the level in memory
+        if target not in expected:  # towers with this level in memory
             target = target.replace("model.vision_tower.", "model.vision_tower.vision_model.", 1)
         if target in sources:
             twice.append(f"{name} and {sources[target].name}")
@@ -334,7 +335,7 @@ def plan_tensors(
     missing = [name for name in expected if name not in sources]
     if NEWLINE in missing and not _uses_newline(config):
         missing.remove(NEWLINE)
-        notes.append(f"{NEWLINE} is filled with zeros: the layout has no newlines, and the source none to give")
+        notes.append(f"{NEWLINE} is filled with zeros: the layout has no newlines, and the source has no such tensor")
     misshapen = [
         f"{tensor.name} is {list(tensor.shape)}, expected {list(expected[name])}"
         for name, tensor in sources.items()
@@ -346,7 +347,7 @@ def plan_tensors(
             ("missing tensors", missing),
             ("unexpected tensors", unexpected),
             ("wrongly shaped tensors", misshapen),
-            ("tensors that are there twice", twice),
+            ("duplicate tensors", twice),
         )
         if names
     ]
@@ -355,7 +356,7 @@ def plan_tensors(
         if FASTER in missing:
             hint = "; to convert it as a model without slow and fast frames: --set add_faster_video=false"
         elif any(name.startswith("model.vision_tower.") for name in missing):
-            hint = "; the vision tower must be in the checkpoint, and be the one that its configuration describes"
+            hint = "; the checkpoint must contain the vision tower of its configuration"
         raise CheckpointError("the checkpoint does not fit the model: " + "; ".join(problems) + hint)
     on_disk = _ONEVISION_KEYS_ON_DISK if model_class is LlavaOnevisionForConditionalGeneration else ()
     plan = [
@@ -382,7 +383,7 @@ def _drop_tied_head(sources: dict[str, StoredTensor], config: PreTrainedConfig) 
     with TensorReader() as reader:
         if EMBEDDINGS in sources and not reader.same(head, sources[EMBEDDINGS]):
             raise CheckpointError(
-                f"tie_word_embeddings is set, but {head.name} differs from {sources[EMBEDDINGS].name}: one of them "
+                f"tie_word_embeddings is set, but {head.name} differs from {sources[EMBEDDINGS].name}: one of the two "
                 "would be lost (--set tie_word_embeddings=false keeps both)"
             )
 
@@ -402,7 +403,7 @@ def _rename(name: str, table: tuple[tuple[str, str], ...]) -> str:
 
 
 def _cast(plan: list[PlannedTensor], config: PreTrainedConfig, dtype: str | torch.dtype | None) -> list[PlannedTensor]:
-    """The plan in the chosen type, which is written into the configuration; the prevailing one where all are kept."""
+    """Return the plan in the chosen type, and write it into the configuration; the most frequent type if types are kept."""
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
         raise ValueError(f"dtype must be a floating-point type such as bfloat16, got {dtype!r}")
@@ -433,9 +434,9 @@ def _processor(
     config: LlavaNextARConfig,
     options: dict[str, Any] | None,
 ) -> LlavaNextARProcessor | None:
-    """The source's own processor if it is LLaVA-OneVision's, one made from its tokenizer otherwise, or None.
+    """Return the source's processor if it is LLaVA-OneVision's, else one from its tokenizer, or None.
 
-    An original checkpoint (with `options`) has no placeholder ids of its own: they become the tokenizer's.
+    An original checkpoint (with `options`) has no placeholder ids: those of the tokenizer are used.
     """
     if options is None and tokenizer is None:
         if (folder / "processor_config.json").exists():
@@ -447,7 +448,7 @@ def _processor(
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     for kind, default in (("image", IMAGE_TOKEN), ("video", VIDEO_TOKEN)) if options is not None else ():
         token = getattr(loaded, f"{kind}_token", None) or default
-        if token in loaded.get_vocab():  # for_config adds those that are not
+        if token in loaded.get_vocab():  # for_config adds missing ones
             setattr(config, f"{kind}_token_id", loaded.convert_tokens_to_ids(token))
     return LlavaNextARProcessor.for_config(config, loaded, **(options or {}))
 
@@ -459,7 +460,7 @@ def _write_generation_config(folder: Path, output: Path, config: PreTrainedConfi
         GenerationConfig.from_model_config(config).save_pretrained(output)
 
 
-# What LlavaOnevisionVideoProcessor reads; how to sample is this package's own.
+# Options of LlavaOnevisionVideoProcessor; sampling options are those of this package.
 _VIDEO_OPTIONS = (
     *("do_resize", "size", "resample", "default_to_square", "do_center_crop", "crop_size", "do_rescale"),
     *("rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb"),
@@ -467,7 +468,7 @@ _VIDEO_OPTIONS = (
 
 
 def _export_processor(folder: Path, output: Path, notes: list[str]) -> None:
-    """The processor's files as LlavaOnevisionProcessor's; edited, since its classes need torchvision to be loaded."""
+    """Rewrite the files of the processor as LlavaOnevisionProcessor's, whose classes need torchvision."""
     if not (folder / "processor_config.json").exists():
         notes.append("the source has no processor, so none was written")
         return

@@ -1,14 +1,14 @@
-"""Join a checkpoint whose weights are spread over the ranks that trained it into a folder that loads anywhere.
+"""Join a sharded checkpoint of a distributed training into a complete folder.
 
     llava-next-ar consolidate outputs/full/checkpoint-500 consolidated
-    # a checkpoint without configuration and processor: name the model that training started from
+    # a checkpoint without configuration and processor: give the model that training started from
     llava-next-ar consolidate outputs/full/checkpoint-500 consolidated --model <checkpoint>
 
-Reads what accelerate writes under FSDP with `fsdp_state_dict_type: SHARDED_STATE_DICT` (`pytorch_model_fsdp_0`), one tensor
-at a time and without a GPU; and DeepSpeed's ZeRO checkpoints (`global_step...`), for which DeepSpeed must be installed and
-the whole model fit in memory. The folder gets weights, configuration, processor and code, and loads with
-`AutoModel.from_pretrained(folder, trust_remote_code=True)`; of an adapter's checkpoint it becomes an adapter's folder. It
-appears only once it is complete.
+Checkpoints of accelerate under FSDP with `fsdp_state_dict_type: SHARDED_STATE_DICT` (`pytorch_model_fsdp_0`) are read one
+tensor at a time and without a GPU. DeepSpeed's ZeRO checkpoints (`global_step...`) need DeepSpeed, and memory for the whole
+model. The folder gets weights, configuration, processor and code, and loads with
+`AutoModel.from_pretrained(folder, trust_remote_code=True)`. The checkpoint of an adapter gives the folder of an adapter. The
+folder appears when it is complete.
 """
 
 import argparse
@@ -37,7 +37,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True)
 class ShardedTensor(PlannedTensor):
-    """A tensor in pieces, in a folder of `torch.distributed.checkpoint`."""
+    """Sharded tensor in a folder of `torch.distributed.checkpoint`."""
 
     folder: Path | None = None
 
@@ -49,7 +49,7 @@ class ShardedTensor(PlannedTensor):
 
 @dataclass(frozen=True)
 class HeldTensor(PlannedTensor):
-    """A tensor that is in memory already."""
+    """Tensor in memory."""
 
     tensor: torch.Tensor | None = None
 
@@ -58,10 +58,10 @@ class HeldTensor(PlannedTensor):
 
 
 def read_plan(checkpoint: Path) -> list[PlannedTensor]:
-    """The tensors of a sharded checkpoint, under the names of the model's `state_dict`.
+    """Return the tensors of a sharded checkpoint, under the names of the model's `state_dict`.
 
     Raises:
-        ValueError: if the folder holds no sharded weights, or DeepSpeed's and DeepSpeed is not installed.
+        ValueError: without sharded weights, or for DeepSpeed's if DeepSpeed is not installed.
     """
     for folder in (checkpoint / FSDP_WEIGHTS, checkpoint):
         if (folder / ".metadata").exists():
@@ -80,15 +80,15 @@ def read_plan(checkpoint: Path) -> list[PlannedTensor]:
         state = _as_saved(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint)))
         return [HeldTensor(name, tuple(t.shape), t.dtype, None, t.contiguous()) for name, t in state.items()]
     raise ValueError(
-        f"{checkpoint} holds no sharded weights: neither {FSDP_WEIGHTS}/.metadata (FSDP, SHARDED_STATE_DICT) nor "
+        f"{checkpoint} has no sharded weights: neither {FSDP_WEIGHTS}/.metadata (FSDP, SHARDED_STATE_DICT) nor "
         "global_step* (DeepSpeed)"
     )
 
 
 def _as_saved(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """Returns the tensors of an adapter under the names that PEFT gives them in its file, and those of a model as they are.
+    """Return the tensors of an adapter under the names of PEFT's files, and those of a model as they are.
 
-    In memory, and so in DeepSpeed's checkpoints, the names also hold that of the adapter, and frozen weights may be there.
+    In memory, and so in DeepSpeed's checkpoints, names contain the name of the adapter, and frozen weights are possible.
     """
     if not any(".lora_" in name for name in state):
         return state
@@ -97,10 +97,10 @@ def _as_saved(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
 
 
 def check_names(plan: Mapping[str, PlannedTensor], config: LlavaNextARConfig) -> None:
-    """Compares names and shapes with those of the model.
+    """Compare names and shapes with those of the model.
 
     Raises:
-        ValueError: naming what is missing, unexpected or of another shape.
+        ValueError: with the tensors that are missing, unexpected or of another shape.
     """
     with torch.device("meta"):
         expected = LlavaNextARForConditionalGeneration(config).state_dict()
@@ -115,11 +115,11 @@ def check_names(plan: Mapping[str, PlannedTensor], config: LlavaNextARConfig) ->
 
 
 def write_model(plan: list[PlannedTensor], source: str, folder: Path, max_shard_size: int) -> None:
-    """Writes weights and configuration of a whole model."""
+    """Write weights and configuration of a whole model."""
     by_name = {tensor.name: tensor for tensor in plan}
     config = LlavaNextARConfig.from_pretrained(source)
     if config.enable_autoregressive:
-        # A teacher that was made when training began is in the weights, and may not be in the first configuration.
+        # A teacher that training created is in the weights, and can be absent from the first configuration.
         has_teacher = any(name.startswith("autoregressive_module.teacher.") for name in by_name)
         config.autoregressive_config.separate_teacher = has_teacher
     if config.tie_word_embeddings:
@@ -139,11 +139,11 @@ def write_model(plan: list[PlannedTensor], source: str, folder: Path, max_shard_
 
 
 def consolidate(checkpoint: Path, output: Path, model: str | None = None, max_shard_size: int = 5 * 10**9) -> None:
-    """Writes `output`, a complete folder, from the sharded `checkpoint`.
+    """Write `output`, a complete folder, from the sharded `checkpoint`.
 
     Args:
         checkpoint: a checkpoint folder of a Trainer.
-        output: folder to be made.
+        output: new folder.
         model: folder or Hub id with configuration and processor; the checkpoint itself if None.
         max_shard_size: bytes of a file of weights.
 
@@ -161,7 +161,7 @@ def consolidate(checkpoint: Path, output: Path, model: str | None = None, max_sh
     is_adapter = any(".lora_" in tensor.name for tensor in plan)
     needed = checkpoint / ADAPTER_CONFIG if is_adapter else checkpoint / "config.json"
     if (is_adapter or model is None) and not needed.exists():
-        raise ValueError(f"{checkpoint} has no {needed.name}" + ("" if is_adapter else ": name a model that has one"))
+        raise ValueError(f"{checkpoint} has no {needed.name}" + ("" if is_adapter else ": give --model with one"))
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
@@ -179,7 +179,7 @@ def consolidate(checkpoint: Path, output: Path, model: str | None = None, max_sh
 def main(argv: list[str] | None = None) -> None:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="checkpoint folder of a Trainer")
-    parser.add_argument("output", type=Path, help="folder to be made")
+    parser.add_argument("output", type=Path, help="new folder")
     parser.add_argument(
         "--model", help="folder or Hub id with configuration and processor, if the checkpoint has none"
     )

@@ -3,11 +3,11 @@
     # LLaVA-OneVision (transformers) or the original LLaVA-NeXT project's, from a folder or the Hub
     llava-next-ar convert llava-hf/llava-onevision-qwen2-7b-ov-hf converted
     llava-next-ar convert lmms-lab/LLaVA-Video-7B-Qwen2 converted --pool-mode average
-    # back to LLaVA-OneVision, where the model is one but for the head
+    # back to LLaVA-OneVision, without the head
     llava-next-ar convert converted exported --to llava_onevision
 
-Prints what the source left open and what was chosen. A checkpoint that does not fit is refused with the names of the
-tensors that are missing, unexpected or wrongly shaped, and the output folder appears only once it is complete.
+The command prints the settings that the source leaves open, with the chosen values. A checkpoint that does not fit is an
+error with the missing, unexpected and wrongly shaped tensors. The output folder appears when it is complete.
 """
 
 import argparse
@@ -30,15 +30,15 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 def _json(text: str) -> dict[str, Any]:
-    """An object, or the file that holds it."""
+    """Parse a JSON object, or a file with one."""
     return json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parses the command line and converts."""
+    """Parse the command line and convert."""
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder or Hub id")
-    parser.add_argument("output", type=Path, help="folder to be made")
+    parser.add_argument("output", type=Path, help="new folder")
     parser.add_argument("--to", choices=("llava_next_ar", "llava_onevision"), default="llava_next_ar")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
     parser.add_argument("--pool-mode", choices=("average", "max", "bilinear"), help="default: the configuration's")
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="a key of the source's configuration, read as if it had this value; may be repeated",
+        help="a key of the source's configuration, with the value to read instead; may be repeated",
     )
     parser.add_argument("--vision-config", type=_json, help="JSON or file: the vision tower of an original checkpoint")
     parser.add_argument("--head", type=_json, help='JSON or file: keys of the new head, such as {"num_hist": 4}')
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--video-token-id", type=int, help="default: the tokenizer's")
     parser.add_argument("--num-frames", type=int, help="frames of a video, for an original checkpoint")
     parser.add_argument("--base-model", help="Hub id for the model card, if the source is a folder")
-    parser.add_argument("--revision", help="of the Hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub id")
     parser.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB")
     parser.add_argument("--no-progress", action="store_true")
     options = parser.parse_args(argv)

@@ -1,7 +1,7 @@
 """Configuration of original LLaVA-NeXT checkpoints (`llava_qwen`), translated to this package's.
 
-Its `config.json` is flat, names the vision tower by a Hub id only, leaves settings open that its evaluation passed on
-the command line, and gives sizes as (width, height).
+Its `config.json` is flat and has the vision tower as a Hub id alone. It lacks settings that the project's evaluation set on
+the command line, and sizes are (width, height).
 """
 
 import ast
@@ -20,7 +20,7 @@ from ..configuration.image_token_layout import ImageTokenLayout
 
 logger = logging.get_logger(__name__)
 
-# Vision towers that need no download: their whole configuration, by the last part of the Hub id.
+# Vision towers without download: their whole configuration, by the last part of the Hub id.
 KNOWN_TOWERS = {
     "siglip-so400m-patch14-384": {
         "hidden_size": 1152,
@@ -33,7 +33,7 @@ KNOWN_TOWERS = {
 }
 _DEFAULT_FRAMES = 64  # LLaVA-Video's
 
-# Original key -> ours; the first that matches.
+# Original key -> key of this package; the first match counts.
 ORIGINAL_KEYS = (
     (r"^model\.vision_tower\.vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
     (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
@@ -47,9 +47,9 @@ class OriginalSettings:
     """Settings translated from a configuration of the original project.
 
     Attributes:
-        config: ours.
+        config: of this package.
         processor: options of `LlavaNextARProcessor.for_config`.
-        notes: what the original leaves open, and what was chosen.
+        notes: settings that the original leaves open, with the chosen values.
     """
 
     config: LlavaNextARConfig
@@ -58,7 +58,7 @@ class OriginalSettings:
 
 
 def is_original_config(config: Mapping[str, Any]) -> bool:
-    """Return True if a `config.json` is one of the original project's."""
+    """Test a `config.json` for the format of the original project."""
     return "mm_vision_tower" in config or str(config.get("model_type", "")).startswith("llava_qwen")
 
 
@@ -69,26 +69,26 @@ def settings_from_original_config(
     autoregressive_config: Mapping[str, Any] | None = None,
     num_frames: int | None = None,
 ) -> OriginalSettings:
-    """Translates the `config.json` of an original checkpoint.
+    """Translate the `config.json` of an original checkpoint.
 
     Args:
-        config: as the file has it.
-        vision_config: configuration of the whole vision tower, as its own repository publishes it; needed where
-            `mm_vision_tower` is not among `KNOWN_TOWERS` and cannot be looked up.
+        config: content of the file.
+        vision_config: configuration of the whole vision tower, as its repository publishes it; required if
+            `mm_vision_tower` is not among `KNOWN_TOWERS` and cannot be downloaded.
         autoregressive_config: keys of the head.
         num_frames: frames of a video, if not the configuration's `frames_upbound` or 64.
 
     Raises:
-        ValueError: on a setting that this package does not implement, naming it.
+        ValueError: on a setting that this package does not implement, with its key.
     """
     config = {key: value for key, value in config.items() if value is not None}
     notes: list[str] = []
     _refuse_unsupported(config)
     tower = {**_tower_config(config, vision_config), "model_type": "siglip_vision_model", "vision_use_head": False}
-    tower["num_hidden_layers"] -= 1  # the original drops the last layer and reads the output of the one before
+    tower["num_hidden_layers"] -= 1  # the original drops the last layer and reads the output of the layer before it
     layout = layout_from_original_config(config, tower["image_size"] // tower["patch_size"], "encode_multimodals")
     for key, value, choice in (
-        ("mm_spatial_pool_mode", layout.pool_mode, "; for the other one: --pool-mode average"),
+        ("mm_spatial_pool_mode", layout.pool_mode, "; for average pooling: --pool-mode average"),
         ("mm_spatial_pool_stride", layout.pool_stride, ""),
         ("mm_newline_position", layout.newline_position, ""),
     ):
@@ -117,16 +117,16 @@ def settings_from_original_config(
 
 
 def layout_from_original_config(config: Mapping[str, Any], patches_per_side: int, path: str) -> FrameTokenLayout:
-    """The layout that the original project's configuration describes; missing keys take the original's defaults.
+    """Return the token layout of an original configuration; missing keys take the original's defaults.
 
     Args:
         config: attributes of a LLaVA-NeXT configuration (`config.json` of an original checkpoint).
         patches_per_side: side of the vision tower's patch grid.
-        path: `snapshot` is the published code as it stands, which pools by 2 whatever the configuration says and has
-            no slow and fast frames; `encode_multimodals` the code behind LLaVA-Video, which follows the configuration.
+        path: `snapshot` is the published code, which always pools by 2, without slow and fast frames;
+            `encode_multimodals` the code behind LLaVA-Video, which follows the configuration.
 
     Raises:
-        ValueError: if the original cannot run this configuration or does not know a value.
+        ValueError: if the original cannot run this configuration or rejects a value.
     """
     merge_type = config.get("mm_patch_merge_type", "flat")
     newline_position = config.get("mm_newline_position", "one_token")
@@ -137,7 +137,7 @@ def layout_from_original_config(config: Mapping[str, Any], patches_per_side: int
     elif not merge_type.startswith("spatial"):
         raise ValueError(f"mm_patch_merge_type must be 'flat' or begin with 'spatial', got {merge_type!r}")
     elif newline_position == "one_token" and "unpad" not in merge_type:
-        newline_position = "no_token"  # `grid` and `frame` do not look at `unpad`
+        newline_position = "no_token"  # `grid` and `frame` ignore `unpad`
     if add_faster_video and newline_position == "grid" and (path == "snapshot" or pool_stride == 1):
         raise ValueError(f"add_faster_video=True cannot run on {path!r} with mm_spatial_pool_stride={pool_stride}")
     return FrameTokenLayout(
@@ -154,10 +154,10 @@ def layout_from_original_config(config: Mapping[str, Any], patches_per_side: int
 def image_layout_from_original_config(
     config: Mapping[str, Any], patches_per_side: int, tile_size: int
 ) -> ImageTokenLayout:
-    """The same for images; `tile_size` is the side in pixels of what the tower sees.
+    """Return the token layout of images; `tile_size` is the side in pixels of the tower's input.
 
     Raises:
-        ValueError: on a value that the original does not know.
+        ValueError: on a value that the original rejects.
     """
     return ImageTokenLayout(
         patches_height=patches_per_side,
@@ -173,22 +173,22 @@ def image_layout_from_original_config(
 def _refuse_unsupported(config: dict[str, Any]) -> None:
     architecture = (config.get("architectures") or ["LlavaQwenForCausalLM"])[0]
     if architecture != "LlavaQwenForCausalLM":
-        raise ValueError(f"architectures must name LlavaQwenForCausalLM, got {architecture!r}")
+        raise ValueError(f"architectures must be LlavaQwenForCausalLM, got {architecture!r}")
     tower = config.get("mm_vision_tower")
     if tower is None or "siglip" not in tower.lower():
-        raise ValueError(f"mm_vision_tower must name a SigLIP tower, got {tower!r}")
+        raise ValueError(f"mm_vision_tower must be a SigLIP tower, got {tower!r}")
     for key, allowed in (
         ("mm_projector_type", ("mlp2x_gelu",)),
         ("mm_resampler_type", (None,)),
         ("mm_use_im_start_end", (False, None)),
     ):
         if config.get(key) not in allowed:
-            raise ValueError(f"{key} must be {allowed[0]!r}, got {config[key]!r}: there is no such model here")
+            raise ValueError(f"{key} must be {allowed[0]!r}, got {config[key]!r}: this package has no such model")
     aspect_ratio = config.get("image_aspect_ratio", "square")
     if not re.fullmatch(r"anyres(_max_\d+)?", aspect_ratio):
         raise ValueError(
-            f"image_aspect_ratio must be anyres or anyres_max_N, got {aspect_ratio!r}. For a model that only sees "
-            "videos, choose it yourself: --set image_aspect_ratio=anyres_max_9"
+            f"image_aspect_ratio must be anyres or anyres_max_N, got {aspect_ratio!r}. For a model of videos "
+            "alone, set it: --set image_aspect_ratio=anyres_max_9"
         )
 
 
@@ -198,14 +198,14 @@ def _tower_config(config: dict[str, Any], given: Mapping[str, Any] | None) -> di
         given = KNOWN_TOWERS.get(name.rstrip("/").rsplit("/", 1)[-1])
     if given is None:
         logger.warning(
-            f"the vision tower {name!r} is not known here, and its configuration is looked up on the Hub; without network "
+            f"the vision tower {name!r} is not among the known ones: its configuration is downloaded from the Hub; offline, "
             "give it with --vision-config (config.json of the tower's repository)"
         )
         try:
             given = AutoConfig.from_pretrained(name).to_dict()
         except (OSError, ValueError, HfHubHTTPError) as error:
             raise ValueError(
-                f"the configuration of the vision tower {name!r} is not known here and cannot be looked up: give it "
+                f"the configuration of the vision tower {name!r} is not known here and cannot be downloaded: give it "
                 "with --vision-config (config.json of the tower's repository)"
             ) from error
     given = dict(given.get("vision_config", given))
@@ -222,7 +222,7 @@ def _text_keys() -> list[str]:
 
 
 def _grid_pinpoints(config: Mapping[str, Any], tile_size: int) -> list[list[int]]:
-    """As (height, width); the original has (width, height), or `(1x1),...,(6x6)` in tiles."""
+    """Return sizes as (height, width); the original has (width, height), or `(1x1),...,(6x6)` in tiles."""
     if not config.get("image_aspect_ratio", "square").startswith("anyres"):
         return []
     pinpoints = config.get("image_grid_pinpoints")

@@ -1,7 +1,7 @@
 """Safetensors checkpoints read and written tensor by tensor, in the memory of one tensor.
 
-`read_index` knows names, shapes and types from the headers alone and refuses what is damaged or a pickle;
-`write_shards` writes the header of each shard from such knowledge and then one tensor after another.
+`read_index` reads names, shapes and types from the headers alone and rejects damaged files and pickles. `write_shards`
+writes the header of each shard from such an index, and then one tensor at a time.
 """
 
 import json
@@ -34,12 +34,12 @@ _INDEX = "model.safetensors.index.json"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or whose tensors are not those of the model."""
+    """Unreadable checkpoint, or a checkpoint with other tensors than the model."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file, not read yet."""
+    """Tensor in a file, not read yet."""
 
     name: str
     file: Path
@@ -52,18 +52,18 @@ class StoredTensor:
 
 
 def read_index(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of the checkpoint in a folder, in the order of the files.
+    """Index all tensors of the checkpoint in a folder, in the order of the files.
 
     Raises:
-        CheckpointError: if there is no safetensors checkpoint (pickles are not read), two of them, a shard is missing
-            or damaged, or the shards do not hold what the index says.
+        CheckpointError: without a safetensors checkpoint (pickles are not read), with two, if a shard is missing or
+            damaged, or shards and index differ.
     """
     tensors: dict[str, StoredTensor] = {}
     promised = None
     files = _single_file(folder)
     if (folder / _INDEX).exists():
         if (folder / "model.safetensors").exists():
-            raise CheckpointError(f"{folder} holds both model.safetensors and {_INDEX}: remove the outdated one")
+            raise CheckpointError(f"{folder} contains both model.safetensors and {_INDEX}: remove the outdated one")
         promised = json.loads((folder / _INDEX).read_text())["weight_map"]
         files = [folder / name for name in sorted(set(promised.values()))]
     for file in files:
@@ -76,7 +76,7 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
         stray = [f"{name} ({tensor.file.name})" for name, tensor in tensors.items() if name not in promised]
         if lost or stray:
             raise CheckpointError(
-                f"the shards do not hold what {_INDEX} says; missing: {listed(lost)}; not in it: {listed(stray)}"
+                f"the shards differ from {_INDEX} ; missing: {listed(lost)}; not in it: {listed(stray)}"
             )
     return tensors
 
@@ -88,14 +88,14 @@ def _single_file(folder: Path) -> list[Path]:
     if len(found) == 1:
         return found
     if found:
-        raise CheckpointError(f"{folder} holds {len(found)} safetensors files, but no {_INDEX} to say which to read")
+        raise CheckpointError(f"{folder} holds {len(found)} safetensors files, but no {_INDEX} that lists them")
     pickles = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLES)
     if pickles:
         raise CheckpointError(
-            f"{folder} holds weights as pickles only ({listed(pickles)}), which can run any code when they are "
+            f"{folder} has weights as pickles only ({listed(pickles)}), which can run any code when they are "
             "loaded: use a safetensors version of the checkpoint"
         )
-    raise CheckpointError(f"{folder} holds no safetensors file")
+    raise CheckpointError(f"{folder} has no safetensors file")
 
 
 def _read_header(file: Path) -> list[StoredTensor]:
@@ -111,12 +111,12 @@ def _read_header(file: Path) -> list[StoredTensor]:
                     raise CheckpointError(f"{name} in {file.name} has the type {code}, expected one of {list(DTYPES)}")
                 tensors.append(StoredTensor(name, file, tuple(view.get_shape()), DTYPES[code]))
     except SafetensorError as error:
-        raise CheckpointError(f"{file.name} is damaged or no safetensors file: {error}") from error
+        raise CheckpointError(f"{file.name} is damaged or not a safetensors file: {error}") from error
     return tensors
 
 
 class TensorReader:
-    """Reads stored tensors; keeps open the last file only, so that what was mapped from the others is given back."""
+    """Reader of stored tensors. It keeps the last file open alone, which frees the memory maps of the others."""
 
     def __init__(self):
         self._stack = ExitStack()
@@ -130,7 +130,7 @@ class TensorReader:
         self._stack.close()
 
     def read(self, tensor: StoredTensor) -> torch.Tensor:
-        """The tensor; may be a view of the file."""
+        """Return the tensor; it can be a view of the file."""
         if tensor.file != self._file:
             self._stack.close()
             self._shard = self._stack.enter_context(safe_open(tensor.file, framework="pt"))
@@ -151,11 +151,11 @@ class TensorReader:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to be written, and where it comes from.
+    """Tensor to be written, and its source.
 
     Attributes:
         name, shape, dtype: as written.
-        source: as stored; None for zeros.
+        source: stored tensor; None for zeros.
     """
 
     name: str
@@ -179,7 +179,7 @@ def write_shards(
     max_shard_size: int,
     on_written: Callable[[PlannedTensor], None] = lambda tensor: None,
 ) -> None:
-    """Writes `model.safetensors`, or shards of at most `max_shard_size` bytes (or one tensor) and their index."""
+    """Write `model.safetensors`, or shards of at most `max_shard_size` bytes (or one tensor) and their index."""
     shards = list(_split(plan, max_shard_size))
     names = ["model.safetensors"]
     if len(shards) > 1:
@@ -205,7 +205,7 @@ def _split(plan: Sequence[PlannedTensor], max_shard_size: int) -> Iterator[list[
 
 
 def _write_shard(path: Path, shard: list[PlannedTensor], on_written: Callable[[PlannedTensor], None]) -> None:
-    # Wide types first, so that every tensor begins at a multiple of its own width.
+    # Wide types first, so that each tensor begins at a multiple of its width.
     shard = sorted(shard, key=lambda tensor: -tensor.dtype.itemsize)
     header: dict = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -224,7 +224,7 @@ def _write_shard(path: Path, shard: list[PlannedTensor], on_written: Callable[[P
         for tensor in shard:
             values = tensor.load(reader).contiguous().reshape(-1)
             file.write(memoryview(values.view(torch.uint8).numpy()))
-            del values  # a view of the file that would keep it mapped while the next is opened
+            del values  # a view of the file would keep it mapped while the next file is opened
             on_written(tensor)
 
 

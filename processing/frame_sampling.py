@@ -7,12 +7,12 @@ is the validated choice of one policy with its settings:
     FrameSampling(policy="uniform", num_frames=8).select(total_frames=300, native_fps=30.0).indices
     # array([  0,  42,  85, 128, 170, 213, 256, 299])
 
-Most policies count frames. `uniform_time` and `fps_time` go by the times at which frames are shown, which differs where
-the frame rate varies. The three `llava_*` policies reproduce LLaVA-NeXT (https://github.com/LLaVA-VL/LLaVA-NeXT), frame
+Most policies count frames. `uniform_time` and `fps_time` use presentation times; the results differ where the frame rate
+varies. The three `llava_*` policies reproduce LLaVA-NeXT (https://github.com/LLaVA-VL/LLaVA-NeXT), frame
 for frame.
 
-A clip with fewer frames than are asked for gives all that it has, each once; with `short_clip="error"` it is an error.
-That is the default of one policy, `num_frames`, which samples as transformers does. Only `force_sample` and
+A clip with fewer frames than requested gives each of its frames once; with `short_clip="error"` it raises ValueError, the
+default of the policy `num_frames`, which samples as transformers does. Only `force_sample` and
 `llava_frame_folder` repeat frames, as LLaVA-NeXT does.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-_SAME_TIME = 1e-6  # seconds: times and limits are rounded in many ways
+_SAME_TIME = 1e-6  # seconds: tolerance for the rounding of times and limits
 # Settings that every policy takes.
 _OF_ANY_POLICY = ("policy", "short_clip", "video_start", "video_end")
 SLOW, FAST = 0, 1  # as `FrameType` in frame_token_layout.py
@@ -34,7 +34,7 @@ SLOW, FAST = 0, 1  # as `FrameType` in frame_token_layout.py
 
 
 def uniform(total_frames: int, native_fps: float | None, *, num_frames: int) -> np.ndarray:
-    """`num_frames` evenly spaced frames, the first and the last among them. A clip that has no more gives each of its
+    """`num_frames` evenly spaced frames, the first and the last among them. A shorter clip gives each of its
     frames once."""
     if total_frames <= num_frames:
         return np.arange(total_frames)
@@ -42,8 +42,8 @@ def uniform(total_frames: int, native_fps: float | None, *, num_frames: int) -> 
 
 
 def starts_of_parts(total_frames: int, native_fps: float | None, *, num_frames: int) -> np.ndarray:
-    """`num_frames` frames, each at the start of one of as many equal parts, as transformers samples. A clip that has no
-    more gives each of its frames once."""
+    """`num_frames` frames, each at the start of one of as many equal parts, as transformers samples. A shorter
+    clip gives each of its frames once."""
     num_frames = min(num_frames, total_frames)
     return np.arange(num_frames) * total_frames // num_frames
 
@@ -51,7 +51,7 @@ def starts_of_parts(total_frames: int, native_fps: float | None, *, num_frames: 
 def frames_per_second(
     total_frames: int, native_fps: float | None, *, fps: float, max_frames: int | None = None
 ) -> np.ndarray:
-    """As many frames as `fps` a second make, but at most `max_frames` and at most all, each at the start of one of as
+    """`fps` times the duration of the clip, at most `max_frames` and at most all frames, each at the start of one of as
     many equal parts, as transformers samples. A short clip gives at least its first frame. (`llava_video` takes every
     n-th frame instead.)"""
     num_frames = max(1, int(total_frames / _known("fps", native_fps) * fps))
@@ -61,23 +61,23 @@ def frames_per_second(
 
 def uniform_time(total_frames: int, times: np.ndarray, *, num_frames: int) -> np.ndarray:
     """`num_frames` frames nearest to as many times, evenly spaced from the first frame to the last, none of them
-    twice. A clip that has no more gives each of its frames once."""
+    twice. A shorter clip gives each of its frames once."""
     if total_frames <= num_frames:
         return np.arange(total_frames)
     wanted = np.linspace(times[0], times[-1], num_frames)
     after = np.searchsorted(times, wanted).clip(1, total_frames - 1)
     nearest = np.where(wanted - times[after - 1] <= times[after] - wanted, after - 1, after)
-    # Where several times share a frame, its neighbours serve: indices rise by at least 1, and leave room for the rest.
-    places = np.arange(num_frames)
-    rising = np.maximum.accumulate(nearest - places) + places
-    return np.minimum(rising, total_frames - num_frames + places)
+    # Where several times share a frame, take its neighbours: indices rise by at least 1, and leave room for the rest.
+    positions = np.arange(num_frames)
+    rising = np.maximum.accumulate(nearest - positions) + positions
+    return np.minimum(rising, total_frames - num_frames + positions)
 
 
 def frames_per_second_time(
     total_frames: int, times: np.ndarray, *, fps: float, max_frames: int | None = None
 ) -> np.ndarray:
-    """The frames on show at 0, 1 / `fps`, 2 / `fps`, ... seconds, each once, however long it is shown. If these are
-    more than `max_frames`, that many as `uniform_time` takes them. A short clip gives at least its first frame."""
+    """The frames shown at all multiples of 1 / `fps` seconds, each once, however long it is shown. More than `max_frames`
+    of them are replaced by `max_frames` frames of `uniform_time`. A short clip gives at least its first frame."""
     last = times[-1] - times[0]
     ticks = times[0] + np.arange(int(min(last * fps + 1e-6, 2**24)) + 1) / fps
     indices = np.unique(np.searchsorted(times, ticks + 1e-6, side="right") - 1)
@@ -105,9 +105,9 @@ def fast_slow(
     num_slow: int,
     slow_stride: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fast: the last `num_fast` frames `fast_stride` apart, up to the last one. Slow: `num_slow` frames spread over
-    the clip, `slow_stride` apart or wider. Returns their union in order of time and its types; a frame in both is
-    slow. A short clip gives as many of either as fit."""
+    """Fast: the last `num_fast` frames `fast_stride` apart, up to the last one. Slow: `num_slow` frames over the
+    clip, at least `slow_stride` apart. Returns their union in order of time and its types; a frame in both is slow.
+    A short clip gives as many of each as fit."""
     fast = np.arange(total_frames - 1, -1, -fast_stride)[:num_fast]
     slow = np.arange(0, total_frames, slow_stride)
     if len(slow) > num_slow:
@@ -124,9 +124,9 @@ def llava_video(
     max_frames: int | None = None,
     force_sample: bool = False,
 ) -> np.ndarray:
-    """LLaVA-NeXT's `process_video_with_decord`: every n-th frame, n = round(native_fps / fps); if these are more than
-    `max_frames`, that many evenly spaced frames of the clip instead. With `force_sample` always the latter, so that a
-    short clip repeats some. Raises ValueError where the original fails: fps above twice the clip's own."""
+    """LLaVA-NeXT's `process_video_with_decord`: every n-th frame, n = round(native_fps / fps); more than
+    `max_frames` of them are replaced by `max_frames` evenly spaced frames of the clip, with `force_sample` always, so
+    that a short clip repeats frames. Raises ValueError where the original fails: fps above twice the clip's own."""
     step = _llava_step(_known("llava_video", native_fps), fps)
     if force_sample and max_frames is not None:
         return _spread(total_frames, max_frames)
@@ -144,8 +144,8 @@ def llava_video_times(
     """Seconds `[T]` that LLaVA-NeXT puts into its time instruction for the frames of `llava_video`.
 
     They are right if frames were thinned to `max_frames`. Otherwise the original divides by its stride and not by the
-    frame rate, so that frames are 0, 1, 2, ... "seconds" apart whatever `fps` is. For prompts as the released models
-    know them; elsewhere use the timestamps of the video.
+    frame rate, so that frames are 0, 1, 2, ... "seconds" apart whatever `fps` is. Use them for prompts like those
+    in the training of the released models; elsewhere use the timestamps of the video.
     """
     indices = llava_video(total_frames, native_fps, fps=fps, max_frames=max_frames, force_sample=force_sample)
     step = _llava_step(native_fps, fps)
@@ -157,10 +157,10 @@ def llava_video_times(
 def llava_video_pyav(
     total_frames: int, native_fps: float | None, *, fps: float, max_frames: int | None = None
 ) -> np.ndarray:
-    """LLaVA-NeXT's `process_video_with_pyav`, which takes the last frame's time for the duration and hence the frame
-    rate for higher than it is. Raises ValueError where the original fails, a clip of one frame included."""
+    """LLaVA-NeXT's `process_video_with_pyav`, which uses the last frame's time as the duration and so overestimates the
+    frame rate. Raises ValueError where the original fails, a clip of one frame included."""
     if total_frames == 1:
-        raise ValueError("llava_video_pyav cannot tell the frame rate of a single frame")
+        raise ValueError("llava_video_pyav needs two frames for the frame rate, got one")
     duration = (total_frames - 1) / _known("llava_video_pyav", native_fps)
     return _at_most(np.arange(0, total_frames, _llava_step(total_frames / duration, fps)), max_frames, total_frames)
 
@@ -173,7 +173,7 @@ def llava_frame_folder(
     force_sample: bool = False,
 ) -> np.ndarray:
     """LLaVA-NeXT's training on folders of frames: 10 evenly spaced ones, or `max_frames` with `force_sample`. A short
-    clip repeats some."""
+    clip repeats frames."""
     return _spread(total_frames, max_frames if force_sample and max_frames is not None else 10)
 
 
@@ -207,24 +207,24 @@ class SampledFrames:
 
 @dataclass(frozen=True, kw_only=True)
 class FrameSampling:
-    """One policy of `SAMPLING_POLICIES` with its settings; what each does is in the policy's docstring.
+    """One policy of `SAMPLING_POLICIES`, documented in its docstring, with its settings.
 
-    `fps`, `max_frames`, `sample_rate` and `force_sample` are refused where the policy would ignore them.
+    `fps`, `max_frames`, `sample_rate` and `force_sample` raise ValueError where the policy would ignore them.
 
     Attributes:
         policy: a key of `SAMPLING_POLICIES`.
         num_frames: read by `uniform` and `num_frames`.
         fps: frames wanted per second of video; read by `fps` and `llava_*`.
-        max_frames: upper limit; None for none.
-        sample_rate: every how many frames `every_nth` takes one.
+        max_frames: upper limit; None for unlimited.
+        sample_rate: stride of `every_nth` in frames.
         fast_stride, slow_stride, num_fast, num_slow: read by `fast_slow`.
-        force_sample: whether `llava_*` repeat frames of short clips.
+        force_sample: let `llava_*` repeat frames of short clips.
         short_clip: `"all"` or `"error"`: result for a clip from which the policy takes fewer frames than `num_frames`,
-            or than `max_frames` for policies that read that. None is `"error"` for policy `num_frames`, else `"all"`.
-        video_start, video_end: seconds; the policy then sees only the frames between them, both included.
+            or than `max_frames` for policies that read it. None is `"error"` for policy `num_frames`, else `"all"`.
+        video_start, video_end: seconds; limits of the clip that the policy samples, both included.
 
     Raises:
-        ValueError: for a value out of range, a setting that the policy needs and lacks, or one it would ignore.
+        ValueError: for a value out of range, a required setting that is missing, or a setting that the policy ignores.
     """
 
     policy: str = "uniform"
@@ -274,27 +274,27 @@ class FrameSampling:
             raise ValueError(f"short_clip='error' has no effect with policy={self.policy!r} without max_frames")
 
     def _asked(self) -> int | None:
-        """Number of frames that are asked for, if it does not depend on the clip."""
+        """Requested number of frames, if it does not depend on the clip."""
         return self.num_frames if "num_frames" in _settings_of(self.policy) else self.max_frames
 
     @property
     def needs_times(self) -> bool:
-        """True if the choice depends on when frames are shown, beyond their number and rate."""
+        """True if the choice depends on presentation times beyond their number and rate."""
         return _goes_by_time(self.policy) or bool(self.video_start) or self.video_end is not None
 
     def select(
         self, total_frames: int, native_fps: float | None = None, times: np.ndarray | None = None
     ) -> SampledFrames:
-        """Chooses among the frames 0 ... total_frames - 1 of a clip.
+        """Choose among the frames 0 ... total_frames - 1 of a clip.
 
         Args:
-            native_fps: frames per second, for policies that go by it.
+            native_fps: frames per second, for policies that use it.
             times: `[total_frames]` seconds, not decreasing, for policies by time and for
                 `video_start` and `video_end`. None: evenly spaced at `native_fps`.
 
         Raises:
-            ValueError: if the clip or what is between its limits is empty, if the policy lacks rate or times, or fails as
-                its docstring says, or if the clip is too short for `short_clip="error"`.
+            ValueError: if the clip is empty, also between its limits; if the policy lacks rate or times, or fails as its
+                docstring states; or if the clip is too short for `short_clip="error"`.
         """
         if total_frames < 1:
             raise ValueError(f"total_frames={total_frames} must be at least 1")
@@ -316,7 +316,7 @@ class FrameSampling:
         return SampledFrames(indices.astype(np.int64) + first, None if types is None else tuple(types.tolist()))
 
     def _window(self, total: int, native_fps: float | None, times: np.ndarray | None) -> tuple[int, int]:
-        """The frames from `video_start` to `video_end`: the first one, and the one behind the last."""
+        """Index of the first frame from `video_start` on, and of the first one behind `video_end`."""
         start, end = self.video_start or 0.0, self.video_end
         if not start and end is None:
             return 0, total
@@ -333,8 +333,7 @@ class FrameSampling:
 
 
 def time_instruction(duration: float, timestamps: Sequence[float]) -> str:
-    """The sentence that LLaVA-Video puts before a question, word for word (no space after the last full stop
-    included).
+    """Time instruction of LLaVA-Video before a question, verbatim (without a space after the last full stop).
 
     Args:
         duration: of the clip in seconds.
@@ -353,8 +352,8 @@ def _settings_of(policy: str) -> dict[str, inspect.Parameter]:
 
 
 def _spread(total: int, num: int) -> np.ndarray:
-    """`num` evenly spaced indices below `total`, the first and the last among them. numpy's rounding, as in
-    LLaVA-NeXT: it differs from `i * (total - 1) // (num - 1)` here and there."""
+    """`num` evenly spaced indices below `total`, the first and the last among them. Rounded by numpy,
+    as in LLaVA-NeXT, which can differ from `i * (total - 1) // (num - 1)`."""
     return np.linspace(0, total - 1, num, dtype=int)
 
 
@@ -386,13 +385,13 @@ def _known(policy: str, native_fps: float | None) -> float:
 def _llava_step(native_fps: float, fps: float) -> int:
     step = round(native_fps / fps)
     if step < 1:
-        raise ValueError(f"fps={fps} is more than the video has to give ({native_fps:g} frames a second)")
+        raise ValueError(f"fps={fps} is more than the rate of the video ({native_fps:g} frames a second)")
     return step
 
 
 # -- Options of a processor and of a call -> one `FrameSampling`
 
-# Of `FrameSampling`: all settings, those that are off by default, those of slow and fast frames, policies that read fps.
+# Names in `FrameSampling`: all settings, those that are off by default, slow and fast frames, policies that read fps.
 _LIMITS = ("video_start", "video_end")  # of one video, not of a processor
 SAMPLING_SETTINGS = tuple(field.name for field in fields(FrameSampling) if field.name not in ("policy", *_LIMITS))
 OPTIONAL_SETTINGS = tuple(name for name in SAMPLING_SETTINGS if not getattr(FrameSampling, name))
@@ -402,13 +401,13 @@ _READ_NUM_FRAMES = ("num_frames", "uniform_time")
 
 
 def choose_policy(stored: str, given: Mapping[str, Any]) -> str:
-    """The sampling policy: the one that is named, else the one that the given settings imply, else the stored one.
+    """Sampling policy: the named one, else the one that the given settings imply, else the stored one.
 
     `use_fast_slow_frames=True` implies `fast_slow`, `fps` implies `fps`, `sample_rate` implies `every_nth`, and
     `num_frames` implies `uniform`, unless the stored policy reads the setting already.
 
     Args:
-        stored: the processor's own policy.
+        stored: the policy of the processor.
         given: options named by the caller, without those that are None.
 
     Raises:
@@ -440,18 +439,18 @@ def choose_policy(stored: str, given: Mapping[str, Any]) -> str:
 
 
 def choose_sampling(stored: Mapping[str, Any], given: Mapping[str, Any]) -> FrameSampling:
-    """Which frames a call takes. What the call says wins over what the processor stores; see `choose_policy`.
+    """Frame sampling of a call. Options of the call win over those of the processor; see `choose_policy`.
 
     Args:
-        stored: the processor's own options, the name of its policy under `sampling`.
+        stored: the options of the processor, the name of its policy under `sampling`.
         given: options named in the call, without those that are None.
 
     Raises:
-        ValueError: on a contradiction, a value out of range, or a setting that the policy would ignore.
+        ValueError: on a contradiction, a value out of range, or a setting that the policy ignores.
     """
     policy = choose_policy(stored["sampling"], given)
     settings = {name: stored[name] for name in SAMPLING_SETTINGS if stored.get(name) is not None}
-    if policy != stored["sampling"]:  # what served the stored policy is no mistake in the call
+    if policy != stored["sampling"]:  # the stored policy may read it: not an error of the call
         settings = {name: settings[name] for name in settings if name not in OPTIONAL_SETTINGS}
     for name in _FAST_SLOW_SETTINGS if policy != "fast_slow" else ():
         if name in given:
@@ -460,25 +459,27 @@ def choose_sampling(stored: Mapping[str, Any], given: Mapping[str, Any]) -> Fram
     return FrameSampling(policy=policy, **{**settings, **given})
 
 
-def with_own_options(stored: Mapping[str, Any], call: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a call (see `choose_sampling`) for a video with sampling options of its own, which win. Its
-    `max_frames` is an upper limit whatever the policy."""
+def with_own_options(
+    stored: Mapping[str, Any], call: Mapping[str, Any], of_video: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Options of a call (see `choose_sampling`) for a video with its own sampling options, which win. Its `max_frames` is
+    an upper limit for every policy."""
     given = {name: value for name, value in call.items() if value is not None}
-    if own.keys() & {"sampling", "fps", "num_frames", "sample_rate"}:
+    if of_video.keys() & {"sampling", "fps", "num_frames", "sample_rate"}:
         given = {name: given[name] for name in given.keys() - {"sampling", "use_fast_slow_frames", *SAMPLING_SETTINGS}}
         given["do_sample_frames"] = True
-    elif own and not given.get("do_sample_frames", stored["do_sample_frames"]):
+    elif of_video and not given.get("do_sample_frames", stored["do_sample_frames"]):
         given |= {"do_sample_frames": True, "sampling": "every_nth", "sample_rate": 1}
-    given |= own
-    if "max_frames" in own and choose_policy(stored["sampling"], given) in ("uniform", "num_frames"):
-        FrameSampling(policy="every_nth", sample_rate=1, max_frames=own["max_frames"])  # validates it
+    given |= of_video
+    if "max_frames" in of_video and choose_policy(stored["sampling"], given) in ("uniform", "num_frames"):
+        FrameSampling(policy="every_nth", sample_rate=1, max_frames=of_video["max_frames"])  # validates it
         limit = min(given.pop("max_frames"), given.get("num_frames", stored["num_frames"]))
         given |= {"num_frames": limit, "sampling": given.get("sampling", "uniform")}
     return given
 
 
 def head_sampling(config: Any) -> dict[str, Any]:
-    """Sampling options of the slow and fast frames that a model's reconstruction head asks for; empty if it does not.
+    """Sampling options of the slow and fast frames of a model's reconstruction head; empty without them.
 
     Args:
         config: a `LlavaNextARConfig`.

@@ -1,7 +1,7 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
 """Sources of media (path, URL, data URI, bytes) and pictures: still frames and animations, read with Pillow.
 
-`local_file` gives the bytes of a source. `ImageReader` reads a list of pictures, `PictureReader` the frames of one
+`local_file` returns the bytes of a source. `ImageReader` reads a list of pictures, `PictureReader` the frames of one
 picture file with their own delays. Both convert with `rgb_picture`: upright (EXIF orientation), transparency on white,
 16-bit grey scaled to 8 bits.
 """
@@ -37,27 +37,27 @@ logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".apng", ".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _CHANNELS = (1, 3, 4)
-# Pillow runs other programs for some of the rest.
+# For other formats, Pillow may run other programs.
 _IMAGE_FORMATS = (
     *("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"),
     *(["AVIF"] if "avif" in features.modules and features.check("avif") else []),  # from Pillow 11.3 on
 )
-_ANIMATED_FORMATS = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")  # further pictures in others are thumbnails
-# What Pillow raises for damaged files.
+_ANIMATED_FORMATS = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")  # further pictures in other formats are thumbnails
+# Raised by Pillow for damaged files.
 PICTURE_ERRORS = (
     *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError),
     *(RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
 )
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
-IMAGE_FPS = 2.0  # of frames that carry no time, as LLaVA-NeXT takes it for folders of frames
-_DEFAULT_DELAYS = {"AVIF": 0.1, "GIF": 0.1, "PNG": 1 / 15, "WEBP": 0.1}  # seconds, for frames that name none
+IMAGE_FPS = 2.0  # of frames without times, as in LLaVA-NeXT's folders of frames
+_DEFAULT_DELAYS = {"AVIF": 0.1, "GIF": 0.1, "PNG": 1 / 15, "WEBP": 0.1}  # seconds, for frames without a delay
 _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 _TURNS = dict(enumerate(_TURNS, start=2))  # by EXIF orientation
 
 MAX_DOWNLOAD_BYTES = "LLAVA_NEXT_AR_MAX_DOWNLOAD_BYTES"  # environment variables: these limits protect the machine
 DOWNLOAD_SECONDS = "LLAVA_NEXT_AR_DOWNLOAD_SECONDS"
 _DOWNLOAD_DEFAULTS = {MAX_DOWNLOAD_BYTES: 2 * 2**30, DOWNLOAD_SECONDS: 600}
-_SILENCE = 30.0  # seconds without a byte after which a server counts as gone
+_SILENCE = 30.0  # seconds without a byte until a server counts as lost
 _CHUNK = 2**16
 
 
@@ -65,18 +65,18 @@ _CHUNK = 2**16
 
 
 def is_url(source: Any) -> bool:
-    """Whether a source is a http, https, file or data URL. Paths may hold any character, `#`, `?` and `%` too."""
+    """Test a source for a http, https, file or data URL. Paths may contain any character, `#`, `?` and `%` too."""
     return isinstance(source, str) and re.match(r"(https?|file)://|data:[^,]*,", source, re.IGNORECASE) is not None
 
 
 def source_name(source: Any) -> str:
-    """A source as messages name it: short, without the content of data URLs and of base64 texts."""
+    """Short name of a source for messages, without the content of data URLs and base64 texts."""
     if not isinstance(source, (str, os.PathLike)):
         name = getattr(source, "name", None)
         return name if isinstance(name, str) else "<file object>" if hasattr(source, "read") else "<bytes>"
     name = os.fsdecode(source)
     shown = name.partition(",")[0][:60] + "," if _is_data(name) else name[:60]
-    if len(name) > 100 and re.fullmatch(r"[\w+/=\s-]+", name):  # base64, more likely than a path
+    if len(name) > 100 and re.fullmatch(r"[\w+/=\s-]+", name):  # base64 is more likely than a path
         shown = name[:12]
     elif not _is_data(name) and len(name) <= 500:
         return name
@@ -88,7 +88,7 @@ def _is_data(source: Any) -> bool:
 
 
 def names_picture(source: "str | os.PathLike", *, only_still: bool = False) -> bool:
-    """Whether a path or URL is by its name a picture, or with `only_still` one other than GIF."""
+    """Test the name of a path or URL for a picture, with `only_still` for one other than GIF."""
     name = os.fspath(source).lower()
     if _is_data(name):
         return name.startswith("data:image/") and not (only_still and name.startswith("data:image/gif"))
@@ -98,11 +98,11 @@ def names_picture(source: "str | os.PathLike", *, only_still: bool = False) -> b
 
 @contextlib.contextmanager
 def local_file(source: Any) -> "Iterator[str | bytes]":
-    """The path or the content of a path, URL, bytes or file object; downloads are deleted at the end.
+    """Yield the path or the content of a path, URL, bytes or file object; delete downloads at the end.
 
     Raises:
         VideoReadError: if a download fails, a data URL cannot be decoded, or the source is missing or empty.
-        TypeError: if it is none of these.
+        TypeError: for another type.
     """
     with contextlib.ExitStack() as stack:
         if isinstance(source, (bytes, bytearray, memoryview)):
@@ -112,7 +112,7 @@ def local_file(source: Any) -> "Iterator[str | bytes]":
                 source.seek(0)
             file = source.read()
             if isinstance(file, str):
-                raise TypeError("a file object must be opened in binary mode, got one that reads text")
+                raise TypeError("a file object must be opened in binary mode, got one in text mode")
         elif not isinstance(source, (str, os.PathLike)):
             raise TypeError(
                 "a video is a path, URL, bytes, file object, array, tensor or list of images, "
@@ -134,7 +134,7 @@ def local_file(source: Any) -> "Iterator[str | bytes]":
 
 
 def decode_base64(text: str) -> bytes:
-    """Raises ValueError for what is not base64. White space, the URL-safe alphabet and missing padding are valid."""
+    """Decode base64; raises ValueError for other text. White space, the URL-safe alphabet and missing padding are valid."""
     text = "".join(text.split()).replace("-", "+").replace("_", "/")
     return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
@@ -145,7 +145,7 @@ def _data_of(url: str) -> bytes:
         content = urllib.parse.unquote_to_bytes(content)
         return decode_base64(content.decode("ascii")) if header.lower().endswith(";base64") else content
     except ValueError as error:
-        raise VideoReadError(source_name(url), f"its data is not base64: {type(error).__name__}") from None
+        raise VideoReadError(source_name(url), f"its data are not base64: {type(error).__name__}") from None
 
 
 # -- Downloads
@@ -153,7 +153,7 @@ def _data_of(url: str) -> bytes:
 
 @contextlib.contextmanager
 def _downloaded(url: str) -> Iterator[str]:
-    """Path of a temporary copy, since reading out of order over the network would fetch most bytes several times.
+    """Yield the path of a temporary copy: reading out of order over the network would fetch most bytes several times.
 
     Raises:
         VideoReadError: if the download fails, is larger than MAX_DOWNLOAD_BYTES or takes longer than DOWNLOAD_SECONDS
@@ -165,7 +165,7 @@ def _downloaded(url: str) -> Iterator[str]:
         name, f"download takes longer than {seconds:g} seconds ({DOWNLOAD_SECONDS} sets another limit)"
     )
     with tempfile.TemporaryDirectory() as folder:
-        # some formats of FFmpeg have no mark but the suffix
+        # some formats of FFmpeg are known by the suffix alone
         path = os.path.join(folder, "download" + re.search(r"(\.\w{1,9})?$", _without_query(url))[0])
         try:
             with _response(url, seconds) as response, open(path, "wb") as file:
@@ -174,7 +174,7 @@ def _downloaded(url: str) -> Iterator[str]:
                 while size <= max_bytes and announced <= max_bytes:
                     if time.monotonic() > end:
                         raise too_slow
-                    chunk = response.read1(_CHUNK)  # of what has come; `read` waits for all of it
+                    chunk = response.read1(_CHUNK)  # of the received bytes; `read` waits for all
                     if not chunk:
                         break
                     size += file.write(chunk)
@@ -185,7 +185,9 @@ def _downloaded(url: str) -> Iterator[str]:
                 raise too_slow from error
             raise VideoReadError(name, f"download failed: {error}") from error
         if max(size, announced) > max_bytes:
-            found = f"has {announced} bytes" if announced > max_bytes else "announces no size and goes on"
+            found = (
+                f"has {announced} bytes" if announced > max_bytes else "sends no size, and more bytes than the limit"
+            )
             raise VideoReadError(
                 name, f"download {found}, the limit is {max_bytes:.0f} ({MAX_DOWNLOAD_BYTES} sets another limit)"
             )
@@ -200,8 +202,8 @@ def _without_query(url: str) -> str:
 
 
 def _response(url: str, seconds: float) -> Any:
-    """As `urlopen`, with one limit for all until the headers are read. The time-out of a socket holds for each byte, so
-    a thread opens the address, and is left behind by the one that waits no longer."""
+    """Open an address as `urlopen` does, with one time limit until the headers are read. The time-out of a socket holds
+    for each byte, so a thread opens the address and is abandoned after the limit."""
     response: Future = Future()
 
     def work() -> None:
@@ -234,11 +236,11 @@ def _download_limit(name: str) -> float:
 
 
 def open_image(file: "str | os.PathLike | BinaryIO | bytes") -> Image.Image:
-    """As `Image.open` (of a path, an open file or its content), but by its content one of the usual formats, and no
+    """Open an image as `Image.open` does (path, open file or content), in one of the usual formats by its content and not
     larger than `MAX_FRAME_PIXELS`.
 
     Raises:
-        OSError: if the file is missing or holds no such image.
+        OSError: if the file is missing or not such an image.
         ValueError: if the image is too large.
     """
     try:
@@ -256,7 +258,7 @@ def _check_size(image: Image.Image) -> None:
 
 
 def open_picture(file: str | bytes, name: str) -> Image.Image | None:
-    """The opened picture, if the file is one. Several JPEG, PNG or PPM files in a row are a video for FFmpeg."""
+    """Open a picture; None for a video. FFmpeg reads concatenated JPEG, PNG or PPM files as a video."""
     try:
         image = open_image(file)
     except OSError:
@@ -273,7 +275,7 @@ def open_picture(file: str | bytes, name: str) -> Image.Image | None:
 
 
 def is_animation(source: "str | os.PathLike") -> bool:
-    """Whether a local file or data URL holds more than one picture; False for what cannot be read, or is remote."""
+    """Test a local file or data URL for more than one picture; False for unreadable and remote sources."""
     if is_url(source) and not _is_data(source):
         return False
     try:
@@ -284,12 +286,12 @@ def is_animation(source: "str | os.PathLike") -> bool:
 
 
 def num_pictures(image: Image.Image) -> int:
-    """How many frames the file announces. A PNG may have a picture beside them, for readers without animation."""
+    """Number of frames that the file announces. A PNG may contain one more picture, for readers without animation."""
     if image.format not in _ANIMATED_FORMATS:
         return 1
     try:
         return getattr(image, "n_frames", 1) - _first_frame(image)
-    except PICTURE_ERRORS:  # of a damaged GIF, which says no number
+    except PICTURE_ERRORS:  # of a damaged GIF, without a number
         return 2
 
 
@@ -300,8 +302,8 @@ def _first_frame(image: Image.Image) -> int:
 def load_picture(
     source: Any, *, only_still: bool = False, convert: Callable[[Image.Image], Image.Image] | None = None
 ) -> Image.Image:
-    """A picture of a path, URL, bytes or file object as an upright RGB image, or as `convert` gives it; of an
-    animation the first frame.
+    """Load a path, URL, bytes or file object as an upright RGB image, or as `convert` returns it; the first frame of an
+    animation.
 
     Raises:
         OSError, ValueError: if it is missing, damaged or too large, or an animation with `only_still`.
@@ -315,7 +317,7 @@ def load_picture(
 
 def _still(image: Image.Image) -> Image.Image:
     if (count := num_pictures(image)) > 1:
-        raise ValueError(f"it holds {count} pictures, expected one frame; an animation is a video of its own")
+        raise ValueError(f"it contains {count} pictures, expected one frame; pass an animation as a video")
     return image
 
 
@@ -323,7 +325,7 @@ def _still(image: Image.Image) -> Image.Image:
 
 
 def rgb_picture(image: Image.Image) -> Image.Image:
-    """An upright RGB image: EXIF orientation applied, transparency laid on white, 16-bit grey scaled to 8 bits.
+    """Upright RGB image: EXIF orientation applied, transparency laid on white, 16-bit grey scaled to 8 bits.
 
     Raises:
         ValueError: if its values have no known range (modes I and F).
@@ -332,8 +334,8 @@ def rgb_picture(image: Image.Image) -> Image.Image:
 
 
 def native_picture(image: Image.Image) -> Image.Image:
-    """As `rgb_picture`, but in mode L, RGB or RGBA, whichever holds all of it."""
-    image.load()  # TIFF files turn themselves here
+    """As `rgb_picture`, in the smallest of the modes L, RGB and RGBA that loses nothing."""
+    image.load()  # Pillow turns TIFF files here
     return _upright(_with_8_bits(image), image)
 
 
@@ -344,18 +346,18 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _upright(picture: Image.Image, file: Image.Image) -> Image.Image:
-    """The picture turned as the EXIF data of its file say."""
+    """Turn the picture by the EXIF orientation of its file."""
     try:
         turn = _TURNS.get(file.getexif().get(ExifTags.Base.Orientation))
-    except PICTURE_ERRORS as error:  # a damaged description is no reason to lose the picture
+    except PICTURE_ERRORS as error:  # damaged EXIF data must not lose the picture
         logger.warning("the EXIF data of an image cannot be read, its orientation is ignored: %s", error)
         return picture
     return picture if turn is None else picture.transpose(Image.Transpose[turn])
 
 
 def _with_8_bits(image: Image.Image) -> Image.Image:
-    """In mode L, RGB or RGBA."""
-    # Images of one channel have up to 16 bits in Pillow; those with three it reads with 8 bits.
+    """Convert to mode L, RGB or RGBA."""
+    # Pillow reads one channel with up to 16 bits, three with 8 bits.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.int64)
         grey = Image.fromarray(np.round(values / 257).astype(np.uint8))  # 65535 / 255
@@ -366,7 +368,7 @@ def _with_8_bits(image: Image.Image) -> Image.Image:
         return grey.convert("RGBA")
     if image.mode in ("I", "F"):
         kind = "32-bit integers" if image.mode == "I" else "floats"
-        raise ValueError(f"the image holds {kind} (mode {image.mode}) of unknown range, expected 8 or 16 bits")
+        raise ValueError(f"the image contains {kind} (mode {image.mode}) of unknown range, expected 8 or 16 bits")
     if image.mode == "La":
         image = image.convert("LA")
     if image.has_transparency_data:
@@ -375,7 +377,7 @@ def _with_8_bits(image: Image.Image) -> Image.Image:
 
 
 def tensor_of(array: "np.ndarray | torch.Tensor") -> torch.Tensor:
-    """Pixel values as a tensor that nothing is written to: integers from 0 to 255 become uint8, floats stay floats.
+    """Read-only tensor of pixel values: integers from 0 to 255 become uint8, floats stay floats.
 
     Raises:
         ValueError: for values of other types, and integers out of range (of pictures with 16 bits, for example).
@@ -386,7 +388,7 @@ def tensor_of(array: "np.ndarray | torch.Tensor") -> torch.Tensor:
             return array if array.dtype.itemsize > 1 else array.float()
         if array.dtype == torch.uint8:
             return array
-        array = array.cpu().numpy()  # torch does not compare all kinds of integers
+        array = array.cpu().numpy()  # torch does not compare all integer types
     if array.dtype.kind not in "iuf":
         raise ValueError(f"pixels are integers from 0 to 255 or floats, got {array.dtype}")
     if array.dtype.kind != "f" and array.dtype != np.uint8:
@@ -394,30 +396,30 @@ def tensor_of(array: "np.ndarray | torch.Tensor") -> torch.Tensor:
         array = array.astype(np.uint8)
     if array.dtype not in (np.uint8, np.float16, np.float32, np.float64) or not array.dtype.isnative:
         array = array.astype(np.float32)
-    # torch warns of arrays that must not be written to (nothing is written here) and has no negative strides
+    # torch warns of read-only arrays (nothing is written here) and has no negative strides
     if not array.flags.writeable or any(stride < 0 for stride in array.strides):
         array = array.copy()
     return torch.from_numpy(array)
 
 
 def check_range(frames: "np.ndarray | torch.Tensor", low: float, high: float, hint: str = "") -> tuple[float, float]:
-    """The least and the greatest value. Raises ValueError if one is outside of [low, high], or not finite."""
+    """Return the minimum and maximum. Raises ValueError if one is outside of [low, high] or non-finite."""
     least, greatest = frames.min().item(), frames.max().item()
     is_finite = math.isfinite(least) and math.isfinite(greatest)
     if not (is_finite and low <= least <= greatest <= high):
         name, expected = str(frames.dtype).removeprefix("torch."), f"must lie in [{low:g}, {high:g}]"
         if high == math.inf:
             expected = "must not be negative where they are normalized" if low == 0 else "must be finite"
-        found = f"[{least:g}, {greatest:g}]{hint}" if is_finite else "values that are not finite"
+        found = f"[{least:g}, {greatest:g}]{hint}" if is_finite else "non-finite values"
         raise ValueError(f"{name} frames {expected}, got {found}")
     return least, greatest
 
 
 def check_shape(shape: Sequence[int]) -> None:
-    """Refuses the shape of a frame or of a video without a place for channels.
+    """Validate the shape of a frame or of a video: it needs a dimension of channels.
 
     Raises:
-        ValueError: naming the shape, and what was expected.
+        ValueError: with the shape and the expected ones.
     """
     shape, hint = tuple(shape), ""
     if len(shape) in (3, 4) and {shape[-1], shape[-3]} & set(_CHANNELS):
@@ -457,11 +459,11 @@ def rgb_of_array(frame: "np.ndarray | torch.Tensor") -> np.ndarray:
 
 
 class ImageReader:
-    """Frames that are images already: arrays, PIL images, paths and URLs of images. Evenly spaced in time."""
+    """Reader of a list of images: arrays, PIL images, paths and URLs, evenly spaced in time."""
 
     def __init__(self, images: Sequence[Any], name: str, fps: float | None) -> None:
         if not len(images):
-            raise VideoReadError(name, "it holds no frames")
+            raise VideoReadError(name, "it has no frames")
         self.name, self.images, self.missing = name, images, 0
         self.fps = float(fps or IMAGE_FPS)
         self.timestamps = np.arange(len(images)) / self.fps
@@ -492,7 +494,7 @@ class ImageReader:
 
 
 class PictureReader:
-    """Frames of one picture file: an animation with its own delays, or a still picture shown for `1 / fps`.
+    """Reader of one picture file: an animation with its own delays, or a still picture shown for `1 / fps`.
 
     Attributes:
         duration: seconds, the delay of the last frame included.
@@ -503,7 +505,7 @@ class PictureReader:
         announced = num_pictures(image)
         delays: list[float] = []  # seconds
         starts: list[float] = []  # milliseconds, in AVIF
-        cause, is_damaged = "it holds no readable picture", False
+        cause, is_damaged = "it has no readable picture", False
         try:
             self._first = _first_frame(image)
             while True:
@@ -519,7 +521,7 @@ class PictureReader:
             cause, is_damaged = str(error), True
         if not delays:
             raise VideoReadError(name, cause)
-        if image.format == "AVIF" and all(np.diff(starts) > 0):  # its delays are rounded each, its times are not
+        if image.format == "AVIF" and all(np.diff(starts) > 0):  # each delay is rounded, times are not
             delays[:-1] = np.diff(starts) / 1000
         self.missing = max(announced - len(delays), int(is_damaged))
         self.timestamps = np.cumsum([0.0, *delays[:-1]])
@@ -531,7 +533,7 @@ class PictureReader:
         for index in range(max(wanted) + 1):
             try:
                 picture = self._show(index)
-            except PICTURE_ERRORS as error:  # a damaged file may fail the second time only
+            except PICTURE_ERRORS as error:  # a damaged file can fail at the second read alone
                 logger.debug("%s: decoding fails at frame %d: %s", self.name, index, error)
                 break
             if index in wanted:
@@ -543,14 +545,14 @@ class PictureReader:
         pass
 
     def _show(self, index: int) -> Image.Image:
-        """The next frame, or the first one again. Raises EOFError behind the last one."""
+        """Decode the next frame, or the first one again. Raises EOFError behind the last one."""
         image = self._image
         image.seek(self._first + index)
         _check_size(image)
         if image.format != "PNG" or not getattr(image, "is_animated", False):
             image.load()
             return _with_8_bits(image)
-        # Pillow 13 blends half transparent parts of APNG frames wrongly: let it decode only, and compose here.
+        # Pillow 13 blends half transparent parts of APNG frames wrongly: it only decodes, and frames are composed here.
         dispose, blend, box = image.dispose_op, image.blend_op, image.dispose_extent or (0, 0, *image.size)
         image.blend_op = PngImagePlugin.Blend.OP_SOURCE
         image.load()
@@ -569,10 +571,10 @@ class PictureReader:
 
 
 def images_in(folder: str) -> list[Path]:
-    """Image files of a folder, sorted as people count: frame_2 before frame_10."""
+    """Image files of a folder in the order of their numbers: frame_2 before frame_10."""
     paths = [path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
-        raise VideoReadError(folder, f"the folder holds no images ({' '.join(IMAGE_SUFFIXES)})")
+        raise VideoReadError(folder, f"the folder has no images ({' '.join(IMAGE_SUFFIXES)})")
     return sorted(
         paths, key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
     )

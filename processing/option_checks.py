@@ -1,5 +1,5 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""What options of the processors may be: a wrong one is named when it is set, not when something fails on it.
+"""Validation of the options of the processors when they are set, before they are used.
 
 transformers takes most values of a configuration file as they are. These checks stand between the file and its use.
 """
@@ -40,7 +40,7 @@ SETTINGS = tuple(_Settings.__annotations__)
 
 
 def refuse_generation_options(names: Collection[str], known: Collection[str]) -> None:
-    """Raises ValueError for an option of `generate` among those of a processor, as pipelines hand it over."""
+    """Raise ValueError for an option of `generate` among those of a processor, as pipelines pass it."""
     for name in names:
         if name in _GENERATION_OPTIONS and name not in known:
             raise ValueError(
@@ -49,16 +49,16 @@ def refuse_generation_options(names: Collection[str], known: Collection[str]) ->
 
 
 def check_pixel_options(options: Mapping[str, Any], resamples: Collection[int], num_channels: Collection[int]) -> None:
-    """Refuses values of transformers' pixel options that make no sense. Those of steps that are off are not looked at.
+    """Validate transformers' pixel options, except those of steps that are off.
 
     Args:
         options: `do_resize`, `size`, `resample`, `do_center_crop`, `crop_size`, `do_rescale`, `rescale_factor`,
             `do_normalize`, `image_mean`, `image_std`; a missing step is off.
-        resamples: Pillow's numbers of the filters that are there.
-        num_channels: how many values of `image_mean` and `image_std` there may be, if there are several.
+        resamples: Pillow's numbers of the available filters.
+        num_channels: number of values of `image_mean` and `image_std`, if there are several.
 
     Raises:
-        ValueError: naming the option, its value and what is allowed.
+        ValueError: with the option, its value and the allowed values.
     """
     for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
         if not isinstance(options.get(name), (bool, type(None))):
@@ -81,7 +81,7 @@ def check_pixel_options(options: Mapping[str, Any], resamples: Collection[int], 
             expected = " or ".join(map(str, sorted(num_channels)))
             raise ValueError(f"{name} has {len(values)} values, expected {expected}")
         if not all(_is_number(number) for number in values):
-            raise ValueError(f"{name} must hold finite numbers, got {value!r}")
+            raise ValueError(f"{name} must contain finite numbers, got {value!r}")
         if name == "image_std" and 0 in values:
             raise ValueError(f"image_std must not hold 0, got {value!r}")
 
@@ -89,7 +89,7 @@ def check_pixel_options(options: Mapping[str, Any], resamples: Collection[int], 
 def _check_size(name: str, value: Any, allowed: Collection[set[str]]) -> None:
     try:
         size = dict(value or {})
-    except (TypeError, ValueError):  # no mapping
+    except (TypeError, ValueError):  # not a mapping
         size = {}
     sides = list(size.values())
     if set(size) not in allowed or not all(isinstance(s, int) and not isinstance(s, bool) and s >= 1 for s in sides):
@@ -104,19 +104,19 @@ def _is_number(value: Any) -> bool:
 
 
 def check_image_processor(image_processor: Any) -> None:
-    """Refuses settings of a LLaVA-OneVision image processor that it would fail on; raises as `check_pixel_options`."""
-    options = {**image_processor.to_dict(), "do_resize": True}  # tiles have the `size`, whatever is resized
+    """Validate the settings of a LLaVA-OneVision image processor; raises as `check_pixel_options`."""
+    options = {**image_processor.to_dict(), "do_resize": True}  # tiles always have the `size`
     check_pixel_options(options, resamples={int(number) for number in PILImageResampling}, num_channels=(3,))
-    _check_size("size", options["size"], _SIZES[:1])  # all views of an image have the same
+    _check_size("size", options["size"], _SIZES[:1])  # the same for all views of an image
     if not image_processor.image_grid_pinpoints:
-        raise ValueError("image_grid_pinpoints must hold a size or more, got none")
+        raise ValueError("image_grid_pinpoints must contain at least one size, got none")
 
 
 def check_processor_settings(**values: Any) -> None:
-    """Refuses settings of `LlavaNextARProcessor` of a wrong type or value.
+    """Validate types and values of the settings of `LlavaNextARProcessor`.
 
     Raises:
-        ValueError: naming the setting and its value.
+        ValueError: with the setting and its value.
     """
     try:
         validate_typed_dict(_Settings, values)
@@ -131,13 +131,13 @@ def check_processor_settings(**values: Any) -> None:
 
 
 def check_processor_file(values: Mapping[str, Any]) -> None:
-    """Refuses a `processor_config.json` that transformers stumbles over.
+    """Validate the parts of `processor_config.json` that transformers takes unchecked.
 
     Args:
         values: content of the file.
 
     Raises:
-        ValueError: naming the key and what is wrong with it.
+        ValueError: with the key and the expected form.
     """
     for name in ("image_processor", "video_processor"):
         part = values.get(name, {})
@@ -156,7 +156,7 @@ def resolve_layout(
     layout: "FrameTokenLayout | dict[str, Any] | None", num_image_tokens: int | None, select_strategy: str | None
 ) -> FrameTokenLayout | None:
     if layout is not None:
-        # A layout of a model that was loaded from the Hub is of another class of the same name: it travels as values.
+        # The layout of a model from the Hub has another class of the same name: pass its values.
         if not (isinstance(layout, dict) or hasattr(layout, "to_dict")):
             raise ValueError(f"frame_token_layout must be a FrameTokenLayout or a dict, got {layout!r}")
         try:
@@ -183,7 +183,7 @@ def resolve_layout(
 
 
 def _num_patches(num_image_tokens: int | None, select_strategy: str | None) -> int | None:
-    """LLaVA-OneVision counts a class token where the strategy later drops it; patches are what is left."""
+    """LLaVA-OneVision counts a class token that its strategy later drops; the patches are the rest."""
     if num_image_tokens is None:
         return None
     without_class_token = num_image_tokens - 1

@@ -1,15 +1,15 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
 """Back ends beside PyAV, for MP4, MOV, Matroska and WebM: decord and torchcodec.
 
-Pixels of 8-bit video are those of PyAV. Those of video with more bits differ, most of all at edges of colour. Neither
+Pixels of 8-bit video equal those of PyAV. Pixels of video with more bits differ, most at edges of colour. Neither
 mirrors frames, reads transparency, or separates the fields of interlaced pictures.
 
-`DecordReader` reads from the start and never seeks: decord counts frames after a seek, which silently goes wrong where
-a key frame is followed by frames that are shown before it (open groups of pictures, the default of x265; MPEG-4 with
-B-frames), after intra refresh, and in AVI and MPEG-TS. So it is exact, but slow in long videos. decord 0.6 knows no AV1
-and refuses a damaged file as a whole.
+`DecordReader` reads from the start and never seeks: decord counts frames after a seek. The count is wrong where a
+key frame is followed by frames that are shown before it (open groups of pictures, the default of x265; MPEG-4 with
+B-frames), after intra refresh, and in AVI and MPEG-TS. So the reader is exact, but slow in long videos. decord 0.6 does
+not decode AV1 and rejects a damaged file as a whole.
 
-`TorchCodecReader` seeks. torchcodec lists no times: they come from PyAV, or else from a full decode.
+`TorchCodecReader` seeks. torchcodec lists no times: they are read by PyAV, or by decoding all frames.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def import_torchcodec() -> Any:
     """The class `torchcodec.decoders.VideoDecoder`.
 
     Raises:
-        ImportError: if it cannot be imported, with the cause in one line (torchcodec's own message has hundreds).
+        ImportError: if it cannot be imported, with the cause in one line (torchcodec's message has hundreds).
     """
     try:
         from torchcodec.decoders import VideoDecoder
@@ -60,14 +60,14 @@ def import_torchcodec() -> Any:
 
 
 class DecordReader:
-    """Reads a file with decord, from its start.
+    """Reader of a file with decord, from its start.
 
     Args:
         file: path or content.
         name: for messages.
         num_threads: of the decoder.
-        stream_index: unused; decord chooses by itself.
-        times: unused; decord has its own.
+        stream_index: unused; decord chooses the stream.
+        times: unused; decord lists times.
     """
 
     backend = "decord"
@@ -91,12 +91,12 @@ class DecordReader:
             rate = float(reader.get_avg_fps())
         except (decord.DECORDError, RuntimeError) as error:
             if "Failed to measure duration" in str(error):  # live streams and pipes, as Chrome records them
-                cause = "its header has no duration, without which decord counts no frames; use the back end 'pyav'"
+                cause = "its header has no duration, which decord needs to count frames; use the back end 'pyav'"
                 raise VideoReadError(name, cause) from error
             raise VideoReadError(name, why_unreadable(file, _first_line(error))) from error
-        shown = shown[shown >= 0]  # what an edit list hides; decord counts it, and repeats the last frame instead
+        shown = shown[shown >= 0]  # frames that an edit list hides; decord counts them, and repeats the last frame
         if not len(shown):
-            raise VideoReadError(name, "it holds no readable video frame")
+            raise VideoReadError(name, "it has no readable video frame")
         self.timestamps = shown - shown[0]
         self.fps = frame_rate(rate, self.timestamps)
         self.duration = float(self.timestamps[-1]) + 1 / self.fps
@@ -111,7 +111,7 @@ class DecordReader:
         at = 0
         for done, index in enumerate(wanted):
             try:
-                # `skip_frames` seeks where it would arrive at or pass a key frame: arrive there by reading instead.
+                # `skip_frames` seeks where it would reach or pass a key frame: read up to it instead.
                 for key in [key for key in keys if at < key <= index]:
                     _skip(reader, key - 1 - at)
                     reader.next()
@@ -123,7 +123,7 @@ class DecordReader:
                 if "DECORD_EOF_RETRY_MAX" in str(error):
                     raise VideoReadError(
                         self.name,
-                        "decord gave up waiting for the last frames, as it does on busy machines; "
+                        "decord stopped waiting for the last frames, as it does on busy machines; "
                         "use the back end 'pyav' or set the environment variable DECORD_EOF_RETRY_MAX above 10240",
                     ) from error
                 logger.debug("%s: decoding fails at frame %d: %s", self.name, index, _first_line(error))
@@ -133,13 +133,13 @@ class DecordReader:
 
 
 class TorchCodecReader:
-    """Reads a file with torchcodec.
+    """Reader of a file with torchcodec.
 
     Args:
         file: path or content.
         name: for messages.
         num_threads: of the decoder.
-        stream_index: which stream; None for the one that FFmpeg prefers.
+        stream_index: None for the stream that FFmpeg prefers.
         times: `[total_frames]` seconds from the first frame; None decodes all frames to find them.
     """
 
@@ -158,7 +158,9 @@ class TorchCodecReader:
         self.name, self.missing = name, 0
         _refuse_container(file, name, self.backend)
         video_decoder = import_torchcodec()
-        source = file if isinstance(file, bytes) else f"file:{file}"  # without the prefix it could be an address
+        source = (
+            file if isinstance(file, bytes) else f"file:{file}"
+        )  # without the prefix it could be read as an address
         options = {"dimension_order": "NHWC", "num_ffmpeg_threads": num_threads, "stream_index": stream_index}
         try:
             self._decoder = video_decoder(source, **options)
@@ -169,7 +171,7 @@ class TorchCodecReader:
         except (RuntimeError, ValueError, IndexError) as error:
             raise VideoReadError(name, why_unreadable(file, _first_line(error))) from error
         if not total:
-            raise VideoReadError(name, "it holds no readable video frame")
+            raise VideoReadError(name, "it has no readable video frame")
         self._start = float(self._decoder.metadata.begin_stream_seconds or 0.0)
         self.timestamps = times - times[0]
         self.fps = frame_rate(rate, self.timestamps)
@@ -196,8 +198,8 @@ class TorchCodecReader:
 def checked_reader(
     reader_class: Callable[..., FrameReader], exact_class: Callable[..., Any] | None
 ) -> Callable[[str | bytes, str, int], FrameReader]:
-    """Opens files with `reader_class`, as it would itself, and raises VideoReadError where `exact_class`, the reader of
-    PyAV, would return other frames or times. Without PyAV, None, nothing is checked."""
+    """Open files with `reader_class`; raises VideoReadError where `exact_class`, the reader of PyAV, returns other frames
+    or times. Without PyAV (None), nothing is checked."""
 
     def opened(file: str | bytes, name: str, num_threads: int) -> FrameReader:
         if exact_class is None:
@@ -216,12 +218,12 @@ def checked_reader(
 
 
 def _unlike(reader: Any, exact: Any) -> str | None:
-    """Find a reason for which the frames of another back end are not those of PyAV; None if there is none."""
+    """Find a reason why the frames of another back end differ from those of PyAV, or None."""
     first = exact.first_frame()
     if first is None or not _same_times(reader.timestamps, exact.timestamps):
         return f"finds {len(reader.timestamps)} frames where there are {len(exact.timestamps)}, or other times"
     if exact.num_streams > 1 and not reader.takes_stream_index:
-        return "chooses among its video streams by itself"
+        return "may choose another of its video streams"
     if has_alpha(first):
         return "drops its transparency"
     if first.interlaced_frame and first.format.name.startswith(("yuv420", "yuvj420", "nv12")):
@@ -230,12 +232,12 @@ def _unlike(reader: Any, exact: Any) -> str | None:
     mirrored, turns, off = (False, 0, 0.0) if matrix is None else orientation(matrix)
     in_header = reader.turns_inexactly or (not off and is_mp4(exact.file))
     if mirrored or off > 1 or ((turns or off) and not (in_header and exact.is_turned_by_header())):
-        return "does not turn or mirror its frames as their display matrix says"
+        return "does not turn or mirror its frames by their display matrix"
     return None
 
 
 def _refuse_container(file: str | bytes, name: str, backend: str) -> None:
-    """Raises VideoReadError for containers in which decord and torchcodec mistake frames."""
+    """Validate the container: raises VideoReadError for those in which decord and torchcodec mistake frames."""
     if not (is_mp4(file) or is_matroska(file)):
         raise VideoReadError(
             name,
@@ -244,9 +246,9 @@ def _refuse_container(file: str | bytes, name: str, backend: str) -> None:
         )
 
 
-def _same_times(one: np.ndarray, other: np.ndarray) -> bool:
+def _same_times(times: np.ndarray, other_times: np.ndarray) -> bool:
     """Compare two arrays `[T]` of seconds, up to rounding."""
-    return len(one) == len(other) and bool(np.all(np.abs(one - other) <= _TIME_TOLERANCE))
+    return len(times) == len(other_times) and bool(np.all(np.abs(times - other_times) <= _TIME_TOLERANCE))
 
 
 def _skip(reader: Any, num_frames: int) -> None:
@@ -255,5 +257,5 @@ def _skip(reader: Any, num_frames: int) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """decord's messages carry a time, a place in its source and its stack; torchcodec's span many lines."""
+    """Shorten a message: decord's contain a time, a source line and a stack, torchcodec's span many lines."""
     return re.sub(r"^\[[\d:]+\] \S+: ", "", str(error).strip().split("\n")[0])

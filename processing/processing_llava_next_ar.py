@@ -1,10 +1,10 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Chat messages with text, images and videos -> model inputs.
+"""Processor: model inputs of chat messages with text, images and videos.
 
-LLaVA-OneVision's processor, with every video layout of `FrameTokenLayout` (the only place that knows how many
-placeholders a video takes), LLaVA-NeXT's conversation format with the assistant's turns marked for training, and
-errors where a mistake would otherwise reach the model: a placeholder without its video, a visual token cut off by
-`max_length`, an unknown option.
+LLaVA-OneVision's processor, with every video layout of `FrameTokenLayout` (which alone determines the number of
+placeholders of a video), LLaVA-NeXT's conversation format with the assistant's turns marked for training, and errors
+for mistakes that would reach the model: a placeholder without a video, a visual token cut off by `max_length`, an
+unknown option.
 """
 
 import bisect
@@ -53,35 +53,35 @@ logger = logging.get_logger(__name__)
 class LlavaNextARProcessorKwargs(ProcessingKwargs, total=False):
     """Options of `LlavaNextARProcessor.__call__`."""
 
-    _defaults = {}  # a TypedDict inherits none, and transformers reads them
+    _defaults = {}  # a TypedDict does not inherit them, and transformers reads them
 
     videos_kwargs: LlavaNextARVideoProcessorKwargs
 
 
 @travels_with_code
 class LlavaNextARProcessor(LlavaOnevisionProcessor):
-    r"""Turns prompts with images and videos into model inputs, padded on the left unless the tokenizer has a `padding_side`.
+    r"""Processor of prompts with images and videos: model inputs, padded on the left unless the tokenizer has a `padding_side`.
 
     Args:
         image_processor, tokenizer: as in `LlavaOnevisionProcessor`.
         video_processor (`LlavaNextARVideoProcessor`): reads, samples and resizes videos.
-        num_image_tokens (`int`, *optional*): patches of one image as the tower sees it; the layout's if unset.
+        num_image_tokens (`int`, *optional*): patches of one image of the tower; the layout's if unset.
         vision_feature_select_strategy (`str`, *optional*): as in the model's configuration.
         chat_template (`str`, *optional*): LLaVA-NeXT's `qwen_1_5` conversation if unset.
-        image_token, video_token (`str`): placeholders, unless the tokenizer names its own.
+        image_token, video_token (`str`): placeholders, unless the tokenizer has placeholders.
         vision_aspect_ratio (`str`): as in the model's configuration.
-        frame_token_layout (`FrameTokenLayout` or `dict`, *optional*): how the frames of a video become tokens, the
-            same as in the model. Unset (a LLaVA-OneVision processor), OneVision's layout over a square of
+        frame_token_layout (`FrameTokenLayout` or `dict`, *optional*): mapping from frames of a video to tokens, the
+            same as in the model. If unset (a LLaVA-OneVision processor), OneVision's layout over a square of
             `num_image_tokens`.
-        add_time_instruction (`bool`, defaults to `False`): write LLaVA-Video's sentence about duration and frame times
-            behind each video.
-        mm_patch_merge_type, unpad_rounding (`str`): how an image becomes tokens, as in the model's configuration.
+        add_time_instruction (`bool`, defaults to `False`): write LLaVA-Video's time instruction (duration, frame times) behind
+            each video.
+        mm_patch_merge_type, unpad_rounding (`str`): token layout of images, as in the model's configuration.
 
     Raises:
-        ValueError: if a setting, or one of the image processor, has a wrong type or value (naming it), both
-            `num_image_tokens` is no square number and there is no layout, they contradict each other, or the tokenizer
-            lacks a placeholder token.
-        TypeError: if a part is no processor or tokenizer.
+        ValueError: if a setting of this or the image processor has a wrong type or value, `num_image_tokens` is not a
+            square number without a layout, they contradict each other, or the tokenizer lacks a placeholder
+            token.
+        TypeError: if a part is not a processor or tokenizer.
     """
 
     _auto_class = "AutoProcessor"
@@ -141,7 +141,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
             tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
         check_image_processor(self.image_processor)
         if self.frame_token_layout is not None:
-            self._image_layout(tile_size=1)  # validates itself, whatever the size
+            self._image_layout(tile_size=1)  # validates itself for every size
         for name, token_id in (("image_token", self.image_token_id), ("video_token", self.video_token_id)):
             token = getattr(self, name)
             if token_id is None or (token_id == tokenizer.unk_token_id and token != tokenizer.unk_token):
@@ -160,7 +160,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         add_time_instruction: bool = False,
         **video_kwargs: Any,
     ) -> "LlavaNextARProcessor":
-        """A complete processor for a model configuration.
+        """Build a complete processor for a model configuration.
 
         Placeholder tokens that the tokenizer lacks are added to it, and their ids written into `config` (resize the
         model's embeddings if they lie beyond its vocabulary). Slow and fast sampling follows
@@ -171,10 +171,10 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
             tokenizer: of the language model.
             chat_template: other than LLaVA-NeXT's `qwen_1_5`.
             add_time_instruction: see the class.
-            video_kwargs: options of `LlavaNextARVideoProcessor`; size, mean and std hold for images too.
+            video_kwargs: options of `LlavaNextARVideoProcessor`; size, mean and std apply to images too.
 
         Raises:
-            ValueError: if the tokenizer's placeholder ids are not the configuration's, or a video option is unknown.
+            ValueError: if the placeholder ids of tokenizer and configuration differ, or a video option is unknown.
         """
         side = config.vision_config.image_size
         video_kwargs = {**head_sampling(config), **video_kwargs}
@@ -209,10 +209,10 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         return processor
 
     def check_layout(self, config: Any) -> None:
-        """Refuses a model configuration that this processor does not fit.
+        """Validate that this processor fits a model configuration.
 
         Raises:
-            ValueError: naming every key of the token layout that differs, or the placeholder whose id does.
+            ValueError: with each key of the token layout that differs, or the placeholder with another id.
         """
         config.frame_token_layout.check_same(self._layout)
         for name, value in layout_options(config).items():
@@ -226,22 +226,22 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        # transformers would ask for the video processor's class in a registry that is empty without torchvision, and
+        # transformers would look up the video processor's class in a registry that is empty without torchvision, and
         # ask the user to trust the code that is already running.
         check_processor_file(processor_dict or {})
-        own = inspect.signature(cls).parameters
+        parameters = inspect.signature(cls).parameters
         video_options = LlavaNextARVideoProcessorKwargs.__annotations__.keys()
         image_options = LlavaOnevisionImageProcessorPil.valid_kwargs.__annotations__.keys()
-        refuse_misspelt(kwargs, {*own, *video_options, *image_options}, cls.__name__)
-        kwargs = {name: value for name, value in kwargs.items() if name not in own}
+        refuse_misspelt(kwargs, {*parameters, *video_options, *image_options}, cls.__name__)
+        kwargs = {name: value for name, value in kwargs.items() if name not in parameters}
         text_kwargs = {k: v for k, v in kwargs.items() if k not in {*video_options, *image_options}}
         image_kwargs = {k: v for k, v in kwargs.items() if k in text_kwargs or k in image_options}
         saved_type = ((processor_dict or {}).get("image_processor") or {}).get("image_processor_type", "")
         if saved_type.endswith("Pil"):
-            image_kwargs.setdefault("backend", "pil")  # same pixels and same file whether or not torchvision is there
+            image_kwargs.setdefault("backend", "pil")  # same pixels and same file with and without torchvision
         tokenizer_kwargs = {"padding_side": "left", **text_kwargs}  # see the class
         if "auto_map" in (processor_dict or {}) and not text_kwargs.get("trust_remote_code"):
-            # AutoTokenizer would read the model's configuration, which has code of its own, and ask to trust it.
+            # AutoTokenizer would read the model's configuration, which has custom code, and ask to trust it.
             tokenizer_kwargs = {"config": PreTrainedConfig(), **tokenizer_kwargs}
         return [
             AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **image_kwargs),
@@ -254,7 +254,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, which leaves out unknown keys of the file: here they are kept, with a warning."""
+        """Build a processor as in transformers, but keep unknown keys of the file, with a warning."""
         known = {*inspect.signature(cls).parameters, "auto_map", "processor_class"}
         loaded = super().from_args_and_dict(args, processor_dict, **kwargs)
         processor = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -263,7 +263,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         return loaded
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type | tuple[type, ...]:
-        """As in transformers, which crashes on any video processor when torchvision is absent."""
+        """Validate a part as in transformers, which crashes on any video processor when torchvision is absent."""
         if argument_name != "video_processor":
             return super().check_argument_for_proper_class(argument_name, argument)
         if not isinstance(argument, VideoProcessorMixin):
@@ -271,7 +271,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         return VideoProcessorMixin
 
     def check(self) -> None:
-        """Validates the settings, also those that were assigned after construction.
+        """Validate the settings, also those that were assigned after construction.
 
         Raises:
             ValueError: on an invalid setting.
@@ -283,9 +283,9 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         self.to_json_string()
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """Saves everything that a checkpoint needs beside the model: all parts, the chat template and the code; see `check`."""
-        # Neither how the last call padded and cut, nor where the tokenizer came from, is a setting of the tokenizer;
-        # both would be saved as such, and the former come back as options of every call.
+        """Save all parts of the processor, the chat template and the code; raises as `check`."""
+        # Padding and truncation of the last call and the source of the tokenizer are not its settings. Both would be
+        # saved as such, and the former would return as options of every call.
         if getattr(self.tokenizer, "backend_tokenizer", None) is not None:
             self.tokenizer.backend_tokenizer.no_padding()
             self.tokenizer.backend_tokenizer.no_truncation()
@@ -294,7 +294,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for `processor_config.json`."""
+        """Return plain values, for `processor_config.json`."""
         layout = None if self.frame_token_layout is None else self.frame_token_layout.to_dict()
         return {**self.unknown_keys, **super().to_dict(), "frame_token_layout": layout}
 
@@ -302,14 +302,14 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
     def _layout(self) -> FrameTokenLayout:
         if self.frame_token_layout is None:
             raise ValueError(
-                "the processor does not know how the model lays out visual tokens: give it the frame_token_layout of "
-                "the model's configuration, or num_image_tokens"
+                "the processor has no layout of visual tokens: give it the frame_token_layout of the model's "
+                "configuration, or num_image_tokens"
             )
         return self.frame_token_layout
 
     @property
     def model_input_names(self) -> list[str]:
-        """Keys that a call may return."""
+        """Keys of the output of a call."""
         return [*super().model_input_names, "video_layout"]
 
     def apply_chat_template(
@@ -321,16 +321,16 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         return_assistant_tokens_mask: bool = False,
         **kwargs: Any,
     ) -> str | list[str] | BatchFeature:
-        """Messages to a prompt, or with `tokenize=True, return_dict=True` to model inputs, as in transformers.
+        """Convert messages to a prompt, or with `tokenize=True, return_dict=True` to model inputs, as in transformers.
 
         A message's content is a string or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image", ...}`
-        and `{"type": "video", "path" | "url" | "video": ...}`. Options of a part win over those of the call: `fps` (for
-        frames without times their own rate), `num_frames` (`nframes`), `max_frames`, `sample_rate`, `sampling`,
+        and `{"type": "video", "path" | "url" | "video": ...}`. Options of a part win over those of the call: `fps` (the rate
+            of frames without times), `num_frames` (`nframes`), `max_frames`, `sample_rate`, `sampling`,
         `video_start`, `video_end` (`start`, `end`; seconds, both included), `min_pixels` and `max_pixels`.
 
         Raises:
-            ValueError: if the conversation is malformed (naming the place), the template refuses it or does not read all of
-                it, assistant masks are asked of a template without `{% generation %}`, or an option is unknown.
+            ValueError: if the conversation is malformed (with the position), the template rejects it or does not read all of
+                it, assistant masks are requested from a template without `{% generation %}`, or an option is unknown.
         """
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         template = templates.get(chat_template or "default", chat_template)
@@ -349,7 +349,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
                 **kwargs,
             )
         except (TemplateError, OverflowError) as error:  # the latter from the sandbox, of huge ranges
-            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+            raise ValueError(f"the chat template rejects the conversation: {error}") from error
 
     def __call__(
         self,
@@ -358,7 +358,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         videos: Any = None,
         **kwargs: Unpack[LlavaNextARProcessorKwargs],
     ) -> BatchFeature:
-        """Prompts with a placeholder for each image and video, and these, to model inputs.
+        """Convert prompts with a placeholder for each image and video, and these, to model inputs.
 
         Args:
             images: as in `LlavaOnevisionProcessor`, or nested by prompt.
@@ -367,8 +367,8 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
             kwargs: options of tokenizer, image processor and video processor.
 
         Raises:
-            ValueError: if placeholders and media do not match, `max_length` would cut off visual tokens (saying by how
-                many the prompt is over), or an option is unknown.
+            ValueError: if placeholders and media do not match, `max_length` would cut off visual tokens (with the excess in
+                tokens), or an option is unknown.
         """
         if kwargs.pop("audio", None) is not None:
             raise ValueError(f"{type(self).__name__} takes no audio")
@@ -382,10 +382,10 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         audio: Any = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
-        """As in transformers, with image paths as `Path` too, and files opened as the usual formats only.
+        """Prepare inputs as in transformers, with image paths as `Path` too, and files opened in the usual formats alone.
 
         Raises:
-            ValueError: if an image cannot be loaded, naming it and the cause.
+            ValueError: if an image cannot be loaded, with its name and the cause.
         """
         images = load_images(images)
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
@@ -398,10 +398,10 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         audio: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Counts placeholders against media, prompt by prompt where the media are given so.
+        """Compare the numbers of placeholders and media, for each prompt if media are nested by prompt.
 
         Raises:
-            ValueError: if there is nothing to process, or placeholders and media do not match.
+            ValueError: without input, or if placeholders and media do not match.
         """
         if images is None and text is None and videos is None:
             raise ValueError(f"{type(self).__name__} needs at least one of text, images and videos")
@@ -411,11 +411,11 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
             return
         if not (isinstance(text, list) and all(isinstance(prompt, str) for prompt in text)):
             raise ValueError(f"text must be a string or a list of strings, got {type(text).__name__}")
-        for kind, token, counts in (
+        for medium, token, counts in (
             ("image", self.image_token, image_counts),
             ("video", self.video_token, video_counts),
         ):
-            check_placeholders(kind, token, [prompt.count(token) for prompt in text], counts)
+            check_placeholders(medium, token, [prompt.count(token) for prompt in text], counts)
 
     def _merge_kwargs(self, ModelProcessorKwargs=None, tokenizer_init_kwargs=None, **kwargs):
         modalities = {
@@ -446,10 +446,10 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         return processed, replacements
 
     def video_text(self, processed: dict[str, Any], video_idx: int, kwargs: dict[str, Any]) -> str:
-        """What a prompt holds for one video: its placeholders and, if asked for, the sentence about its times.
+        """Text of one video in a prompt: its placeholders and, with `add_time_instruction`, its time instruction.
 
         Args:
-            processed: output of the video processor, of which pixels are not read.
+            processed: output of the video processor; pixels are not read.
             kwargs: options of that call.
         """
         text = self.replace_video_token(processed, video_idx)
@@ -459,18 +459,18 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         return text
 
     def _told_times(self, processed: dict[str, Any], video_idx: int, kwargs: dict[str, Any]) -> list[float]:
-        """Seconds to write for each frame: its time, or with the `llava_video` policy what LLaVA-NeXT writes."""
+        """Seconds of each frame in the time instruction: its time, or with the `llava_video` policy LLaVA-NeXT's value."""
         mask = processed["video_frame_mask"][video_idx]
         times = processed["video_timestamps"][video_idx][mask].tolist()
         metadata, sampling = processed["video_metadata"][video_idx], self.video_processor.sampling_for(**kwargs)
         if sampling is not None and sampling.policy == "llava_video":
             settings = {name: getattr(sampling, name) for name in ("fps", "max_frames", "force_sample")}
-            told = llava_video_times(metadata.total_num_frames, metadata.fps, **settings).tolist()
-            return told if len(told) == len(times) else times
+            original = llava_video_times(metadata.total_num_frames, metadata.fps, **settings).tolist()
+            return original if len(original) == len(times) else times
         return times
 
     def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs: Any) -> str:
-        """The placeholders of one video: as many as the layout has tokens for its frames."""
+        """Placeholders of one video, one for each token of the layout."""
         if "video_frame_mask" in video_inputs:
             num_frames = int(video_inputs["video_frame_mask"][video_idx].sum())
         else:
@@ -481,7 +481,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         return self.video_token * self._layout.num_tokens(num_frames, frame_types)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        """The placeholders of one image: as many as its layout has tokens."""
+        """Placeholders of one image, one for each token of its layout."""
         layout = self._image_layout(image_inputs["pixel_values"][0][0].shape[-1])
         counts = [int(count) for count in image_inputs["batch_num_images"]]
         shares_prompt = [count != 1 for count in counts for _ in range(count)][image_idx]
@@ -492,7 +492,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
 
     def _get_number_of_features(self, orig_height: int, orig_width: int, height: int, width: int) -> int:
         num_tokens = self._image_layout(width).num_tokens((orig_height, orig_width))
-        # The caller in transformers takes one off for a class token, which a layout never counts.
+        # The caller in transformers subtracts a class token, which a layout never counts.
         return num_tokens + (self.vision_feature_select_strategy == "default")
 
     def _image_layout(self, tile_size: int) -> ImageTokenLayout:
@@ -540,7 +540,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
             )
 
     def _adjust_assistant_masks_indices(self, processed_dict, generation_indices):
-        # transformers compares token by token in Python, which takes as long as the whole call for a long video
+        # transformers compares token by token in Python, which doubles the time of a call with a long video
         offsets = processed_dict.pop("offset_mapping")
         replaced = processed_dict.pop("text_replacement_offsets", None) or [[] for _ in generation_indices]
         masks = []
@@ -564,7 +564,7 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
 
 
 def layout_options(config: Any) -> dict[str, Any]:
-    """Settings of the processor that are the model's: how images and videos become tokens.
+    """Settings of the processor that come from the model: token layouts of images and videos.
 
     Args:
         config: a `LlavaNextARConfig`.
@@ -574,7 +574,7 @@ def layout_options(config: Any) -> dict[str, Any]:
 
 
 def _count_images(images: Any) -> list[int] | int:
-    """Images of each prompt where they are nested so, else their total."""
+    """Number of images of each prompt if they are nested by prompt, else their total."""
     if isinstance(images, (list, tuple)) and images and all(isinstance(item, (list, tuple)) for item in images):
         return [len(item) for item in images]
     return len(make_flat_list_of_images(images))

@@ -1,20 +1,20 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Video file -> exactly the frames asked for, and when each of them is shown.
+"""Exact frames of a video file, with their presentation times.
 
-Three back ends. A reader serves one call and is closed, which works in DataLoader workers and keeps memory flat.
+Three back ends. A reader serves one call and is closed, which works in DataLoader workers and keeps memory constant.
 
-`PyAVReader` is exact for every container and codec that FFmpeg knows, and fast. One pass over the packets, which
-decodes nothing, yields times and key frames. Then only those groups of pictures are decoded that hold a wanted frame,
-each no further than that frame and without the frames that nothing depends on (H.264 non-reference frames), several
-groups at once (FFmpeg releases the interpreter lock). A frame is recognised by its timestamp, never by counting. Where
-packets do not show which frames come out (field pairs, hidden frames, damage, containers without presentation times),
-frames and times are those of a full decode. The reference is the ffmpeg command. Transparency is laid on white.
+`PyAVReader` is exact for every container and codec that FFmpeg knows, and fast. One pass over the packets, without
+decoding, yields times and key frames. Then only the groups of pictures with a requested frame are decoded, up to that
+frame and without H.264 non-reference frames, several groups at once (FFmpeg releases the interpreter lock). A frame is
+identified by its timestamp, not by counting. Where packets do not determine the frames (field pairs, hidden frames,
+damage, containers without presentation times), frames and times are those of a full decode. The reference is the ffmpeg
+command. Transparency is laid on white.
 
-`DecordReader` and `TorchCodecReader` (other_decoders.py) refuse files for which PyAV, where installed, finds other frames.
+`DecordReader` and `TorchCodecReader` (other_decoders.py) reject files for which PyAV, if installed, finds other frames.
 
-Videos come from strangers. FFmpeg goes by content, not by suffix, and some of its formats are lists of other files, or
-of addresses to connect to: `PyAVReader` opens nothing but the one file, and only as one of `FORMATS`. Frames larger than
-`MAX_FRAME_PIXELS` are refused before memory is taken for them. Without PyAV, decord has no such limit.
+Videos are untrusted input. FFmpeg detects formats by content, not by suffix, and some formats are lists of other files or
+addresses: `PyAVReader` opens the one file alone, as one of `FORMATS`. Frames larger than `MAX_FRAME_PIXELS` raise an error
+before memory is allocated for them. Without PyAV, decord has no such limit.
 """
 
 import contextlib
@@ -64,12 +64,12 @@ logger = logging.getLogger(__name__)
 VideoBackend = Literal["auto", "pyav", "decord", "torchcodec"]
 
 MAX_THREADS = 8
-# Codecs whose non-reference frames no other frame depends on. HEVC's may still be needed by higher temporal layers.
+# Codecs without frames that depend on non-reference frames. In HEVC, higher temporal layers may depend on them.
 _SKIPPABLE_CODECS = ("h264", "mpeg4", "mpeg2video")
-_DURATION_TOLERANCE = 0.5  # seconds that a Matroska file may end before it announces to
-# Decoders that return nothing for pictures whose references they have not seen. Others make frames up.
+_DURATION_TOLERANCE = 0.5  # seconds by which a Matroska file may end before its announced duration
+# Decoders that return nothing for pictures with missing references. Other decoders invent frames.
 _JUDGING_CODECS = ("h264", "hevc", "vvc", "mpeg1video", "mpeg2video")
-# FFmpeg's decoders of these leave out the transparency that WebM stores beside the pictures.
+# FFmpeg's decoders of these codecs drop the transparency that WebM stores beside the pictures.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # H.264, H.265 and VVC may store a display matrix with the first picture: a message of type 47 and of 3 bytes.
 _ORIENTATION, _SEARCHED = b"\x2f\x03", 2048  # bytes
@@ -81,10 +81,10 @@ MAX_FRAME_PIXELS = 2**26  # 8192 x 8192, above 8K films
 _DECODER_OPTIONS = {"max_pixels": str(MAX_FRAME_PIXELS)}
 _AV_OPEN_OPTIONS = {
     "container_options": {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"},
-    "options": _DECODER_OPTIONS,  # of the decoders that find out what the streams are
+    "options": _DECODER_OPTIONS,  # of the decoders that probe the streams
     **({"metadata_errors": "replace"} if _AV_MAJOR < 19 else {}),  # later ones never fail on metadata
 }
-# Of a header alone: FFmpeg would decode frames of every file, to find out what a container like MP4 says anyway.
+# Header alone: FFmpeg would decode frames of every file for values that containers like MP4 state.
 _AV_HEADER_OPTIONS = {
     **_AV_OPEN_OPTIONS,
     "container_options": {**_AV_OPEN_OPTIONS["container_options"], "probesize": "32"},
@@ -94,7 +94,7 @@ _AV_HEADER_OPTIONS = {
 
 @dataclass(frozen=True)
 class _Opened:
-    """One container with the stream to read and its decoder; one for each thread."""
+    """Container with its decoded stream and decoder; one for each thread."""
 
     container: Any
     stream: Any
@@ -103,7 +103,7 @@ class _Opened:
 
 @dataclass(frozen=True)
 class _Packet:
-    """Times of a packet in units of the stream, None where unknown, and its kind."""
+    """Times of a packet in units of the stream, None for unknown, and its flags."""
 
     pts: int | None
     dts: int | None
@@ -114,11 +114,11 @@ class _Packet:
 
 @dataclass(frozen=True)
 class _Group:
-    """The part of one group of pictures that must be decoded.
+    """Part of one group of pictures that must be decoded.
 
     Attributes:
-        first, last: positions (in decoding order) of the key frame and of the wanted frame that is decoded last.
-        wanted: pts -> index of the wanted frames.
+        first, last: positions (in decoding order) of the key frame and of the last requested frame.
+        wanted: pts -> index of the requested frames.
     """
 
     first: int
@@ -127,16 +127,16 @@ class _Group:
 
 
 class PyAVReader:
-    """Reads a file with PyAV. Packets are numbered in decoding order (`position`), frames in order of time (`index`).
+    """Reader of a file with PyAV. Packets are numbered in decoding order (`position`), frames in order of time (`index`).
 
     Args:
         file: path or content.
         name: for messages.
-        num_threads: groups of pictures that are decoded at once; threads within a group if there is but one.
+        num_threads: groups of pictures decoded at once; threads within a group if there is one group.
     """
 
     stream_index: int | None = None  # set when the file is first opened
-    _matrix: list[int] | None = None  # of frames that have none
+    _matrix: list[int] | None = None  # of frames without one
     _is_strict = _has_dts_only = _has_order = _has_no_times = False
 
     def __init__(self, file: str | bytes, name: str, num_threads: int) -> None:
@@ -161,10 +161,10 @@ class PyAVReader:
 
     @classmethod
     def read_header(cls, file: str | bytes, name: str) -> tuple[int, float]:
-        """(number of frames, frames a second) as the container announces them; (0, 0.0) where it does not.
+        """Return the announced number of frames and frame rate of the container; (0, 0.0) without them.
 
         Raises:
-            VideoReadError: if it is no video.
+            VideoReadError: if the file is not a video.
         """
         reader = cls.__new__(cls)  # without the pass over all packets, which would read the whole file
         reader.name, reader.file = name, file
@@ -174,7 +174,7 @@ class PyAVReader:
                     return opened.stream.frames, float(opened.stream.average_rate)
             reader.stream_index = None
             with reader._open() as opened:
-                if opened.container.format.name == "avi":  # its header counts the empty places between frames
+                if opened.container.format.name == "avi":  # its header counts the gaps between frames
                     return 0, 0.0
                 fps = float(opened.stream.average_rate or 0)
                 seconds = (opened.container.duration or 0) / av.time_base
@@ -185,12 +185,12 @@ class PyAVReader:
     # -- opening and indexing
 
     def _container(self, options: dict[str, Any] = _AV_OPEN_OPTIONS) -> Any:
-        # Without the prefix, the name of a file could be an address: of another protocol, or a pattern.
+        # Without the prefix, a file name could be read as an address of another protocol, or as a pattern.
         file = io.BytesIO(self.file) if isinstance(self.file, bytes) else f"file:{self.file}"
         try:
             return av.open(file, **options)
         except av.ArgumentError as error:
-            cause = f"it is in none of the formats that are read here, or a playlist of other files ({error.strerror})"
+            cause = f"its format is not supported, or it is a playlist of other files ({error.strerror})"
             raise VideoReadError(self.name, cause) from error
 
     @contextlib.contextmanager
@@ -211,8 +211,8 @@ class PyAVReader:
             yield _Opened(container, stream, codec)
 
     def _best_stream(self, container: Any) -> int:
-        """Index of the stream to read: of those with a decoder and not a cover, one marked as default, of several
-        frames, and large, in this order of importance."""
+        """Index of the stream to read among those with a decoder, without covers: default streams first, then streams of
+        several frames, then the largest."""
         streams = [stream for stream in container.streams.video if not stream.disposition.value & _COVERS]
         if not streams:
             kinds = sorted({stream.type for stream in container.streams})
@@ -233,7 +233,7 @@ class PyAVReader:
             flags, size = stream.disposition.value, stream.codec_context.width * stream.codec_context.height
             return bool(flags & _DEFAULT) - bool(flags & _IMPAIRED), counts[stream.index] > 1, size
 
-        return max(streams, key=merits).index  # the first of equals
+        return max(streams, key=merits).index  # the first of equal streams
 
     def _alpha_decoder(self, codec: Any) -> Any:
         name = _ALPHA_DECODERS[codec.name]
@@ -244,7 +244,7 @@ class PyAVReader:
         return decoder
 
     def first_frame(self) -> Any:
-        """The first frame that can be decoded, as PyAV returns it; None if there is none."""
+        """First decodable frame, as PyAV returns it, or None."""
         with contextlib.closing(self._intact_frames([])) as frames:
             return next(frames, None)
 
@@ -260,10 +260,10 @@ class PyAVReader:
 
     def _packets(self, container: Any, streams: Any, errors: list[str]) -> Iterator[Any]:
         """Packets in file order, of all streams if `streams` is None; `errors` receives the cause of an early end."""
-        dts_for_pts = self._has_dts_only and not self._has_order  # decoders pass it on to the packet's frame
+        dts_for_pts = self._has_dts_only and not self._has_order  # decoders copy it to the frame of the packet
         try:
             for packet in container.demux() if streams is None else container.demux(streams):
-                if packet.size:  # else it is the demuxer's end mark, or an empty AVI chunk
+                if packet.size:  # else the end mark of the demuxer, or an empty AVI chunk
                     if dts_for_pts:
                         packet.pts = packet.dts
                     yield packet
@@ -271,7 +271,7 @@ class PyAVReader:
             errors.append(error.strerror)
 
     def _index_packets(self) -> None:
-        """One pass over the packets, which decodes nothing: times, key frames and damage."""
+        """Index times, key frames and damage in one pass over the packets, without decoding."""
         opened = self._opened.enter_context(self._open())
         container, stream = opened.container, opened.stream
         is_matroska = "matroska" in container.format.name
@@ -304,13 +304,13 @@ class PyAVReader:
         unknown_pts = any(packet.pts is None for packet in packets)
         if container.format.name == "avi" or unknown_pts:
             self._has_dts_only = all(packet.dts is not None for packet in packets) and not self._has_no_times
-        # Where FFmpeg has seen which frames are reordered, its guesses are in the right order.
+        # Where FFmpeg has detected reordered frames, its guesses are in the right order.
         guesses = [packet.pts for packet in packets]
         is_unique = not unknown_pts and len(set(guesses)) == len(guesses)
         self._has_order = self._has_dts_only and is_unique and guesses != sorted(guesses)
         pts = [packet.dts for packet in packets] if self._has_dts_only and not self._has_order else guesses
         self._index, self._pts = packets, pts
-        # A damaged packet may decode all the same, as at the seam of joined MPEG-TS files.
+        # A packet marked as damaged can still decode, as at the joint of concatenated MPEG-TS files.
         self._is_strict = is_corrupt
         self._first_key = next((position for position, packet in enumerate(packets) if packet.is_key), 0)
         self._num_skipped = 0 if opened.codec.name in _JUDGING_CODECS else self._first_key
@@ -331,8 +331,8 @@ class PyAVReader:
         self._set_packet_times(is_frame)
 
     def _drop_undecodable(self, is_frame: np.ndarray) -> None:
-        """Takes the frames out of `is_frame` `[packets]` that are shown before the first key frame and need frames
-        before the start of the file. Some need none (RADL pictures of H.265, recovery points): decoding decides."""
+        """Clear in `is_frame` `[packets]` the frames that are shown before the first key frame and depend on frames before
+        the start of the file. Others are independent (RADL pictures of H.265, recovery points): decoding decides."""
         start = self._pts[self._first_key]
         is_leading = is_frame & (self._pts < start)
         is_leading[: self._first_key] = is_frame[: self._first_key]
@@ -353,7 +353,7 @@ class PyAVReader:
             times = times + clock_offsets(self._seek_to, self._step(), 1 / self._time_base)
         order = np.flatnonzero(is_frame)
         order = order[np.argsort(times[order], kind="stable")]
-        if self._has_dts_only:  # the n-th frame is shown when the n-th packet is decoded, later by a constant
+        if self._has_dts_only:  # the n-th frame is shown a constant time after the n-th packet is decoded
             dts = np.sort([self._index[position].dts for position in order])
             self._set_times(self._pts[order], dts, 0)
         else:
@@ -361,7 +361,7 @@ class PyAVReader:
             self._set_times(self._pts[order], times[order], last)
 
     def _index_frames(self) -> None:
-        """Times of the frames that a full decode gives, for files where a packet is not always one frame."""
+        """Times of the frames of a full decode, for files where a packet is not always one frame."""
         self._packets_are_frames = self._has_order = False
         if self._has_dts_only:
             self._pts = [packet.dts for packet in self._index]
@@ -386,22 +386,22 @@ class PyAVReader:
         self._set_times(times, times, ticks)
 
     def _second_key(self) -> int:
-        """Position from which no frame belongs before the first one. If its time does, the clock was reset."""
+        """Position of the first packet whose frame cannot precede the first one. If its time does, the clock was reset."""
         keys = (position for position, packet in enumerate(self._index) if packet.is_key)
         return next(itertools.islice(keys, 1, None), len(self._index))
 
     def _step(self) -> int:
-        """Usual time between two frames, in the stream's units."""
+        """Median time between two frames, in units of the stream."""
         return max(1, round(1 / (self._time_base * (self._declared_fps or FALLBACK_FPS))))
 
     def _set_times(self, pts: np.ndarray, times: np.ndarray, last_duration: int) -> None:
-        """Args: `[total_frames]` presentation times in the stream's units, as in the file and corrected; for how long
-        the last frame is shown, 0 if that is unknown."""
+        """Args: `[total_frames]` presentation times in units of the stream, as in the file and corrected; duration of
+        the last frame, 0 if unknown."""
         if not len(pts):
             raise VideoReadError(self.name, "it holds no readable video frame")
         self._frame_pts = pts
         self.timestamps = (times - times[0]) * self._time_base
-        damaged = self.missing and self._declared_fps  # then gaps say nothing about the rate
+        damaged = self.missing and self._declared_fps  # then gaps do not determine the rate
         self.fps = self._declared_fps if damaged else frame_rate(self._declared_fps, self.timestamps)
         self.duration = float(self.timestamps[-1]) + (last_duration * self._time_base or 1 / self.fps)
 
@@ -444,14 +444,14 @@ class PyAVReader:
                     future.result()
         except av.FFmpegError as error:
             raise VideoReadError(self.name, error.strerror) from error
-        if len(seen) + len(failed) < len(indices):  # no error, and yet fewer frames than packets
+        if len(seen) + len(failed) < len(indices):  # fewer frames than packets without an error
             logger.debug("%s: packets are not frames, decoding all of it", self.name)
             self._index_frames()
             raise TimesChanged
         return failed
 
     def _groups(self, indices: np.ndarray) -> list[_Group]:
-        """Wanted frames by the key frame from which they are decoded: the last one shown and decoded before them."""
+        """Group the requested frames by their key frame: the last one that is shown and decoded before them."""
         wanted: dict[int, dict[int, int]] = {}
         for index in indices.tolist():
             pts = int(self._frame_pts[index])
@@ -464,14 +464,14 @@ class PyAVReader:
     def _decode_group(
         self, opened: _Opened, group: _Group, emit: Emit, to_rgb: RgbConverter, seek: bool
     ) -> tuple[set[int], set[int]]:
-        """Emits the wanted frames of a group; (indices emitted, indices lost to damage)."""
+        """Emit the requested frames of a group; return emitted indices and those lost to damage."""
         done: set[int] = set()
         to_rgb.matrix = self._matrix
-        damaged_from = None  # position; what is decoded later may depend on it
+        damaged_from = None  # position; later frames may depend on it
         try:
             for frame in self._frames_of_group(opened, group, seek):
                 if frame.pts is None or (group.first != self._keys[0] and frame.pts < self._pts[group.first]):
-                    continue  # shown before the key frame: needs the group before and is wanted from there
+                    continue  # shown before the key frame: decoded with the group before it
                 if frame.key_frame:
                     to_rgb.observe(frame)
                 if frame.is_corrupt:
@@ -481,7 +481,7 @@ class PyAVReader:
                     emit(group.wanted[frame.pts], to_rgb(frame))
                     done.add(group.wanted[frame.pts])
         except av.FFmpegError as error:
-            if not opened.codec.width:  # nor did the decoder that looked at the stream find out
+            if not opened.codec.width:  # nor did the decoder that probed the stream
                 cause = f"its frames have no size, or more than {MAX_FRAME_PIXELS} pixels ({error.strerror})"
                 raise VideoReadError(self.name, cause) from error
             logger.debug("%s: decoding fails: %s", self.name, error)
@@ -514,16 +514,16 @@ class PyAVReader:
                 break
         if seek and not started:
             raise SeekMissed
-        yield from codec.decode(None)  # what the decoder still holds back
+        yield from codec.decode(None)  # frames that the decoder still buffers
 
     def _intact_frames(self, lost: list[str]) -> Iterator[Any]:
-        """Decodes all: the frames that came out whole, in order of time. `lost` receives the reason of each loss."""
+        """Decode all: yield the complete frames in order of time. `lost` receives the reason of each loss."""
         with self._open() as opened:
-            # One thread where errors must be told from those before the first key frame: several report them late.
+            # One thread where errors must be separated from those before the first key frame: several report late.
             set_threads(opened.codec, 1 if self._first_key else self._num_threads)
             packets = itertools.islice(self._packets(opened.container, opened.stream, lost), self._num_skipped, None)
             started, intact = False, True
-            for packet in itertools.chain(packets, [None]):  # None: frames that the decoder still holds back
+            for packet in itertools.chain(packets, [None]):  # None: frames that the decoder still buffers
                 started |= packet is not None and packet.is_keyframe
                 try:
                     frames = opened.codec.decode(packet)
@@ -566,13 +566,13 @@ FILE_READERS: dict[str, Callable[[str | bytes, str, int], FrameReader]] = {
 
 
 def choose_backend(backend: VideoBackend) -> str:
-    """Key of `FILE_READERS` for a name that the user gave.
+    """Key of `FILE_READERS` for the name of a back end.
 
     `"auto"` is PyAV. Where it is not installed: torchcodec, if that can be imported, else decord.
 
     Raises:
-        ValueError: if there is no such back end.
-        ImportError: if its package is missing, too old or broken, naming what is needed.
+        ValueError: for an unknown name.
+        ImportError: if its package is missing, too old or broken, with the required version.
     """
     if backend not in get_args(VideoBackend):
         raise ValueError(f"video backend {backend!r} is not one of {', '.join(get_args(VideoBackend))}")
@@ -596,5 +596,5 @@ def _other_than_pyav() -> str:
     try:
         import_torchcodec()
     except ImportError:
-        return "pyav" if decord is None else "decord"  # the former for its message
+        return "pyav" if decord is None else "decord"  # the first one for its message
     return "torchcodec"

@@ -1,12 +1,12 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Video -> frames and when they were shown, at one or several scales.
+"""Frames of a video with their presentation times, at one or several scales.
 
     video = load_video("clip.mp4", FrameSampling(policy="uniform", num_frames=8), size=(384, 384))
     video.frames       # [8, 3, 384, 384] uint8
-    video.timestamps   # [8] seconds, as the file says, also if the frame rate varies
+    video.timestamps   # [8] seconds, as stored in the file, also if the frame rate varies
 
 A video is a file, bytes, a URL, an array, a list of images or a folder of images. Frames are resized as they are
-decoded, so memory holds the small frames only. Files are decoded in video_decoding.py, pictures in media_sources.py,
+decoded, so that memory holds the small frames alone. Files are decoded in video_decoding.py, pictures in media_sources.py,
 frames are chosen in frame_sampling.py.
 
 Shape letters: T frames, H x W and h x w pixels before and after resizing, P patches, D features.
@@ -67,19 +67,19 @@ Resample = Literal["bicubic", "bilinear"]
 
 @dataclass(frozen=True, eq=False)
 class VideoFrames:
-    """The frames of one video. Built by `load_video`.
+    """Frames of one video. Built by `load_video`.
 
     Attributes:
         frames: `[T, 3, h, w]` uint8 RGB. Without resizing a view of `[T, H, W, 3]` (memory format channels last).
-        timestamps: `[T]` float64, seconds from the first frame of the video, as the container says.
-        indices: `[T]` int64, which frames of the video these are, in order of time.
+        timestamps: `[T]` float64, seconds from the first frame of the video, as stored in the container.
+        indices: `[T]` int64, indices of the frames in the video, in order of time.
         frame_types: 0 (slow) or 1 (fast) for each frame, if the policy has types.
         fps: average frame rate of the video.
         duration: seconds, the last frame of the video shown for `1 / fps`, or for its own delay in an animation,
             included.
-        total_frames: of the video, those that can be read.
+        total_frames: number of readable frames of the video.
         source: name of the video, for messages.
-        missing: how many frames could not be read; above 0 only with `allow_partial`.
+        missing: number of unreadable frames; above 0 only with `allow_partial`.
         other_scales: `[T, 3, h, w]` uint8 for each of `other_sizes`.
     """
 
@@ -118,28 +118,28 @@ def load_video(
     fps: float | None = None,
     num_threads: int | None = None,
 ) -> VideoFrames:
-    """Reads the sampled frames of a video.
+    """Read the sampled frames of a video.
 
     Args:
         source: a path, a http(s), file or data URL, bytes, a file object, an array or tensor of frames (`[T, H, W, C]`
             or `[T, C, H, W]`, integers from 0 to 255 or floats in [0, 1], C = 1, 3 or 4), a list of images (PIL,
             arrays, paths, URLs), or a folder of images. Animated pictures (GIF, APNG, WebP, AVIF) are videos with their
             own delays. Pictures are turned upright (EXIF), grey is repeated, transparency laid on white.
-        sampling: which frames; None for all of them.
-        backend: `"pyav"`, `"decord"`, `"torchcodec"`, or `"auto"`: PyAV if it is installed, else one of the others.
-            Measured, PyAV is the fastest and the most exact one (see video_decoding.py).
+        sampling: None for all frames.
+        backend: `"pyav"`, `"decord"`, `"torchcodec"`, or `"auto"`: PyAV if it is installed, else another one.
+            PyAV was the fastest and the most exact in measurements (see video_decoding.py).
         size: `(h, w)`, or one number for a square; None leaves frames as they are.
         other_sizes: further sizes, resized from the same decoded frames, returned as `other_scales`.
         resample, resize_backend: see `resize_frames`.
-        allow_partial: whether a damaged video gives the frames that can be read (with a warning), instead of an error.
-            Frames are then sampled from the readable ones. decord refuses most damaged files as a whole.
-        fps: frame rate of arrays and still images, which have no time of their own; by default 2.
+        allow_partial: return the readable frames of a damaged video (with a warning) instead of an error. Frames are
+            then sampled from the readable ones. decord rejects most damaged files as a whole.
+        fps: frame rate of arrays and still images, which have no times; by default 2.
         num_threads: for decoding; by default torch's number of threads (1 in a DataLoader worker), at most 8.
 
     Raises:
-        VideoReadError: if the video is missing, no video, damaged or empty. Names the source and the cause.
-        ValueError: if the sampling policy refuses the video or an argument is out of range.
-        TypeError: if `source` is none of the above.
+        VideoReadError: if the video is missing, not a video, damaged or empty, with the source and the cause.
+        ValueError: if the sampling policy rejects the video or an argument is out of range.
+        TypeError: for a source of another type.
         ImportError: if the back end is not installed, or too old.
     """
     sizes = [None if size is None else _size(size), *map(_size, other_sizes)]
@@ -148,7 +148,7 @@ def load_video(
         if reader.missing and not allow_partial:
             raise _damaged(reader, reader.missing)
         sampled, scales, lost = _read_sampled(reader, sampling, sizes, resample, resize_backend)
-        kept = [place for place, index in enumerate(sampled.indices.tolist()) if index not in lost]
+        kept = [row for row, index in enumerate(sampled.indices.tolist()) if index not in lost]
         missing = reader.missing + len(lost)
         if missing and not (allow_partial and kept):
             raise _damaged(reader, missing)
@@ -171,13 +171,13 @@ def load_video(
 
 
 def video_length(source: Any) -> tuple[int, float]:
-    """(number of frames, frames a second) of any source that `load_video` takes.
+    """Return the number of frames and the frame rate of any source of `load_video`.
 
-    For a file that PyAV reads, what its header says, which costs next to nothing and may be wrong; for all others, and
-    where the header says nothing, the truth.
+    For a file that PyAV reads, these are the values of its header, which are cheap and can be wrong. Without them, and
+    for all other sources, the values are exact.
 
     Raises:
-        VideoReadError: if the video is missing, no video or empty, as far as that can be seen.
+        VideoReadError: if the video is missing, not a video or empty, as far as its header shows.
     """
     is_path = isinstance(source, (str, os.PathLike)) and not is_url(source) and os.path.isfile(source)
     if (is_path or isinstance(source, bytes)) and choose_backend("auto") == "pyav":
@@ -194,7 +194,7 @@ def video_length(source: Any) -> tuple[int, float]:
 
 
 def video_times(source: Any, fps: float | None = None) -> tuple[np.ndarray, float, float]:
-    """(seconds `[T]` at which frames are shown, frames a second, duration) of a source that `load_video` reads with `fps`.
+    """Return presentation times `[T]` in seconds, frame rate and duration of a source that `load_video` reads with `fps`.
 
     Nothing is decoded where a file's packets have times.
 
@@ -212,7 +212,7 @@ def _read_sampled(
     resample: Resample,
     resize_backend: ResizeBackend,
 ) -> tuple[SampledFrames, list[torch.Tensor], set[int]]:
-    """(which frames, their pixels `[T, 3, h, w]` for each size, which indices could not be decoded)."""
+    """Return the selection, its pixels `[T, 3, h, w]` for each size, and the indices that could not be decoded."""
     while True:
         total = len(reader.timestamps)
         if sampling is None:
@@ -237,7 +237,7 @@ def _read_sampled(
 
 
 class _FrameStack:
-    """Frames of one size, resized as they come, from several threads and in any order."""
+    """Buffer of frames of one size, resized as they arrive, from several threads and in any order."""
 
     def __init__(
         self, num_frames: int, size: tuple[int, int] | None, resample: Resample, backend: ResizeBackend, source: str
@@ -246,7 +246,7 @@ class _FrameStack:
         self._source, self._lock = source, threading.Lock()
         self.frames = None if size is None else torch.empty(num_frames, 3, *size, dtype=torch.uint8)  # [T, 3, h, w]
 
-    def put(self, place: int, frame: np.ndarray) -> None:
+    def put(self, row: int, frame: np.ndarray) -> None:
         pixels = torch.from_numpy(np.require(frame, requirements=["C", "W"])).permute(2, 0, 1)  # [3, H, W]
         if self._size is not None:
             pixels = _resize(pixels, self._size, self._resample, self._backend)
@@ -258,7 +258,7 @@ class _FrameStack:
                 self._source,
                 f"its frames differ in size ({_by(self.frames.shape[2:])} and {_by(pixels.shape[1:])}); give a size",
             )
-        _copy(pixels, self.frames[place])
+        _copy(pixels, self.frames[row])
 
 
 def _damaged(reader: FrameReader, missing: int) -> VideoReadError:
@@ -278,15 +278,15 @@ def resize_frames(
     resample: Resample = "bicubic",
     backend: ResizeBackend = "torch",
 ) -> torch.Tensor:
-    """Resizes uint8 frames with antialiasing, one at a time (which is the fastest, and bounds memory).
+    """Resize uint8 frames with antialiasing, one at a time (the fastest way, in constant memory).
 
     Args:
         frames: `[T, 3, H, W]` uint8.
         size: `(h, w)`, or one number for a square. Frames of that size are returned as they are.
         resample: `"bicubic"` or `"bilinear"`.
-        backend: `"pil"` is Pillow, bit for bit. `"torch"` is several times as fast, most of all for frames in memory
-            format channels last, and differs from Pillow by at most 2 of 255 (measured on films, noise and sharp edges,
-            shrinking and growing), in how many values depends on the sizes.
+        backend: `"pil"` is Pillow, bit for bit. `"torch"` is several times as fast, most for frames in memory format
+            channels last, and differs from Pillow by at most 2 of 255 (measured on films, noise and sharp edges,
+            shrinking and growing). The share of values that differ depends on the sizes.
 
     Returns:
         `[T, 3, h, w]` uint8.
@@ -315,7 +315,7 @@ def _resize(frame: torch.Tensor, size: tuple[int, int], resample: Resample, back
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
-    """With numpy: torch would wake its thread pool, which costs more than the copy on a busy machine."""
+    """Copy with numpy: waking torch's thread pool costs more than the copy on a busy machine."""
     np.copyto(target.numpy(), source.numpy())
 
 
@@ -338,7 +338,7 @@ def _by(size: Sequence[int]) -> str:
 
 
 class MultiScaleVideoFrameLoader:
-    """Videos as float frames, at one scale or at several that are decoded once.
+    """Loader of videos as float frames, at one scale or at several from one decode.
 
         loader = MultiScaleVideoFrameLoader()
         loader.load_video_frames("clip.mp4", max_frames=8)     # [8, 3, 384, 384]
@@ -379,9 +379,9 @@ class MultiScaleVideoFrameLoader:
         Args:
             video_path: any source that `load_video` takes.
             target_size: `(h, w)`, or one number for a square.
-            enable_multiscale: whether to return one tensor for each of `scale_factors`.
+            enable_multiscale: return one tensor for each of `scale_factors`.
             scale_factors: the sizes as fractions of `target_size`, rounded to whole pixels.
-            short_clip: `"all"`: a clip that has fewer than `max_frames` gives these; `"error"`: ValueError.
+            short_clip: `"all"`: a clip with fewer than `max_frames` frames gives all; `"error"`: ValueError.
 
         Returns:
             `[T, 3, h, w]` float32 in [0, 1], or a list of such. Raises what `load_video` raises.
@@ -405,10 +405,10 @@ class MultiScaleVideoFrameLoader:
         mode: Literal["average", "max", "bilinear"] = "average",
         grid: tuple[int, int] | None = None,
     ) -> torch.Tensor:
-        """Pools the patches of each frame over space: `[T, P, D]` -> `[T, P', D]`.
+        """Pool the patches of each frame over space: `[T, P, D]` -> `[T, P', D]`.
 
         Args:
-            stride, mode: as for `pool_patches`: average and max drop what does not fill a window, bilinear rounds up.
+            stride, mode: as for `pool_patches`: average and max drop incomplete windows, bilinear rounds up.
             grid: `(height, width)` of the patches; by default a square.
 
         Raises:
@@ -418,7 +418,7 @@ class MultiScaleVideoFrameLoader:
         if grid is None:
             side = math.isqrt(num_patches)
             if side * side != num_patches:
-                raise ValueError(f"{num_patches} patches a frame are no square; name their grid (height, width)")
+                raise ValueError(f"{num_patches} patches a frame are not a square; give their grid (height, width)")
             grid = (side, side)
         return pool_patches(video_features, grid, stride, mode)
 
@@ -430,7 +430,7 @@ class MultiScaleVideoFrameLoader:
 def _open_reader(
     source: Any, backend: VideoBackend = "auto", *, fps: float | None = None, num_threads: int | None = None
 ) -> Iterator[FrameReader]:
-    """Opens any source that `load_video` takes; arguments and errors are described there."""
+    """Open any source of `load_video`; arguments and errors are described there."""
     if backend not in get_args(VideoBackend):
         raise ValueError(f"video backend {backend!r} is not one of {', '.join(get_args(VideoBackend))}")
     if fps is not None and not 0 < fps < math.inf:

@@ -1,8 +1,8 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Whatever a caller may mean by "videos" -> the frames of each, before resizing.
+"""Normalisation of the `videos` argument: the frames of each video, before resizing.
 
 `flatten_videos` finds the videos in any nesting; `read_clip` turns one of them into frames, times and metadata.
-Nothing is dropped: what is no video is an error that names its place.
+Nothing is dropped: anything else raises an error with its position.
 
 Shape letters: T frames, C channels, H x W pixels.
 """
@@ -41,9 +41,9 @@ from .video_frames import FrameSampling, VideoFrames, load_video
 
 
 class MediaRequest:
-    """A video or image with options of `PART_OPTIONS` of its own; `place` is that of its content part, for messages.
+    """Video or image with its own `PART_OPTIONS`; `place` is the position of its content part, for messages.
 
-    Not a dataclass: transformers 5.24 makes dicts of those in messages.
+    Not a dataclass: transformers 5.24 converts dataclasses in messages to dicts.
     """
 
     def __init__(self, source: Any, options: dict[str, Any], place: str) -> None:
@@ -51,7 +51,7 @@ class MediaRequest:
 
     @property
     def pixel_limits(self) -> tuple[int, float]:
-        """`min_pixels` and `max_pixels`. Raises ValueError if they are no numbers of pixels, or contradict each other."""
+        """Return `min_pixels` and `max_pixels`; raises ValueError for invalid or contradictory ones."""
         for name in {"min_pixels", "max_pixels"} & self.options.keys():
             value = self.options[name]
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
@@ -62,30 +62,34 @@ class MediaRequest:
         return low, high
 
     def check_pixels(self, height: int, width: int) -> None:
-        """Raises ValueError for frames beyond the limits: their size is that of the vision tower, which is fixed."""
+        """Raise ValueError for frames beyond the limits: their size is that of the vision tower, which is fixed."""
         low, high = self.pixel_limits
         if not low <= height * width <= high:
             name = "min_pixels" if low > height * width else "max_pixels"
             raise ValueError(
-                f"{self.place}: {name}={self.options[name]}, but every frame becomes {height}x{width}, {height * width} "
-                f"pixels, as the vision tower takes it; leave {name} out"
+                f"{self.place}: {name}={self.options[name]}, but each frame is resized to {height}x{width}, {height * width} "
+                f" pixels, the input size of the vision tower; leave {name} out"
             )
 
     def sampling_options(
         self, metadata: VideoMetadata | None
     ) -> tuple[dict[str, Any], VideoMetadata | None, dict[str, Any]]:
-        """(sampling options, metadata, arguments of `load_video`): for frames that carry no times, `fps` is their own."""
-        own = {name: value for name, value in self.options.items() if not name.endswith("_pixels")}
-        if own and _is_video_frames(self.source):
-            raise ValueError(f"{', '.join(own)} cannot be applied to frames that are sampled already")
-        if "fps" in own and isinstance(self.source, (list, tuple, np.ndarray, torch.Tensor)):
-            FrameSampling(policy="fps", fps=own["fps"])  # validates it
-            return own, VideoMetadata(**{"total_num_frames": None, **(metadata or {}), "fps": own.pop("fps")}), {}
+        """Return sampling options, metadata and arguments of `load_video`; `fps` is the rate of frames without times."""
+        of_source = {name: value for name, value in self.options.items() if not name.endswith("_pixels")}
+        if of_source and _is_video_frames(self.source):
+            raise ValueError(f"{', '.join(of_source)} cannot be applied to frames that are sampled already")
+        if "fps" in of_source and isinstance(self.source, (list, tuple, np.ndarray, torch.Tensor)):
+            FrameSampling(policy="fps", fps=of_source["fps"])  # validates it
+            return (
+                of_source,
+                VideoMetadata(**{"total_num_frames": None, **(metadata or {}), "fps": of_source.pop("fps")}),
+                {},
+            )
         is_folder = _is_path(self.source) and os.path.isdir(self.source)
-        return own, metadata, {"fps": own.pop("fps")} if is_folder and "fps" in own else {}
+        return of_source, metadata, {"fps": of_source.pop("fps")} if is_folder and "fps" in of_source else {}
 
     def fit_image(self, image: Any) -> Image.Image:
-        """The picture, enlarged or reduced to the limits, its proportions kept."""
+        """Resize a picture to the limits, with its aspect ratio."""
         if not isinstance(image, Image.Image):
             raise ValueError(f"{self.place}: {', '.join(self.options)} need a picture, got {type(image).__name__}")
         sides = self.fitted_size(image.size)
@@ -100,16 +104,16 @@ class MediaRequest:
 
 
 def flatten_videos(videos: Any) -> "tuple[list[Any], list[int] | int]":
-    """The videos in `videos`, in order, and how many each prompt has, where they are nested so, else their number.
+    """Return the videos in order, and their number for each prompt if they are nested by prompts, else in all.
 
-    One video is a path, URL, bytes, file object, `VideoFrames`, array or tensor (`[T, H, W, C]` or `[T, C, H, W]`; a
+    A video is a path, URL, bytes, file object, `VideoFrames`, array or tensor (`[T, H, W, C]` or `[T, C, H, W]`; a
     fifth dimension in front is a batch), or a list of frames (images, arrays, paths of images). A list of videos is a
-    batch, a list of lists of videos groups them by prompt. Strings are videos, unless all in their list name still
-    images, or they lie three lists deep.
+    batch, a list of lists of videos groups them by prompt. Strings are videos, unless all in their list are names of
+    still images, or they lie three lists deep.
 
     Raises:
-        ValueError: if there is no video, a list of frames is empty, or an array has another number of dimensions.
-        TypeError: naming the place of what is no video.
+        ValueError: without a video, for an empty list of frames, or an array with another number of dimensions.
+        TypeError: for an item that is not a video, with its position.
     """
     flat = _flatten(videos, depth=0, where="videos")
     if not flat:
@@ -121,10 +125,10 @@ def flatten_videos(videos: Any) -> "tuple[list[Any], list[int] | int]":
 
 
 def flatten_metadata(metadata: Any, num_videos: int) -> list[VideoMetadata | None]:
-    """One entry for each video, None where nothing is given.
+    """Return one entry for each video, None where nothing is given.
 
     Raises:
-        ValueError: if there are more or fewer entries than videos, or a value makes no sense (see `check_metadata`).
+        ValueError: if there are more or fewer entries than videos, or a value is invalid (see `check_metadata`).
         TypeError: if an entry is not a mapping.
     """
     if metadata is None:
@@ -136,12 +140,12 @@ def flatten_metadata(metadata: Any, num_videos: int) -> list[VideoMetadata | Non
         raise ValueError(f"{num_videos} videos were given, but {len(flat)} video_metadata entries; give one for each")
     for entry in flat:
         if not (entry is None or isinstance(entry, Mapping)):
-            raise TypeError(f"video_metadata must hold dicts or VideoMetadata, got {type(entry).__name__}")
+            raise TypeError(f"video_metadata must contain dicts or VideoMetadata, got {type(entry).__name__}")
     return [None if entry is None else check_metadata(entry) for entry in flat]
 
 
 def check_metadata(entry: Mapping[str, Any]) -> VideoMetadata:
-    """Metadata whose frame rate, duration and frames are possible; None, or a missing key, is what is not known.
+    """Validate frame rate, duration and frames of metadata; None, or a missing key, stands for an unknown value.
 
     Raises:
         ValueError: for an unknown key; a rate, a duration, a size or a number of frames that is not a finite number
@@ -157,22 +161,22 @@ def check_metadata(entry: Mapping[str, Any]) -> VideoMetadata:
         if isinstance(value, (bool, complex)) or not isinstance(value, types) or not 0 < value < math.inf:
             kind = "finite" if name in ("fps", "duration") else "whole"
             raise ValueError(f"{name} in video_metadata must be a {kind} number above 0, or None, got {value!r}")
-    places = values["frames_indices"]
-    if places is not None:
+    indices = values["frames_indices"]
+    if indices is not None:
         total = values["total_num_frames"]
-        places = places.cpu().numpy() if isinstance(places, torch.Tensor) else np.asarray(places)
-        if places.ndim != 1 or places.dtype.kind not in "iu" or not len(places):
+        indices = indices.cpu().numpy() if isinstance(indices, torch.Tensor) else np.asarray(indices)
+        if indices.ndim != 1 or indices.dtype.kind not in "iu" or not len(indices):
             raise ValueError(
-                f"frames_indices in video_metadata must be whole numbers, got {str(places.tolist())[:200]}"
+                f"frames_indices in video_metadata must be whole numbers, got {str(indices.tolist())[:200]}"
             )
-        low, high = int(places.min()), int(places.max())
-        if low < 0 or (total is not None and high >= total) or np.any(np.diff(places.astype(np.int64)) < 0):
+        low, high = int(indices.min()), int(indices.max())
+        if low < 0 or (total is not None and high >= total) or np.any(np.diff(indices.astype(np.int64)) < 0):
             last = "" if total is None else f" to {total - 1}"
             raise ValueError(
                 f"frames_indices in video_metadata must be in order of time, from 0{last}, got {low} to {high}"
                 + (", not in order" if low >= 0 and (total is None or high < total) else "")
             )
-        values["frames_indices"] = places.tolist()
+        values["frames_indices"] = indices.tolist()
         values["total_num_frames"] = high + 1 if total is None else total
     return VideoMetadata(**values)
 
@@ -186,7 +190,7 @@ class Clip:
         timestamps: `[T]` float64 seconds.
         frame_types: 0 (slow) or 1 (fast) for each frame, if the sampling has types.
         metadata: as transformers' video processors return it.
-        is_resized: whether `scales` have the sizes that were asked for already.
+        is_resized: True if `scales` have the requested sizes already.
     """
 
     scales: list[torch.Tensor]
@@ -210,20 +214,20 @@ def read_clip(
     sizes: list[tuple[int, int]] | None,
     **loading: Any,
 ) -> Clip:
-    """Reads the sampled frames of one video of `flatten_videos`.
+    """Read the sampled frames of one video of `flatten_videos`.
 
     Args:
-        metadata: of arrays and images, which have no times of their own: without `fps` 2 frames a second, with
-            `frames_indices` the places of the given frames in the video that they come from.
-        sampling: which frames; None for all of them. A `VideoFrames` is sampled already.
+        metadata: of arrays and images, which have no times. Default of `fps`: 2 frames a second. `frames_indices`:
+            indices of the given frames in the video that they were sampled from.
+        sampling: None for all frames. A `VideoFrames` is sampled already.
         do_convert_rgb, input_data_format: as in transformers.
-        float_range: values that arrays of floats may have; infinite where they are not rescaled.
+        float_range: valid range of arrays of floats; infinite where they are not rescaled.
         sizes: (h, w) of each wanted scale; files and images are resized to them as they are decoded.
         loading: arguments of `load_video`: `backend`, `resample`, `resize_backend`, `allow_partial`.
 
     Raises:
-        ValueError: if the video cannot be read (naming it and the cause), its sampling is refused, or its values,
-            shape or metadata make no sense.
+        ValueError: if the video cannot be read (with its name and the cause), the policy rejects it, or its values, shape
+            or metadata are invalid.
     """
     if _is_video_frames(source):
         return _clip_of(source, None, is_resized=False)
@@ -231,7 +235,7 @@ def read_clip(
         video = _load(source, sampling, sizes, loading)
         return _clip_of(video, choose_backend(loading["backend"]), is_resized=sizes is not None)
 
-    if len(source) == 1 and is_url(source[0]) and metadata is None:  # it may be an animation, and is not here yet
+    if len(source) == 1 and is_url(source[0]) and metadata is None:  # not downloaded yet: it may be an animation
         return _clip_of(_load(source[0], sampling, sizes, loading), None, is_resized=sizes is not None)
     frames, times = _sample_frames(source, metadata, sampling)
     if isinstance(frames, list) and do_convert_rgb and not any(map(_is_array, frames)):  # read one at a time
@@ -248,12 +252,12 @@ def read_clip(
 
 
 def load_images(images: Any) -> Any:
-    """Image files, URLs, base64 texts and PIL images become upright RGB images, transparency laid on white, in any
-    nesting. Arrays stay as they are.
+    """Load image files, URLs, base64 texts and PIL images in any nesting as upright RGB images, transparency laid on
+    white. Arrays stay as they are.
 
     Raises:
-        ValueError: if one cannot be loaded, naming it and the cause, or an array holds neither integers from 0 to 255
-            nor floats.
+        ValueError: if an image cannot be loaded, with its name and the cause, or the values of an array are neither
+            integers from 0 to 255 nor floats.
     """
     if isinstance(images, (list, tuple)):
         return [load_images(image) for image in images]
@@ -280,7 +284,7 @@ def _from_base64(text: str) -> bytes:
     try:
         return decode_base64(text)
     except ValueError:
-        raise ValueError("there is no such file, and it is not base64") from None
+        raise ValueError("no such file, and not base64") from None
 
 
 # -- Nesting
@@ -290,7 +294,7 @@ def _flatten(item: Any, depth: int, where: str) -> list[Any]:
     if is_request(item):
         inner = _flatten(item.source, 2, item.place)  # a list in a content part is one video
         if len(inner) != 1:
-            raise ValueError(f"{item.place} must hold one video, got {len(inner)}")
+            raise ValueError(f"{item.place} must contain one video, got {len(inner)}")
         return [MediaRequest(inner[0], item.options, item.place)]
     if _is_array(item):
         if not 3 <= item.ndim <= 5:
@@ -319,7 +323,7 @@ def _flatten(item: Any, depth: int, where: str) -> list[Any]:
         raise ValueError(f"{where} is an empty list, expected frames or videos")
     if _is_frame_list(item, depth):
         return [list(item)]
-    return [video for index, one in enumerate(item) for video in _flatten(one, depth + 1, f"{where}[{index}]")]
+    return [video for index, inner in enumerate(item) for video in _flatten(inner, depth + 1, f"{where}[{index}]")]
 
 
 def _is_frame_list(items: Sequence[Any], depth: int) -> bool:
@@ -353,7 +357,7 @@ def is_request(item: Any) -> bool:
 
 
 def _is_video_frames(item: Any) -> bool:
-    """By its parts, as the class exists twice when the package is loaded from a folder as remote code."""
+    """Test by attributes: the class exists twice when the package is loaded from a folder as remote code."""
     return hasattr(item, "frames") and hasattr(item, "timestamps")
 
 
@@ -386,14 +390,14 @@ def _clip_of(video: VideoFrames, backend: str | None, *, is_resized: bool) -> Cl
 def _sample_frames(
     frames: Any, metadata: VideoMetadata | None, sampling: FrameSampling | None
 ) -> tuple[Any, tuple[torch.Tensor, tuple[int, ...] | None, VideoMetadata]]:
-    """(the sampled frames, (their times, types and metadata))."""
+    """Return the sampled frames, and their times, types and metadata."""
     num_frames = len(frames)
     if not num_frames:
         raise ValueError("a video has no frames")
     metadata = metadata or VideoMetadata(total_num_frames=num_frames)
-    places = metadata.frames_indices  # of the given frames in the video that they come from
+    indices = metadata.frames_indices  # indices of the given frames in their video
     total = num_frames if metadata.total_num_frames is None else metadata.total_num_frames
-    described = total if places is None else len(places)
+    described = total if indices is None else len(indices)
     if described != num_frames:
         raise ValueError(
             f"video_metadata describes {described} frames, but the video has {num_frames}; for frames that were "
@@ -401,9 +405,9 @@ def _sample_frames(
         )
     chosen, frame_types = np.arange(num_frames), None
     if sampling is not None:
-        # The default rate is good enough for times, but frames are not chosen by a rate that nobody knows.
+        # The default rate serves for times. Sampling by an unknown rate is an error.
         native_fps = metadata.fps * num_frames / total if metadata.fps else None
-        times = (np.arange(num_frames) if places is None else np.asarray(places)) / (metadata.fps or IMAGE_FPS)
+        times = (np.arange(num_frames) if indices is None else np.asarray(indices)) / (metadata.fps or IMAGE_FPS)
         times = None if sampling.policy == "fps_time" and not metadata.fps else times
         sampled = sampling.select(num_frames, native_fps, times)
         if not np.array_equal(chosen, sampled.indices):
@@ -411,7 +415,7 @@ def _sample_frames(
             frames = [frames[i] for i in chosen] if isinstance(frames, list) else frames[chosen]
         frame_types = sampled.frame_types
     fps = metadata.fps or IMAGE_FPS
-    places = chosen if places is None else np.asarray(places)[chosen]
+    indices = chosen if indices is None else np.asarray(indices)[chosen]
     metadata = VideoMetadata(
         total_num_frames=total,
         fps=fps,
@@ -419,9 +423,9 @@ def _sample_frames(
         height=metadata.height,
         duration=metadata.duration or total / fps,
         video_backend=metadata.video_backend,
-        frames_indices=places.tolist(),
+        frames_indices=indices.tolist(),
     )
-    return frames, (torch.from_numpy(places / fps), frame_types, metadata)
+    return frames, (torch.from_numpy(indices / fps), frame_types, metadata)
 
 
 def _channels_first_parts(
@@ -430,11 +434,11 @@ def _channels_first_parts(
     float_range: tuple[float, float],
     input_data_format: "str | ChannelDimension | None",
 ) -> list[torch.Tensor]:
-    """An array as one `[T, C, H, W]`, a list of arrays and pictures as one `[1, C, H, W]` each: uint8 where all values
-    are whole numbers from 0 to 255, else float32 everywhere.
+    """Convert an array to one `[T, C, H, W]`, a list of arrays and pictures to one `[1, C, H, W]` each: uint8 if all
+    values are whole numbers from 0 to 255, else float32.
 
     Raises:
-        ValueError: for a shape or values that make no sense.
+        ValueError: for an invalid shape or value.
     """
     if _is_array(frames):
         arrays, formats = [tensor_of(frames)], [input_data_format]
@@ -463,7 +467,7 @@ def _native(frame: Any) -> Image.Image:
 
 
 def _of_one_scale(arrays: list[torch.Tensor], float_range: tuple[float, float]) -> tuple[list[torch.Tensor], float]:
-    """(the frames of one video, all uint8 or all float32, the value of white)."""
+    """Return the frames of one video, all uint8 or all float32, and the value of white."""
     low, high = float_range
     floats = [array for array in arrays if array.is_floating_point()]
     if not floats:

@@ -1,9 +1,9 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Videos -> padded pixel values with a frame mask, times and frame types.
+"""Video processor: padded pixel values of videos with a frame mask, times and frame types.
 
-A standard transformers video processor that needs no torchvision. `choose_sampling` says which frames are wanted,
-video_inputs.py reads them, and what is here resizes them as uint8 and writes them, normalised, into one preallocated
-batch.
+A standard transformers video processor that needs no torchvision. `choose_sampling` selects the sampling policy,
+video_inputs.py reads the frames, and this module resizes them as uint8 and writes them, normalised, into one
+preallocated batch.
 
 The vision towers were trained on frames resized by Pillow. `resize_backend="pil"` gives those pixel values bit for
 bit; the default `"torch"` is several times as fast and differs by at most 2 of the 255 steps of a colour.
@@ -45,7 +45,7 @@ from .video_frames import ResizeBackend, resize_frames
 from .video_inputs import Clip, MediaRequest, check_metadata, flatten_metadata, flatten_videos, is_request, read_clip
 
 _RESAMPLE = {PILImageResampling.BICUBIC: "bicubic", PILImageResampling.BILINEAR: "bilinear"}
-# What a configuration file of another video processor says about pixels holds here too; how it samples does not.
+# Pixel options of a configuration file of another video processor are read here too, its sampling options are not.
 _PIXEL_KEYS = {
     "crop_size",
     "default_to_square",
@@ -60,41 +60,41 @@ _PIXEL_KEYS = {
     "rescale_factor",
     "size",
 }
-# Keys of a saved file that are no options.
+# Keys of a saved file that are not options.
 _FILE_KEYS = {"auto_map", "processor_class", "video_processor_type"}
 
 
 class LlavaNextARVideoProcessorKwargs(VideosKwargs, total=False):
     r"""
     sampling (`str`, *optional*, defaults to `"uniform"`):
-        Which frames: `uniform | num_frames | fps | every_nth | fast_slow`, `uniform_time | fps_time` for videos whose
-        frame rate varies, or one of the `llava_*` policies that reproduce LLaVA-NeXT. `uniform` gives all frames of a
-        clip that has no more than `num_frames`.
+        Policy: `uniform | num_frames | fps | every_nth | fast_slow`, `uniform_time | fps_time` for variable frame
+        rates, or one of the `llava_*` policies that reproduce LLaVA-NeXT. `uniform` gives all frames of a clip with
+        fewer than `num_frames` frames.
     max_frames (`int`, *optional*):
-        Upper limit for the policies that go by frame rate.
+        Upper limit for the policies that use the frame rate.
     sample_rate (`int`, *optional*):
-        Every how many frames `every_nth` takes one.
+        Stride of `every_nth` in frames.
     use_fast_slow_frames (`bool`, *optional*, defaults to `False`):
         The same as `sampling="fast_slow"`.
     fast_stride, slow_stride, num_fast, num_slow (`int`, *optional*, default to 1, 4, 8, 8):
         The last `num_fast` frames `fast_stride` apart, and `num_slow` over the whole clip, `slow_stride` apart or
         wider.
     force_sample (`bool`, *optional*, defaults to `False`):
-        Whether `llava_*` policies repeat frames of short clips.
+        Let `llava_*` policies repeat frames of short clips.
     short_clip (`str`, *optional*):
-        `all | error`: what a clip with fewer frames than are asked for gives. By default all, with `num_frames` an error.
+        `all | error`: result for a clip with fewer frames than requested. Default: `all`; for `num_frames`: `error`.
     video_backend (`str`, *optional*, defaults to `"auto"`):
         `auto | decord | pyav | torchcodec`.
     resize_backend (`str`, *optional*, defaults to `"torch"`):
         `torch | pil`.
     enable_multiscale (`bool`, *optional*, defaults to `False`):
-        Whether to return the video at the other `scale_factors` too.
+        Return the video at the other `scale_factors` too.
     scale_factors (`list[float]`, *optional*, defaults to `[1.0, 0.75, 0.5]`):
-        Sizes as fractions of the main one; 1.0, the main one itself, is among them.
+        Sizes as fractions of the main size; they include 1.0, the main size.
     return_uint8 (`bool`, *optional*, defaults to `False`):
-        Whether to leave pixels as 8 bits, a quarter of the bytes on the way to a GPU; the model normalises them there.
+        Return pixels as 8 bits, a quarter of the bytes to copy to a GPU; the model normalises them there.
     allow_partial (`bool`, *optional*, defaults to `False`):
-        Whether a damaged video gives the frames that can be read, instead of an error.
+        Return the readable frames of a damaged video instead of an error.
     """
 
     sampling: str | None
@@ -117,17 +117,16 @@ class LlavaNextARVideoProcessorKwargs(VideosKwargs, total=False):
     video_metadata: Any
 
 
-# None stands for the default in these; in the others it has the meaning that it has in transformers.
+# None stands for the default of these options; for others it has the meaning of transformers.
 _NONE_IS_DEFAULT = {"num_frames", *LlavaNextARVideoProcessorKwargs.__annotations__} - {*VideosKwargs.__annotations__}
 
 
 @travels_with_code
 class LlavaNextARVideoProcessor(VideoProcessorMixin):
-    r"""Reads, samples, resizes and normalises videos.
+    r"""Video processor: reads, samples, resizes and normalises videos.
 
-    Takes every input that transformers' video processors take, of several kinds in one call too (see
-    `flatten_videos`), and every option of `LlavaNextARVideoProcessorKwargs`, at construction or in a call. An int as
-    `size` is a square.
+    Inputs are those of transformers' video processors, also mixed in one call (see `flatten_videos`). All options of
+    `LlavaNextARVideoProcessorKwargs` are valid at construction and in a call. An int as `size` is a square.
 
     A call returns a `BatchFeature` with
 
@@ -142,16 +141,16 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
 
     Without `return_tensors` each is a list with one tensor, not padded, for each video.
 
-    A clip of fewer than `num_frames` frames gives all of them, at construction and in a call alike;
-    `sampling="num_frames"` refuses it, as transformers does.
+    A clip with fewer than `num_frames` frames gives all of them; with `sampling="num_frames"` it raises ValueError, as
+    in transformers.
 
     Times come from the file. Arrays and images have none: their `fps` is that of `video_metadata`, or 2.
 
-    Arrays hold integers from 0 to 255, or floats: from 0 to 255 with `do_rescale`, else as given.
+    Arrays contain integers from 0 to 255, or floats: from 0 to 255 with `do_rescale`, else as given.
 
     Raises:
-        ValueError: on an unknown or contradictory option, if a video cannot be read (naming it and the cause) or its
-            values are out of range, or if videos of different size are to become one tensor.
+        ValueError: on an unknown or contradictory option, if a video cannot be read (with its name and the cause) or its
+            values are out of range, or for one tensor of videos of different size.
 
     Example:
 
@@ -206,7 +205,7 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
         }
         self._check_types(options)
         given = {name: value for name, value in options.items() if value is not None}
-        # A saved file names its policy and all settings; only where no policy is named do settings imply one.
+        # A saved file contains its policy and all settings; settings imply a policy only where none is given.
         options["sampling"] = choose_policy(type(self).sampling, given)
         options.pop("use_fast_slow_frames", None)
         super().__init__(**options)
@@ -215,7 +214,7 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
         self.check()
 
     def check(self) -> None:
-        """Validates the options, also those that were assigned after construction.
+        """Validate the options, also those that were assigned after construction.
 
         Raises:
             ValueError: on a value out of range, or options that contradict each other.
@@ -225,7 +224,7 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
 
     @property
     def use_fast_slow_frames(self) -> bool:
-        """Whether frames are sampled as slow and fast ones: another name for `sampling="fast_slow"`."""
+        """True for slow and fast frames: an alias of `sampling="fast_slow"`."""
         return self.sampling == "fast_slow"
 
     @use_fast_slow_frames.setter
@@ -234,7 +233,7 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """Keys that a call without further options returns."""
+        """Keys of the output of a call without further options."""
         names = ["pixel_values_videos", "video_frame_mask", "video_timestamps"]
         names += ["video_frame_types"] * self.use_fast_slow_frames + ["video_pixel_norm"] * bool(self.return_uint8)
         return names + ["pixel_values_videos_scales"] * bool(self.enable_multiscale)
@@ -247,7 +246,7 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
     def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs: Any) -> "LlavaNextARVideoProcessor":
         """As in transformers: unknown keys of the file are kept, with a warning; a misspelt keyword argument raises.
 
-        Of another video processor's file the pixel options are taken, not how it samples.
+        Files of other video processors give the pixel options, not the sampling options.
         """
         values = dict(video_processor_dict)
         if values.get("video_processor_type", cls.__name__) != cls.__name__ or "image_processor_type" in values:
@@ -272,7 +271,7 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
         return cls.from_dict(json.loads(Path(json_file).read_text(encoding="utf-8")))
 
     def sampling_for(self, **kwargs: Any) -> FrameSampling | None:
-        """How a call with these options samples; None if it takes all frames.
+        """Frame sampling of a call with these options; None for all frames.
 
         Raises:
             ValueError: see `choose_sampling`.
@@ -285,7 +284,7 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
     def sample_frames(
         self, metadata: VideoMetadata, num_frames: int | None = None, fps: int | float | None = None, **kwargs: Any
     ) -> np.ndarray:
-        """Indices of the frames that a call with these options takes from a video of that length and frame rate.
+        """Indices of the frames that a call with these options samples from a video of that length and frame rate.
 
         Raises:
             ValueError: as the call does.
@@ -335,12 +334,12 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
     def sampling_of_request(
         self, request: MediaRequest, metadata: VideoMetadata | None, kwargs: dict[str, Any]
     ) -> tuple[Any, ...]:
-        """(metadata, sampling, options, further arguments of `read_clip`) of a video with options of its own in a call
-        with the options `kwargs`; `fps` is that of frames without times. Raises ValueError as a call does."""
+        """Return metadata, sampling, options and further arguments of `read_clip` for a video with its own options in a call
+        with the options `kwargs`; `fps` is the rate of frames without times. Raises ValueError as a call does."""
         try:
             self._check_types({name: request.options[name] for name in request.options.keys() & SAMPLING_SETTINGS})
-            own, metadata, loading = request.sampling_options(metadata)
-            own_kwargs = with_own_options(self._stored(), kwargs, own)
+            of_source, metadata, loading = request.sampling_options(metadata)
+            own_kwargs = with_own_options(self._stored(), kwargs, of_source)
             return metadata, self.sampling_for(**own_kwargs), own_kwargs, loading
         except ValueError as error:
             raise ValueError(f"{request.place}: {error}") from error
@@ -358,9 +357,9 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
         factors = list(options["scale_factors"])
         if 1 not in factors or not all(0 < factor <= 1 for factor in factors) or len(set(factors)) < len(factors):
             raise ValueError(
-                f"scale_factors must be different numbers above 0 and up to 1, 1 itself among them, got {factors}"
+                f"scale_factors must be different numbers above 0 and up to 1, with 1 among them, got {factors}"
             )
-        # Other scales are resized ones, also where the main one is not.
+        # Other scales are resized, also where the main scale is not.
         scaled = options["enable_multiscale"] and not options["do_resize"]
         if scaled and options["resample"] not in _RESAMPLE:
             raise ValueError(f"resample must be 3 (bicubic) or 2 (bilinear), got {options['resample']!r}")
@@ -369,13 +368,13 @@ class LlavaNextARVideoProcessor(VideoProcessorMixin):
             raise ValueError(f"data_format must be channels_first or channels_last, got {options['data_format']!r}")
 
     def _standardize_kwargs(self, default_to_square: bool | None = None, **kwargs: Any) -> dict[str, Any]:
-        # transformers drops default_to_square here, and with it what a saved file says
+        # transformers drops default_to_square here, and with it the value of a saved file
         square = self.default_to_square if default_to_square is None else default_to_square
         return {**super()._standardize_kwargs(default_to_square=square, **kwargs), "default_to_square": square}
 
 
 def _float_range(options: dict[str, Any]) -> tuple[float, float]:
-    """Values that a video of floats may have: up to white where they are rescaled, else as given."""
+    """Valid range of a video of floats: up to white where values are rescaled, else unlimited."""
     if options["do_rescale"]:
         return 0, max(255, round(1 / abs(options["rescale_factor"])))
     return (0 if options["do_normalize"] else -math.inf), math.inf
@@ -385,7 +384,7 @@ def _float_range(options: dict[str, Any]) -> tuple[float, float]:
 
 
 def _factors(options: dict[str, Any]) -> list[float]:
-    """Of the main scale, and then the others."""
+    """Factors of the scales, the main scale first."""
     return [1, *(f for f in options["scale_factors"] if f != 1)] if options["enable_multiscale"] else [1]
 
 
@@ -394,14 +393,14 @@ def _scaled(edge: int, factor: float) -> int:
 
 
 def _exact_sizes(options: dict[str, Any]) -> "list[tuple[int, int]] | None":
-    """(h, w) of each scale where it is the same for all videos, so that frames can be resized as they are decoded."""
+    """Return (h, w) of each scale if it is the same for all videos, so that frames can be resized as they are decoded."""
     if not options["do_resize"] or "height" not in options["size"]:
         return None
     return _scale_sizes((0, 0), options)
 
 
 def _scale_sizes(native: tuple[int, int], options: dict[str, Any]) -> list[tuple[int, int]]:
-    """(h, w) of each scale of a video whose frames have the (height, width) `native`."""
+    """Return (h, w) of each scale of a video with frames of the (height, width) `native`."""
     height, width = native
     if options["do_resize"]:
         size = options["size"]
@@ -431,7 +430,7 @@ def _resized_and_cropped(clip: Clip, options: dict[str, Any]) -> Clip:
 
 
 def _resize(frames: torch.Tensor, size: tuple[int, int], options: dict[str, Any]) -> torch.Tensor:
-    """`[T, C, H, W]` -> `[T, C, h, w]`. Floats are not rounded to 8 bits on the way, and always resized with torch."""
+    """`[T, C, H, W]` -> `[T, C, h, w]`. Floats are not rounded to 8 bits, and always resized with torch."""
     if tuple(frames.shape[-2:]) == tuple(size):
         return frames
     resample = _RESAMPLE[options["resample"]]
@@ -445,7 +444,7 @@ def _resize(frames: torch.Tensor, size: tuple[int, int], options: dict[str, Any]
 
 
 def _center_crop(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The middle `size` of `[T, C, H, W]`; outside of the frame it is 0, as in transformers."""
+    """Crop the middle `size` of `[T, C, H, W]`, zero outside of the frame, as in transformers."""
     for axis, wanted in zip((-2, -1), size, strict=True):
         missing = max(0, wanted - frames.shape[axis])
         if missing:
@@ -460,13 +459,13 @@ def _center_crop(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _collate(clips: list[Clip], options: dict[str, Any]) -> BatchFeature:
-    """See `LlavaNextARVideoProcessor` for what is returned."""
+    """Return the outputs that `LlavaNextARVideoProcessor` documents."""
     is_batch = options["return_tensors"] is not None
     device = torch.device("cpu" if options["device"] is None else options["device"])
     lengths = [len(clip) for clip in clips]
     typed = [clip.frame_types is not None for clip in clips]
     if any(typed) != all(typed):
-        raise ValueError("some videos of the batch have slow and fast frames and some do not")
+        raise ValueError("the batch mixes videos with and without slow and fast frames")
     if is_batch and not options["do_pad"] and len(set(lengths)) > 1:
         raise ValueError(
             f"videos of {sorted(set(lengths))} frames cannot become one tensor with do_pad=False: use do_pad=True, or "
@@ -511,7 +510,7 @@ def _pad(values: torch.Tensor, length: int) -> torch.Tensor:
 def _normalised(
     videos: list[torch.Tensor], device: torch.device, options: dict[str, Any]
 ) -> "torch.Tensor | list[torch.Tensor]":
-    """Videos `[T, C, H, W]` as one `[N, T, C, H, W]`, or without `return_tensors` as a list; see `return_uint8`."""
+    """Stack videos `[T, C, H, W]` to one `[N, T, C, H, W]`, or without `return_tensors` to a list; see `return_uint8`."""
     dtype = torch.uint8 if options["return_uint8"] else torch.float32
     if options["return_tensors"] is None:
         out = [torch.empty(video.shape, device=device, dtype=dtype) for video in videos]
@@ -538,11 +537,11 @@ def _normalised(
 
 
 def _normalise_into(target: torch.Tensor, frames: torch.Tensor, options: dict[str, Any]) -> None:
-    """Writes `(frames * rescale_factor - mean) / std` of `[T, C, H, W]` into `target`.
+    """Write `(frames * rescale_factor - mean) / std` of `[T, C, H, W]` into `target`.
 
-    As `frames / (std / rescale_factor) - mean / std`: two passes over one frame, which stays in the cache. With mean
-    and std of 0.5 this is bit for bit what the towers were trained on, where the product was computed in float64; the
-    textbook order in float32 is not.
+    Computed as `frames / (std / rescale_factor) - mean / std`: two passes over one frame, which stays in the cache. With
+    mean and std of 0.5 the values equal bit for bit those of the towers' training, where the product was computed in
+    float64; the textbook order in float32 differs.
     """
     divisor, offset = _divisor_and_offset(frames.shape[1], options)
     is_moved, divisor, offset = offset.any(), *(_per_channel(values, target.device) for values in (divisor, offset))
@@ -553,7 +552,7 @@ def _normalise_into(target: torch.Tensor, frames: torch.Tensor, options: dict[st
 
 
 def _divisor_and_offset(num_channels: int, options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each channel, or one of all: pixels become `x / divisor - offset`."""
+    """Divisor and offset of each channel, or of all channels: pixels become `x / divisor - offset`."""
     mean, std = (options["image_mean"], options["image_std"]) if options["do_normalize"] else (0, 1)
     mean, std = np.atleast_1d(np.asarray(mean, dtype=np.float64)), np.atleast_1d(np.asarray(std, dtype=np.float64))
     for name, values in (("image_mean", mean), ("image_std", std)):
@@ -563,7 +562,7 @@ def _divisor_and_offset(num_channels: int, options: dict[str, Any]) -> tuple[np.
 
 
 def _per_channel(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """`[C, 1, 1]` float32, or no dimensions where all channels are alike, which is faster."""
+    """Return `[C, 1, 1]` float32, or a scalar for equal channels, which is faster."""
     shaped = values[0] if (values == values[0]).all() else values[:, None, None]
     return torch.tensor(shaped, dtype=torch.float32, device=device)
 

@@ -16,8 +16,8 @@ except ImportError:
 Emit = Callable[[int, np.ndarray], None]
 
 FALLBACK_FPS = 25.0  # of streams that state neither times nor a rate
-JUMP_FORWARD, JUMP_BACK = 10.0, 0.1  # seconds; FFmpeg's own limits (dts_delta_threshold) for a clock that was reset
-# What FFmpeg may take a file for: no playlists (concat, hls, dash, sdp), no numbered series (image2), no devices.
+JUMP_FORWARD, JUMP_BACK = 10.0, 0.1  # seconds; FFmpeg's limits (dts_delta_threshold) for a clock that was reset
+# Formats that FFmpeg may open: no playlists (concat, hls, dash, sdp), no numbered series (image2), no devices.
 FORMATS = tuple(
     (
         "mov matroska avi mpegts mpeg mpegvideo flv live_flv asf ogg mxf gxf nut ivf rm dv wtv nsv amv swf h264 hevc vvc "
@@ -31,23 +31,23 @@ _DEGREES_OFF = 2.0  # a display matrix further than this from a quarter turn is 
 
 
 class VideoReadError(ValueError):
-    """A video cannot be read: `source` names it, `cause` says why."""
+    """Unreadable video: the name of the `source`, and the `cause`."""
 
     def __init__(self, source: str, cause: str) -> None:
         super().__init__(f"cannot read video {source}: {cause}")
         self.source = source
         self.cause = cause
 
-    def __reduce__(self) -> tuple:  # exceptions cross process borders (DataLoader workers) by their arguments
+    def __reduce__(self) -> tuple:  # exceptions are pickled between processes (DataLoader workers) by their arguments
         return type(self), (self.source, self.cause)
 
 
 class SeekMissed(Exception):
-    """The demuxer landed behind the key frame that it was sent to."""
+    """Seek of the demuxer that ended behind the requested key frame."""
 
 
 class TimesChanged(Exception):
-    """Decoding has shown that packets are not frames here. `timestamps` is now right: select and read again."""
+    """Decoding found other frames than packets. `timestamps` is now correct: select and read again."""
 
 
 class FrameReader(Protocol):
@@ -58,7 +58,7 @@ class FrameReader(Protocol):
         timestamps: `[total_frames]` float64, presentation times in seconds, the first is 0.
         fps: average number of frames a second.
         duration: seconds, from the first frame to the end of the last one.
-        missing: how many frames the file announces or holds that cannot be read.
+        missing: number of announced or present frames that cannot be read.
     """
 
     name: str
@@ -68,12 +68,12 @@ class FrameReader(Protocol):
     missing: int
 
     def read(self, indices: np.ndarray, emit: Emit) -> set[int]:
-        """Calls `emit(index, frame)` once for each of the sorted, distinct `indices`, with `[H, W, 3]` uint8 RGB, from
-        any thread and in any order. Returns the indices that could not be decoded. To be called once."""
+        """Call `emit(index, frame)` once for each of the sorted, distinct `indices`, with `[H, W, 3]` uint8 RGB, from
+        any thread and in any order. Returns the indices that could not be decoded. May be called once."""
         ...
 
     def close(self) -> None:
-        """Frees the file and the decoder."""
+        """Close the file and the decoder."""
         ...
 
 
@@ -81,7 +81,7 @@ class FrameReader(Protocol):
 
 
 def frame_rate(declared: float, timestamps: np.ndarray) -> float:
-    """The rate that the container declares if the timestamps bear it out (to 2%), else their average."""
+    """Declared rate of the container if it agrees with the timestamps to 2%, else their average."""
     span = timestamps[-1] - timestamps[0]
     if span <= 0:
         return declared or FALLBACK_FPS
@@ -96,7 +96,7 @@ def clock_offsets(times: Sequence[int | None], step: int, second: float) -> np.n
     `JUMP_FORWARD`. The frame after a jump follows the one before it by `step`.
 
     Args:
-        times: in the order in which they must not decrease; None where unknown.
+        times: in the order in which they must not decrease; None for unknown times.
         step: usual distance of two times.
         second: length of a second in the unit of `times`.
     """
@@ -113,7 +113,7 @@ def clock_offsets(times: Sequence[int | None], step: int, second: float) -> np.n
 
 def filled_times(times: Sequence[int | None], step: int) -> list[int]:
     """`times` with each None replaced by its neighbour's time, `step` later (or earlier, at the start)."""
-    known = next((place for place, time in enumerate(times) if time is not None), 0)
+    known = next((index for index, time in enumerate(times) if time is not None), 0)
     last = (times[known] if times and times[known] is not None else 0) - (known + 1) * step
     filled = []
     for time in times:
@@ -126,7 +126,7 @@ def filled_times(times: Sequence[int | None], step: int) -> list[int]:
 
 
 def orientation(matrix: Sequence[float]) -> tuple[bool, int, float]:
-    """(mirrored left to right before turning, clockwise quarter turns, degrees that the matrix is off from that).
+    """Mirroring (left to right, before turning), clockwise quarter turns, and remaining degrees of a display matrix.
 
     Args:
         matrix: the 9 numbers of a display matrix, row by row, as in MP4's track header. A pixel (x, y), y pointing
@@ -142,13 +142,13 @@ def orientation(matrix: Sequence[float]) -> tuple[bool, int, float]:
 
 
 def upright(frame: np.ndarray, matrix: Sequence[float]) -> np.ndarray:
-    """A view of `[H, W, ...]` as the display matrix shows it, turned by the nearest multiple of 90 degrees."""
+    """View of `[H, W, ...]` as the display matrix shows it, turned by the nearest multiple of 90 degrees."""
     mirrored, turns, _ = orientation(matrix)
     return np.rot90(frame[:, ::-1] if mirrored else frame, -turns)
 
 
 def oblique(matrix: Sequence[float]) -> str | None:
-    """A sentence on a display matrix that is far from every quarter turn, None for a usual one."""
+    """Warning for a display matrix that is far from every quarter turn, else None."""
     _, turns, off = orientation(matrix)
     if off <= _DEGREES_OFF:
         return None
@@ -169,14 +169,14 @@ def on_white(frame: np.ndarray) -> np.ndarray:
 
 
 class RgbConverter:
-    """Decoded frame -> `[H, W, 3]` uint8, upright, on white where it is transparent. One for each thread, as it reuses
-    what is costly to set up.
+    """Converter of decoded frames to `[H, W, 3]` uint8, upright, on white where transparent. One for each thread: it
+    reuses buffers.
 
     Args:
         report: called with the display matrix of each frame that is turned.
 
     Attributes:
-        matrix: display matrix of frames that have none of their own: some codecs store it with key frames alone.
+        matrix: display matrix of frames without one: some codecs store it with key frames alone.
     """
 
     def __init__(self, report: Callable[[list[int]], None]) -> None:
@@ -200,12 +200,12 @@ class RgbConverter:
         return upright(rgb, self.matrix)
 
     def observe(self, frame: Any) -> None:
-        """Takes the display matrix of a frame, if it has one, for the frames after it."""
+        """Store the display matrix of a frame, if it has one, for later frames."""
         self.matrix = display_matrix(frame, self._thumbnails) or self.matrix
 
 
 def has_alpha(frame: Any) -> bool:
-    """Test the pixel format of a decoded frame for transparency; a palette may hold it."""
+    """Test the pixel format of a decoded frame for transparency, also in a palette."""
     return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
 
 
@@ -213,9 +213,9 @@ def display_matrix(frame: Any, reformatter: Any = None) -> list[int] | None:
     """The 9 numbers of a decoded frame's display matrix, see `orientation`; None if it has none.
 
     Args:
-        reformatter: PyAV's, to use again; by default a new one.
+        reformatter: PyAV's, to reuse; by default a new one.
     """
-    # PyAV's side data and their frame refer to each other, so that the frame outlives its use: read a thumbnail's.
+    # PyAV's side data and their frame refer to each other, which keeps the frame in memory: read a thumbnail's.
     reformatter = reformatter or av.video.reformatter.VideoReformatter()
     thumbnail = reformatter.reformat(frame, width=16, height=16, format="gray", interpolation="POINT", threads=1)
     data = thumbnail.side_data.get("DISPLAYMATRIX")
@@ -244,7 +244,7 @@ def is_matroska(file: str | bytes) -> bool:
 
 
 def why_unreadable(file: str | bytes, message: str) -> str:
-    """Turns FFmpeg's catch-all into a cause, where that can be seen."""
+    """Replace FFmpeg's general error by a cause, if one is found."""
     if not is_mp4(file):
         return f"it is not a video, or damaged ({message})"
     with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as opened:
@@ -255,7 +255,7 @@ def why_unreadable(file: str | bytes, message: str) -> str:
             header = opened.read(16)
             size = int.from_bytes(header[:4], "big")
             if header[4:8] == b"moov" and start + size <= end:
-                return f"it holds no video that can be decoded, or is damaged ({message})"
+                return f"it has no video that can be decoded, or is damaged ({message})"
             size = int.from_bytes(header[8:16], "big") if size == 1 else size
             if size < 8:
                 break
@@ -264,5 +264,5 @@ def why_unreadable(file: str | bytes, message: str) -> str:
 
 
 def set_threads(codec: Any, num_threads: int) -> None:
-    """Must come before the first frame is decoded."""
+    """Configure the decoder; call it before the first frame is decoded."""
     codec.thread_count, codec.thread_type = num_threads, "AUTO" if num_threads > 1 else "SLICE"

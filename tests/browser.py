@@ -64,7 +64,7 @@ class Browser:
         self._profile.cleanup()
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """Sends a command and waits for its result.
+        """Send a command and waits for its result.
 
         Raises:
             RuntimeError: if the browser refuses it, or has ended.
@@ -81,7 +81,7 @@ class Browser:
         return answer["result"]
 
     def open(self, page: Path, *, width: int = 1200, height: int = 900, dark: bool = False) -> None:
-        """Shows a file, and waits until all of it has loaded."""
+        """Show a file, and waits until all of it has loaded."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])

@@ -41,14 +41,14 @@ _LISTS_OF_TEXTS = ("tags", "datasets", "language", "base_model", "metrics")
 
 
 def check_card(text: str, kind: str = "model") -> list[str]:
-    """What the Hub would refuse in a README.md; nothing if it accepts it."""
+    """Errors that the Hub reports for a README.md; empty if it accepts the file."""
     block = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
     if block is None:
-        return []  # no metadata is a warning, no error
+        return []  # missing metadata are a warning, not an error
     try:
         data = yaml.safe_load(block[1])
     except yaml.YAMLError as error:
-        return [f"the metadata is no YAML: {error}"]
+        return [f"the metadata is not YAML: {error}"]
     if data is None:
         return []
     if not isinstance(data, dict):

@@ -1,4 +1,4 @@
-"""A folder like that of scripts/demo.py, smaller: real clips with questions, and a tiny checkpoint that knows the words."""
+"""A small version of the demo's folder: real clips with questions, and a tiny checkpoint with their vocabulary."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def make_demo_folder(folder: Path) -> Path:
 
 
 def make_changed_checkpoint(folder: Path) -> None:
-    """Of `base/`, `changed/`: a checkpoint whose answers and predictions differ from question to question."""
+    """Write `changed/` from `base/`: a checkpoint whose answers and predictions differ from question to question."""
     model, processor = load_checkpoint(str(folder / "base"))
     # With tied random embeddings a model repeats the last word, and the head starts at zero.
     torch.manual_seed(0)

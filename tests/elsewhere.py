@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 
 
 def run_elsewhere(code: str, *arguments: object, cwd: Path) -> dict:
-    """Runs code in a fresh process that lacks this package; it prints one line of JSON last."""
+    """Run code in a fresh process that lacks this package; it prints one line of JSON last."""
     program = WITHOUT_PACKAGE + textwrap.dedent(code)
     printed = processes.run_python("-c", program, *arguments, cwd=cwd, timeout=300)
     return json.loads(printed.strip().splitlines()[-1])

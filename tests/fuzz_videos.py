@@ -1,9 +1,9 @@
-"""Reads damaged copies of the clips in a folder, one after another, and tells what became of each.
+"""Read damaged copies of the clips in a folder, one after another, and report the outcome of each.
 
     python tests/fuzz_videos.py FOLDER FIRST_SEED NUM_SEEDS
 
-It is a process of its own, since what it looks for includes crashes: each line of its output is `seed outcome`, and a
-seed is printed before its clip is read.
+It is a separate process, since crashes are among the outcomes. Each line of its output is `seed outcome`. A seed is printed
+before its clip is read.
 """
 
 import logging
@@ -19,7 +19,7 @@ from fuzzing import check, damage
 
 from llava_next_ar.processing.video_frames import FrameSampling, load_video
 
-MEMORY = 8 * 2**30  # bytes of address space: a clip that claims more must be refused, not served
+MEMORY = 8 * 2**30  # bytes of address space: a clip that claims more must raise an error
 
 
 def main(folder: Path, first: int, count: int) -> None:
@@ -41,9 +41,7 @@ def main(folder: Path, first: int, count: int) -> None:
             def read(path=path, sampling=sampling, size=size, partial=partial):
                 video = load_video(path, sampling, size=size, allow_partial=partial, backend="pyav")
                 if not (len(video) == len(video.timestamps) and torch.isfinite(video.timestamps).all()):
-                    raise AssertionError(
-                        f"{video} has {len(video.timestamps)} timestamps, or some that are not finite"
-                    )
+                    raise AssertionError(f"{video} has {len(video.timestamps)} timestamps, or non-finite ones")
 
             problem = check(read, {str(path)}, counts)
             print(problem or next(iter(counts)), flush=True)

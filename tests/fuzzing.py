@@ -1,4 +1,4 @@
-"""Mutations of good inputs, and what it means that a malformed one is dealt with: see `check`."""
+"""Mutations of valid inputs, and the check of the errors for malformed ones: see `check`."""
 
 import copy
 import json
@@ -12,10 +12,10 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-# What the docstrings of the configuration, the processors and `load_video` promise (VideoReadError is a ValueError);
-# OSError is how transformers says that a file is no JSON.
+# Errors in the docstrings of the configuration, the processors and `load_video` (VideoReadError is a ValueError);
+# transformers raises OSError for a file that is not JSON.
 DOCUMENTED = (ValueError, TypeError, StrictDataclassError, OSError)
-SECONDS = 30  # that one input may take; milliseconds are usual, but the machine may be busy
+SECONDS = 30  # limit for one input; milliseconds are usual, but the machine may be busy
 
 _VALUES = [
     *(None, True, False, -1, 0, 1, 2, 3, 5, 1000, 2**31, 2**70, -(2**70), 0.5, 1e308, math.nan, math.inf, -math.inf),
@@ -25,7 +25,7 @@ _VALUES = [
 
 
 def _places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """The path of everything below `value`."""
+    """Yield the path of each item below `value`."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, child in items:
         yield (*path, key)
@@ -33,7 +33,7 @@ def _places(value: Any, path: tuple = ()) -> Iterator[tuple]:
 
 
 def mutate(good: Any, random: Random) -> tuple[Any, set[str]]:
-    """A copy of JSON-like `good` with one thing wrong, and the name of the field that it is wrong in (two if renamed)."""
+    """Return a copy of JSON-like `good` with one error, and the name of its field (two names if renamed)."""
     value = copy.deepcopy(good)
     path = random.choice(list(_places(value)))
     parent = value
@@ -62,11 +62,11 @@ def mutate(good: Any, random: Random) -> tuple[Any, set[str]]:
 
 
 def damage(content: bytes, random: Random) -> bytes:
-    """A copy of `content` with bytes changed, cut out, repeated or moved."""
+    """Return a copy of `content` with bytes changed, cut out, repeated or moved."""
     data = bytearray(content)
     for _ in range(random.choice([1, 1, 2, 8, 64])):
         start = random.randrange(len(data) + 1)
-        # what comes first and last tells most about a file
+        # start and end determine most of a file
         start = random.choice([start, min(start, len(data), random.randrange(256)), max(0, len(data) - start % 512)])
         length = random.choice([1, 1, 2, 4, 16, 512])
         kind = random.choice(["flip", "flip", "set", "set", "random", "cut", "truncate", "repeat"])
@@ -89,7 +89,7 @@ def damage(content: bytes, random: Random) -> bytes:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in the main thread once the time is up. `DOCUMENTED` must not swallow it: it is an OSError."""
+    """Raise TimeoutError in the main thread after the limit. `DOCUMENTED` must not catch it: it is an OSError."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"took more than {seconds} seconds")
@@ -104,10 +104,10 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def check(run: Callable[[], Any], fields: set[str], counts: Counter) -> str | None:
-    """Runs one malformed input: it works, or is refused as documented. Returns what is wrong, if anything is.
+    """Run one malformed input: it must work, or raise a documented error. Returns a description of a fault, or None.
 
-    Refused as documented: by an error of one of the `DOCUMENTED` classes whose text names the field (as the key, or as
-    words: "video processor").
+    A documented error is of one of the `DOCUMENTED` classes, and its text contains the field (as the key, or as words:
+    "video processor").
     """
     try:
         with time_limit(SECONDS):
@@ -118,8 +118,8 @@ def check(run: Callable[[], Any], fields: set[str], counts: Counter) -> str | No
         if any(name in str(error) or name.replace("_", " ") in str(error) for name in fields):
             counts[type(error).__name__] += 1
             return None
-        return f"does not name {sorted(fields)}: {type(error).__name__}: {error}"
-    except Exception as error:  # what the tests are looking for
+        return f"does not contain {sorted(fields)}: {type(error).__name__}: {error}"
+    except Exception as error:  # a fault that the tests must find
         return f"undocumented {type(error).__name__}: {error}"
     counts["worked"] += 1
     return None

@@ -1,7 +1,7 @@
-"""Reads the reference ("golden") data; the README beside the data says what each file holds.
+"""Read the reference ("golden") data; the README beside the data documents each file.
 
 The folder is the one named by LLAVA_NEXT_AR_GOLDEN, by default tests/golden. Cases are discovered from the manifests:
-nothing here or in the tests knows their names, sizes or number, so any folder of the same format will do.
+names, sizes and numbers are not in the tests, so any folder of the same format serves.
 """
 
 import json
@@ -21,13 +21,13 @@ MEDIA_PLACEHOLDER = -200  # IMAGE_TOKEN_INDEX of the original code
 
 @dataclass(frozen=True)
 class GoldenCase:
-    """One case of a manifest; `case["key"]` reads its manifest entry.
+    """Case of a manifest; `case["key"]` reads its manifest entry.
 
     Attributes:
-        group: the manifest's name, then the case's own group if it has one: `layout_video/slowfast`.
+        group: name of the manifest, then the group of the case, if it has one: `layout_video/slowfast`.
         name: unique within the group.
-        folder: where the case's files are.
-        stem: the tensors of the case lie in `<stem>.safetensors`.
+        folder: of the files of the case.
+        stem: tensors of the case are in `<stem>.safetensors`.
     """
 
     group: str
@@ -46,7 +46,7 @@ class GoldenCase:
         return self.entry.get(key, default)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor of the case's file. A copy: a test that writes into it must not disturb another."""
+        """Return a copy of a tensor of the case, so that tests do not share it."""
         return _tensors(self.folder / f"{self.stem}.safetensors")[name].clone()
 
 
@@ -57,14 +57,14 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 
 @cache
 def golden_cases(manifest: str) -> tuple[GoldenCase, ...]:
-    """All cases of a manifest, named by its path in the folder without `.json`: `pooling`, `e2e_grid/manifest`.
+    """Return all cases of a manifest, named by its path in the folder without `.json`: `pooling`, `e2e_grid/manifest`.
 
     Raises:
-        FileNotFoundError: if the data is not there; reference tests must not vanish with their data.
+        FileNotFoundError: without the data; reference tests must not vanish with their data.
     """
     path = FOLDER / f"{manifest}.json"
     if not path.exists():
-        raise FileNotFoundError(f"no reference data at {path}; set LLAVA_NEXT_AR_GOLDEN to the folder that holds it")
+        raise FileNotFoundError(f"no reference data at {path}; set LLAVA_NEXT_AR_GOLDEN to their folder")
     content = json.loads(path.read_text())
     top = manifest.removesuffix("/manifest")
     stem = "io" if path.name == "manifest.json" else path.stem
@@ -78,17 +78,17 @@ def golden_cases(manifest: str) -> tuple[GoldenCase, ...]:
             group = f"{top}/{subgroup}" if subgroup else top
             cases.append(GoldenCase(group, entry.get("id") or entry["name"], path.parent, stem, entry))
     if not cases:
-        raise ValueError(f"{path} holds no cases")
+        raise ValueError(f"{path} has no cases")
     return tuple(cases)
 
 
 def all_golden_cases() -> list[GoldenCase]:
-    """The cases of every manifest in the folder."""
+    """Return the cases of every manifest in the folder."""
     manifests = sorted(FOLDER.glob("*.json")) + sorted(FOLDER.glob("*/manifest.json"))
     return [case for path in manifests for case in golden_cases(str(path.relative_to(FOLDER).with_suffix("")))]
 
 
 def parametrize_golden(manifest: str, *groups: str):
-    """`pytest.mark.parametrize("case", ...)` over the cases of a manifest, or over some of its groups."""
+    """Return `pytest.mark.parametrize("case", ...)` over the cases of a manifest, or over some of its groups."""
     wanted = [case for case in golden_cases(manifest) if not groups or case.group.partition("/")[2] in groups]
     return pytest.mark.parametrize("case", wanted, ids=[f"{case.group}/{case.name}" for case in wanted])

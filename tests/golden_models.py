@@ -1,4 +1,4 @@
-"""Runs a model of ours on what the reference code was given: placeholders become as many tokens as the media take."""
+"""Run a model on the inputs of the reference code, with one placeholder for each token of a medium."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,11 +10,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 @dataclass
 class Seen:
-    """What passed through a model in one call.
+    """Inputs and outputs of the parts of a model in one call.
 
     Attributes:
         projector: (vision features, projected) of each call of the projector.
-        inputs_embeds: what the language model read.
+        inputs_embeds: input of the language model.
     """
 
     projector: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -22,7 +22,7 @@ class Seen:
 
 
 def watch(base_model: torch.nn.Module) -> Seen:
-    """Records what passes through a `LlavaNextARModel`, the last call winning."""
+    """Record inputs and outputs of the parts of a `LlavaNextARModel`; the last call wins."""
     seen = Seen()
 
     def embeds(module, args, kwargs):
@@ -36,7 +36,7 @@ def watch(base_model: torch.nn.Module) -> Seen:
 
 
 def expand(row: Sequence[int], placeholder_ids: Sequence[int], counts: Sequence[int]) -> list[int]:
-    """Each reference placeholder becomes its own id, as often as its medium has tokens."""
+    """Replace each reference placeholder by its id, once for each token of its medium."""
     ids, counts = iter(placeholder_ids), iter(counts)
     out = []
     for token in row:
@@ -55,10 +55,10 @@ def expand_batch(
     counts: Sequence[Sequence[int]],
     padding_side: str = "right",
 ) -> dict[str, torch.Tensor]:
-    """`input_ids`, `attention_mask` and `labels` (-100 on media) as our processor and collator would give them.
+    """Return `input_ids`, `attention_mask` and `labels` (-100 on media) like processor and collator.
 
     Args:
-        input_ids, attention_mask, labels: `[B, S]` of the reference; all is real without a mask.
+        input_ids, attention_mask, labels: `[B, S]` of the reference; without a mask nothing is padding.
         placeholder_ids, counts: for each sample, the token id and the number of tokens of each of its media.
         padding_side: of the result.
     """

@@ -1,6 +1,6 @@
-"""A table at the end of the test output: how many reference cases ran in each group, and how many there are.
+"""Table at the end of the test output: reference cases that ran, and all cases, for each group.
 
-Every test with a parameter that is a `GoldenCase` counts by itself; a test that loops over cases calls the fixture
+Every test with a parameter that is a `GoldenCase` is counted; a test that loops over cases calls the fixture
 `golden_ran(case)` for each. Counts travel in the test reports, so the table is right under `pytest -n` too.
 """
 
@@ -15,7 +15,7 @@ PROPERTY = "golden_case"
 
 @pytest.fixture
 def golden_ran(record_property) -> Callable[[GoldenCase], None]:
-    """Says that this test runs a case."""
+    """Record that this test runs a case."""
     return lambda case: record_property(PROPERTY, [case.group, case.name])
 
 
@@ -28,7 +28,7 @@ def _count_golden_parameters(request):
 
 
 def pytest_terminal_summary(terminalreporter):
-    outcomes = defaultdict(dict)  # group -> case -> whether every test of it passed
+    outcomes = defaultdict(dict)  # group -> case -> True if all of its tests passed
     for outcome in ("passed", "failed", "error"):
         for report in terminalreporter.stats.get(outcome, []):
             for key, value in getattr(report, "user_properties", []):

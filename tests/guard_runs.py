@@ -1,4 +1,4 @@
-"""Trainings in which one sample spoils one step; in this process or, called by training_runs.py, on two ranks."""
+"""Trainings in which one sample makes one step non-finite; in this process or, by training_runs.py, on two ranks."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ from llava_next_ar.training.trainer import (
 
 
 def named_samples(config: Any, number: int, bad: int | None = None) -> list[dict[str, Any]]:
-    """Samples of unequal length, every other one with a video; the pixels of one are beyond what float32 holds."""
+    """Samples of unequal length, every other one with a video; the pixels of one overflow float32."""
     samples = []
     for index in range(number):
         with_video = index % 2 == 1
@@ -42,7 +42,7 @@ def named_samples(config: Any, number: int, bad: int | None = None) -> list[dict
 
 
 def losses_logged(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries of training steps, without what is measured and so never the same again."""
+    """Log entries of training steps, without measured times."""
     return [
         {name: value for name, value in entry.items() if name not in throughput.ENTRIES}
         for entry in log_history
@@ -52,7 +52,7 @@ def losses_logged(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Unread:
-    """A sample that tells when it is read."""
+    """Sample that records when it is read."""
 
     index: int
     sample: dict[str, Any]
@@ -64,7 +64,7 @@ class Unread:
 
 
 class Stream(IterableDataset):
-    """Samples in their order. `read`: which of them this process has read."""
+    """Samples in their order. `read`: those that this process has read."""
 
     def __init__(self, samples: list[dict[str, Any]]) -> None:
         self.samples = samples
@@ -131,7 +131,7 @@ def train(
 
 
 class Terminated(AutoregressiveTrainer):
-    """Only the second rank gets the signal, in the middle of the last step but one."""
+    """The second rank alone gets the signal, in the middle of the last step but one."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.state.global_step == self.args.max_steps - 2 and self.args.process_index == 1:
@@ -140,7 +140,7 @@ class Terminated(AutoregressiveTrainer):
 
 
 class Disagreeing(AutoregressiveTrainer):
-    """The second rank alone sees a gradient norm that is not finite, in the second step."""
+    """The second rank alone has a non-finite gradient norm, in the second step."""
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -154,7 +154,7 @@ class Disagreeing(AutoregressiveTrainer):
 
 
 def count_reductions(*args: Any, **kwargs: Any) -> tuple[dict[str, Any], int]:
-    """A training, and how many times Python reduced a tensor over the ranks."""
+    """A training, and the number of tensors that Python reduced over the ranks."""
     calls, reduce = [], torch.distributed.all_reduce
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -171,7 +171,7 @@ def count_reductions(*args: Any, **kwargs: Any) -> tuple[dict[str, Any], int]:
 def whole_and_in_parts(
     samples: list[dict[str, Any]] | Stream, steps: int, folder: Path, **options: Any
 ) -> dict[str, dict[str, Any]]:
-    """A run; another that is stopped before its last step; and what finishes that one."""
+    """A run, a run that is stopped before its last step, and its continuation."""
     options = {"dropout": 0.1, "logging_steps": steps, **options}
     return {
         "whole": train(samples, steps, **options),

@@ -1,9 +1,8 @@
-"""What processes of their own do with the local Hub: push and load back, each with empty caches.
+"""Programs for separate processes with empty caches: pushes to the local Hub, and loads from it.
 
     python tests/hub_programs.py load_back '[...]'
 
-`run_program` starts one; it prints its result as one line of JSON last. `--hide` makes this package look as if it were
-not installed.
+`run_program` starts one; it prints its result as one line of JSON last. `--hide` hides this package.
 """
 
 import importlib
@@ -36,7 +35,7 @@ def run_program(
     offline: bool = False,
     hide_package: bool = False,
 ) -> Finished:
-    """Runs a function of this module, given and returning JSON, in a process that knows one Hub.
+    """Run a function of this module on JSON in a process with one Hub.
 
     Args:
         home: `HF_HOME` and working directory.
@@ -67,7 +66,7 @@ def prepare(clip: str, processor: Any) -> Any:
 
 
 def measure(clip: str, model: Any, processor: Any) -> list[Any]:
-    """Logits of the last tokens, and the error of the predicted frames: all that a wrong weight would change."""
+    """Logits of the last tokens, and the error of the predicted frames: values that a wrong weight changes."""
     import torch
 
     inputs = prepare(clip, processor)
@@ -89,7 +88,7 @@ def _new_model(seed: int) -> Any:
 
 
 def push_models(clip: str) -> dict[str, Any]:
-    """Model, sharded model and processor by their own `push_to_hub`, in two versions: row -> version -> what to expect."""
+    """Push model, sharded model and processor with `push_to_hub`, in two versions: row -> version -> expected values."""
     from tiny_processor import tiny_processor
 
     expected: dict[str, Any] = {}
@@ -100,7 +99,7 @@ def push_models(clip: str) -> dict[str, Any]:
     processor = tiny_processor(_new_model(0).config, num_frames=4)
     processor.push_to_hub("model", private=True)
     processor.push_to_hub("sharded-model")
-    _new_model(9).push_to_hub("sharded-model")  # in one file, which must not be what loads
+    _new_model(9).push_to_hub("sharded-model")  # in one file, which must not be loaded
     for version, seed, size in (("first", 1, "40KB"), ("last", 2, "90KB")):
         model = _new_model(seed)
         note("model", version, model.push_to_hub("model"), model, processor)
@@ -112,7 +111,7 @@ def push_models(clip: str) -> dict[str, Any]:
 
 
 def push_adapters(clip: str) -> dict[str, Any]:
-    """An adapter by scripts/push_to_hub.py and the model it was merged into, in two versions each."""
+    """Push an adapter with scripts/push_to_hub.py, and the merged model, in two versions each."""
     import torch
     from huggingface_hub import snapshot_download
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -121,7 +120,7 @@ def push_adapters(clip: str) -> dict[str, Any]:
     from llava_next_ar.hub import push as push_to_hub
 
     expected: dict[str, Any] = {"adapter": {}, "merged": {}}
-    # From its folder in the cache: the adapter must name its base by the id all the same.
+    # From its folder in the cache: the adapter must refer to its base by the id.
     base = snapshot_download("ann/model")
     processor = AutoProcessor.from_pretrained(base, trust_remote_code=True)
     processor.push_to_hub("merged")
@@ -153,10 +152,10 @@ def push_adapters(clip: str) -> dict[str, Any]:
 
 
 def load_back(clip: str, pins: dict[str, str] | None) -> dict[str, Any]:
-    """Every row, at the pinned commits (`base` is that of the model under adapter and processor) or at main.
+    """Load every row, at the pinned commits (`base` is that of the model under adapter and processor) or at main.
 
     Returns:
-        row -> what was measured.
+        row -> measured values.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -178,7 +177,7 @@ def load_back(clip: str, pins: dict[str, str] | None) -> dict[str, Any]:
 
 
 def load_every_way(clip: str) -> dict[str, Any]:
-    """The model by every auto class and option: way -> logits, or the class that came."""
+    """Load the model by every auto class and option: way -> logits, or the returned class."""
     import torch
     import transformers
     from transformers.models.auto.video_processing_auto import AutoVideoProcessor
@@ -221,7 +220,7 @@ def load_one(clip: str, repo_id: str) -> list[Any]:
 
 
 def load_quantized(clip: str, bits: int) -> float:
-    """The largest difference of any logit from those in bfloat16, both on a GPU; relative to their spread."""
+    """Return the largest difference of any logit from those in bfloat16, both on a GPU; relative to their spread."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
@@ -238,7 +237,7 @@ def load_quantized(clip: str, bits: int) -> float:
 
 
 def train_on_a_dataset(folder: str, output: str) -> dict[str, Any]:
-    """Pushes clips as a dataset repository, reads them back with datasets, and trains a step on them."""
+    """Push clips as a dataset repository, read them back with datasets, and train a step on them."""
     from datasets import load_dataset
     from huggingface_hub import HfApi, snapshot_download
     from tiny import tiny_model
@@ -251,7 +250,7 @@ def train_on_a_dataset(folder: str, output: str) -> dict[str, Any]:
     api.create_repo("clips", repo_type="dataset", private=True)
     api.upload_folder(repo_id="ann/clips", repo_type="dataset", folder_path=folder)
     entries = load_dataset("ann/clips", split="train")
-    # As files of their own: in the cache they are links that leave the folder, which is refused.
+    # As regular files: in the cache they are links that lead out of the folder, which is an error.
     root = snapshot_download("ann/clips", repo_type="dataset", local_dir="clips")
     model = tiny_model()
     dataset = LlavaVideoDataset(entries.to_list(), tiny_processor(model.config, num_frames=4), video_root=root)

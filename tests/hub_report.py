@@ -1,6 +1,6 @@
-"""A table at the end of the test output: what was pushed to the local Hub x how it was loaded back.
+"""Table at the end of the test output: objects pushed to the local Hub x ways of loading them.
 
-The tests of the cells name theirs with the fixture `hub_cell(row, column)`. It travels in the test reports, so the table
+The tests of the cells give theirs with the fixture `hub_cell(row, column)`. It travels in the test reports, so the table
 is right under `pytest -n` too.
 """
 
@@ -13,7 +13,7 @@ PROPERTY = "hub_cell"
 
 @pytest.fixture
 def hub_cell(record_property) -> Callable[[str, str, str], None]:
-    """Says what this test compared, in a word or two: (row, column, outcome)."""
+    """Record what this test compared, in a word or two: (row, column, outcome)."""
     return lambda row, column, text: record_property(PROPERTY, [row, column, text])
 
 

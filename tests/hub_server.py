@@ -7,12 +7,12 @@
 
     python tests/hub_server.py --port 8080 --user ann=hf_ann   # the same by hand
 
-Repositories live in memory, as git would keep them: commits with a parent, and references (branches, tags, pull
+Repositories are in memory, structured as in git: commits with a parent, and references (branches, tags, pull
 requests) that point to them. Large files go through the LFS protocol, are only joined to a commit if they were
-uploaded before, and are served by a redirect, as from the Hub's CDN. What the Hub refuses is refused with its own
-status codes and `X-Error-Code` headers. Every request is logged; `fail` and `drop` break chosen ones.
+uploaded before, and are served by a redirect, as from the Hub's CDN. Errors have the status codes and
+`X-Error-Code` headers of the Hub. Every request is logged; `fail` and `drop` break chosen ones.
 
-Not spoken: Xet, spaces, gated repositories, discussions other than the pull requests that commits open.
+Not supported: Xet, spaces, gated repositories, discussions other than the pull requests that commits open.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Blob:
 
     @property
     def oid(self) -> str:
-        """As git names it, not counting that git holds a pointer in the place of a large file."""
+        """Hash of git, except that git stores a pointer in place of a large file."""
         return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
 
     @property
@@ -82,14 +82,14 @@ class Repository:
         return self.id.split("/")[0]
 
     def resolve(self, revision: str) -> Commit | None:
-        """The commit of a branch, a tag, `refs/...` or a full hash."""
+        """Return the commit of a branch, a tag, `refs/...` or a full hash."""
         for name in (f"refs/heads/{revision}", f"refs/tags/{revision}", revision):
             if name in self.refs:
                 return self.commits[self.refs[name]]
         return self.commits.get(revision)
 
     def commit(self, ref: str, parent: Commit | None, files: dict[str, Blob], title: str, message: str, author: str):
-        """Adds a commit and moves `ref` to it."""
+        """Add a commit and move `ref` to it."""
         described = [ref, parent and parent.oid, title, message, len(self.commits)]
         described.append(sorted((path, blob.oid) for path, blob in files.items()))
         oid = hashlib.sha1(json.dumps(described).encode()).hexdigest()
@@ -99,19 +99,19 @@ class Repository:
         return self.commits[oid]
 
     def history(self, commit: Commit) -> list[Commit]:
-        """From the newest to the first."""
+        """Commits from the newest to the first."""
         found = [commit]
         while found[-1].parent is not None:
             found.append(self.commits[found[-1].parent])
         return found
 
-    # What tests look at.
+    # Read by tests.
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
         return {path: blob.content for path, blob in self.resolve(revision).files.items()}
 
     def titles(self, revision: str = "main") -> list[str]:
-        """Of the commits, the newest first."""
+        """Messages of the commits, the newest first."""
         return [commit.title for commit in self.history(self.resolve(revision))]
 
 
@@ -123,7 +123,7 @@ class User:
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests that match."""
+    """Fault of the next `times` requests that match."""
 
     pattern: re.Pattern
     times: int
@@ -139,7 +139,7 @@ class LoggedRequest:
 
 
 class HubError(Exception):
-    """A refusal, as the Hub words it."""
+    """Error with the text of the Hub."""
 
     def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None):
         super().__init__(message)
@@ -147,12 +147,12 @@ class HubError(Exception):
 
 
 class HubServer:
-    """The Hub: its users, repositories and uploads, and the thread that serves them.
+    """Local Hub: users, repositories and uploads, and the thread that serves them.
 
     Args:
-        check_card: the text of a README.md and the kind of its repository -> errors, of which none may be left for a
-            commit to be accepted. Nothing is checked by default.
-        port: any free one by default.
+        check_card: the text of a README.md and the kind of its repository -> errors; a commit is accepted
+            without errors. Nothing is checked by default.
+        port: a free port by default.
     """
 
     def __init__(self, check_card: Callable[[str, str], list[str]] = lambda text, kind: [], port: int = 0) -> None:
@@ -166,7 +166,7 @@ class HubServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
-        # Another host name: clients follow redirects between hosts otherwise than within one, and send no token there.
+        # Another host name: clients treat redirects between hosts differently, and send no token there.
         self.cdn_endpoint = f"http://localhost:{self._server.server_address[1]}"
 
     def __enter__(self) -> "HubServer":
@@ -181,25 +181,25 @@ class HubServer:
         self._server.serve_forever()
 
     def add_user(self, name: str, token: str, can_write: bool = True) -> None:
-        """A user with one token more; `can_write=False` makes it a token that only reads."""
+        """Add a token to a user; `can_write=False` makes it read-only."""
         self.users[token] = User(name, can_write)
 
     def repo(self, repo_id: str, kind: str = "model") -> Repository:
         return self.repositories[kind, repo_id]
 
     def fail(self, pattern: str, status: int = 503, times: int = 1) -> None:
-        """Answers the next `times` requests whose `METHOD /path` matches with an error."""
+        """Answer the next `times` requests whose `METHOD /path` matches with an error."""
         self.faults.append(Fault(re.compile(pattern), times, status))
 
     def drop(self, pattern: str, times: int = 1) -> None:
-        """Cuts the connection of the next `times` requests that match, when half of the body was read."""
+        """Cut the connection of the next `times` requests that match, after half of the body."""
         self.faults.append(Fault(re.compile(pattern), times, None))
 
     def heal(self) -> None:
         self.faults.clear()
 
     def requests(self, pattern: str) -> list[LoggedRequest]:
-        """The logged requests whose `METHOD /path` matches."""
+        """Return the logged requests whose `METHOD /path` matches."""
         return [request for request in self.log if re.search(pattern, f"{request.method} {request.path}")]
 
     def take_fault(self, line: str) -> Fault | None:
@@ -220,7 +220,7 @@ _FILES = r"/(?:(?P<kind>dataset)s/)?(?P<repo_id>[^/]+/[^/]+)"
 
 
 def route(method: str, pattern: str) -> Callable:
-    """Registers a method of the handler for a request; named groups become its arguments, unquoted."""
+    """Register a method of the handler for a request; named groups become its arguments, unquoted."""
 
     def register(function: Callable[..., Answer]) -> Callable[..., Answer]:
         _ROUTES.append((method, re.compile(pattern + r"/?"), function))
@@ -251,7 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(length)
         try:
             if fault is not None:
-                raise HubError(fault.status, "the server is not well")
+                raise HubError(fault.status, "internal error of the server")
             self._authenticate()
             with self.hub.lock:
                 status, headers, content = self._dispatch(url.path)
@@ -266,7 +266,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client has seen enough
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client has closed the connection
                 self.wfile.write(content)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request
@@ -289,7 +289,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return function(self, **{name: unquote(part) for name, part in match.groupdict().items() if part})
         raise HubError(404, f"no such address: {method} {path}")
 
-    # What answers have in common.
+    # Parts of all answers.
 
     @staticmethod
     def _json(value: Any, status: int = 200, **headers: str) -> Answer:
@@ -297,11 +297,11 @@ class _Handler(BaseHTTPRequestHandler):
         return status, {"Content-Type": "application/json", **headers}, json.dumps(value).encode()
 
     def _repository(self, kind: str, repo_id: str, write: bool = False) -> Repository:
-        """The repository, if this user may see it (and write to it)."""
+        """Return the repository, if this user may read it (and write to it)."""
         repository = self.hub.repositories.get((kind, repo_id))
         is_owner = repository is not None and self.user is not None and self.user.name == repository.owner
         if repository is None or (repository.private and not is_owner):
-            # The Hub does not tell strangers what there is: they may have forgotten to log in.
+            # The Hub hides private repositories from anonymous users.
             raise HubError(401 if self.user is None else 404, "Repository not found", "RepoNotFound")
         if write and self.user is None:
             raise HubError(401, "Invalid username or password.")

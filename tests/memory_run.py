@@ -1,4 +1,4 @@
-"""Measures the memory of three training steps of a small model, by the peak of this process.
+"""Measure the memory of three training steps of a small model, by the peak of this process.
 
 python tests/memory_run.py <whether the tower trains> <whether activations are checkpointed>   # True or False
 """
@@ -15,7 +15,7 @@ NUM_VIDEOS, NUM_FRAMES, NUM_TEXT, NUM_TARGETS = 2, 16, 60, 40
 
 
 def memory_config() -> LlavaNextARConfig:
-    """Large enough to stand out against what Python and torch take for themselves."""
+    """Configuration of a model that is large against Python and torch themselves."""
     vision = {
         "model_type": "siglip_vision_model",
         "hidden_size": 128,
@@ -42,9 +42,9 @@ def memory_of_process(name: str) -> int:
 
 
 def measure(tower_trains: bool, checkpointing: bool) -> int:
-    """Bytes at the peak, above those that the process took before there was a model."""
+    """Peak memory in bytes above that of the process before it had a model."""
     torch.set_num_threads(1)
-    small = tiny_model().train()  # what the first step of any model loads is no part of it
+    small = tiny_model().train()  # memory that the first step of any model loads is not counted
     small(input_ids=torch.ones(1, 9, dtype=torch.long), labels=torch.ones(1, 9, dtype=torch.long)).loss.backward()
     torch.optim.AdamW(small.parameters()).step()
     before = memory_of_process("VmRSS")

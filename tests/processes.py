@@ -85,7 +85,7 @@ class Program:
         return "" if self._stderr is None else _read(self._stderr)
 
     def finish(self, timeout: float, status: int | None = 0) -> subprocess.CompletedProcess:
-        """Waits for the end.
+        """Wait for the end.
 
         Args:
             timeout: seconds.
@@ -107,7 +107,7 @@ class Program:
         return subprocess.CompletedProcess(self.command, returncode, self.stdout, self.stderr)
 
     def end(self, timeout: float = 0) -> None:
-        """Ends the process and its descendants, unless they have ended by themselves within `timeout` seconds."""
+        """End the process and its descendants, unless they have ended by themselves within `timeout` seconds."""
         try:
             self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -123,13 +123,13 @@ class Program:
 def run(
     command: Sequence[object], *, timeout: float = 240, status: int | None = 0, **options: Any
 ) -> subprocess.CompletedProcess:
-    """Runs a program to its end; see `Program` for the options and `Program.finish` for what is raised."""
+    """Run a program to its end; see `Program` for the options and `Program.finish` for what is raised."""
     with Program(command, **options) as program:
         return program.finish(timeout, status)
 
 
 def run_python(*arguments: object, **options: Any) -> str:
-    """Runs Python with these arguments and returns its standard output; see `run`."""
+    """Run Python with these arguments and returns its standard output; see `run`."""
     return run([sys.executable, *arguments], **options).stdout
 
 
@@ -149,7 +149,7 @@ def spawn(function: Callable[..., None], args: tuple, nprocs: int, timeout: floa
 
 
 def abort(processes: Sequence[psutil.Process]) -> None:
-    """Makes processes and all their descendants write their stacks, one after the other, and ends them."""
+    """Make processes and all their descendants write their stacks, one after the other, and ends them."""
     every = _with_descendants(processes)
     for process in processes:
         _send(process, "suspend")  # a launcher ends all ranks as soon as one of them is gone
@@ -179,7 +179,7 @@ def _kill(processes: Sequence[psutil.Process]) -> None:
 
 
 def _wait(process: psutil.Process) -> None:
-    """Waits until a process has ended; not until its parent has noticed, which may be stopped."""
+    """Wait until a process has ended; not until its parent has noticed, which may be stopped."""
     end = time.monotonic() + _SECONDS_TO_END
     while time.monotonic() < end:
         try:

@@ -97,7 +97,7 @@ def make_trainer(folder: Path, case: str, **options: Any) -> AutoregressiveTrain
 
 
 def run(folder: Path, case: str, save_model: bool = True) -> list[dict[str, Any]]:
-    """One start of the same command: goes on from what is there, saves the model, returns the log."""
+    """Start the command: continue from the latest checkpoint, save the model, return the log."""
     trainer = make_trainer(folder, case)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
     if save_model:
@@ -109,7 +109,7 @@ def run(folder: Path, case: str, save_model: bool = True) -> list[dict[str, Any]
 
 
 class Events:
-    """Counts what happens below a folder and, at a given event, ends this process without a word."""
+    """Counter of the file operations below a folder that kills this process at a given event."""
 
     def __init__(self, folder: Path, kill_at: int | None) -> None:
         self.folder, self.kill_at = str(folder), kill_at
@@ -123,7 +123,7 @@ class Events:
         self.names.append(name)
 
     def watch(self) -> None:
-        """There is no way back: for a process of its own."""
+        """Install the hooks; they stay until the process ends."""
         sys.addaudithook(self._audit)
         for module, name in ((torch, "save"), (safetensors.torch, "serialize_file")):
             setattr(module, name, self._tearing(getattr(module, name), name))
@@ -164,7 +164,7 @@ class Events:
 
 
 def fork(work: Callable[[], None], log: Path, kill_after: float | None = None) -> int:
-    """Runs it in a fork and returns its exit status as `Popen.returncode`."""
+    """Run it in a fork and returns its exit status as `Popen.returncode`."""
     child = os.fork()
     if child == 0:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -203,7 +203,7 @@ def start(
 
 
 def outcome(folder: Path, case: str) -> dict[str, Any]:
-    """What must not depend on kills: each logged number, and the final weights."""
+    """Values that must not depend on kills: each logged number, and the final weights."""
     weights = folder / ("adapter_model.safetensors" if case == "lora" else "model.safetensors")
     return {
         "log": json.loads(folder.with_suffix(".json").read_text())["log"],
@@ -214,7 +214,7 @@ def outcome(folder: Path, case: str) -> dict[str, Any]:
 
 
 def survive(folder: Path, case: str, kills: list[int | float]) -> dict[str, Any]:
-    """Starts the same command until it ends. A kill is the number of an event or, as a float, a time in seconds."""
+    """Start the same command until it ends. A kill is the number of an event or, as a float, a time in seconds."""
     killed, left, starts = 0, [], 0
     for kill in [*kills, None]:
         starts += 1

@@ -1,4 +1,4 @@
-"""The wheel holds the folders of modules and nothing else, and what the package promises about itself is consistent."""
+"""The wheel contains the folders of modules alone; metadata, extras and annotations are consistent."""
 
 import ast
 import importlib.metadata
@@ -58,7 +58,7 @@ def run(*command: object, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory) -> tuple[Path, Path]:
-    """Source distribution and wheel; `build` makes the wheel from the former, so that holds all that it needs."""
+    """Source distribution and wheel; `build` makes the wheel from the former, so the former is complete."""
     # from a copy of the checkout, so that no build folder is left in it
     source = tmp_path_factory.mktemp("some other name") / "checkout"
     outputs = ("build", "dist", "*.egg-info", "__pycache__", "demo_output", "outputs", "runs")
@@ -109,7 +109,7 @@ def test_installed_wheel_finds_its_modules_from_any_folder(wheel, tmp_path):
 
 @pytest.mark.slow
 def test_installed_wheel_loads_a_checkpoint(wheel, tmp_path):
-    """A fresh environment that holds the wheel and, from the current one, everything but this package."""
+    """Fresh environment with the wheel and the other packages of the current one."""
     model = tiny_model()
     model.save_pretrained(tmp_path / "checkpoint")
     tiny_processor(model.config).save_pretrained(tmp_path / "checkpoint")
@@ -137,7 +137,7 @@ print(sum(parameter.double().sum().item() for parameter in model.parameters()))
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
-    """The folder of programs of a fresh environment with the wheel and, behind it, what else is installed here."""
+    """Folder of programs of a fresh environment with the wheel and, behind it, the other packages of the current one."""
     folder = tmp_path_factory.mktemp("installed")
     run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
     programs = folder / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
@@ -281,7 +281,7 @@ def test_the_search_for_annotations_finds_what_lacks_them():
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level packages that a file cannot do without, the standard library and the package itself left out."""
+    """Top-level packages that a file requires, without the standard library and the package itself left out."""
     names, tree = set(), ast.parse(path.read_text())
     optional = {node for tried in ast.walk(tree) if isinstance(tried, ast.Try) for node in ast.walk(tried)}
     for node in set(ast.walk(tree)) - optional:
@@ -298,7 +298,7 @@ def import_names(requirements: list[str]) -> set[str]:
 
 
 def covered_by(extra: str | None) -> set[str]:
-    """What is there to import once the package is installed with an extra."""
+    """Importable packages after an installation with an extra."""
     tomllib = pytest.importorskip("tomllib", reason="tomllib comes with Python 3.11")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted, extras = list(project["dependencies"]), [extra] if extra else []
@@ -336,7 +336,7 @@ def test_the_package_alone_covers_what_models_and_processors_need():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)
 def test_the_extra_of_a_script_covers_what_it_imports(path):
-    assert path.name in EXTRA_OF_SCRIPT, "say above which extra a new script needs"
+    assert path.name in EXTRA_OF_SCRIPT, "list the extra of a new script above"
     program = re.search(r'run\("([\w.]+):main"\)', path.read_text())
     modules = closure(path) | (closure(ROOT.joinpath(*program[1].split(".")).with_suffix(".py")) if program else set())
     assert program or path.name == "command.py"

@@ -32,7 +32,7 @@ the_launcher_waits([
 
 
 def is_alive(pid: int) -> bool:
-    """Processes that have ended and that nobody has waited for do not count."""
+    """Processes that have ended without being waited for do not count."""
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 

@@ -1,4 +1,4 @@
-"""The structure of the package: folders import downwards only, no circles, no file that cannot be read in one sitting."""
+"""The structure of the package: folders import downwards only, no circles, files that can be read in one sitting."""
 
 import ast
 import re
@@ -86,12 +86,12 @@ def lines_of_code(function: ast.FunctionDef, text: str) -> int:
 
 SCRIPTS = [
     path for path in sorted((ROOT / "scripts").glob("*.py")) if path.name != "command.py"
-]  # it dispatches to all
+]  # it dispatches to all sub-commands
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
 def test_a_script_is_a_docstring_and_one_call(path):
-    """What a script does can be imported from the package."""
+    """Scripts contain no logic: it can be imported from the package."""
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree)
     assert lines_of_code_of_module(path) <= 20

@@ -1,4 +1,4 @@
-"""What a type checker must see of this package in a checkout; `make lint` checks it, and nothing runs it."""
+"""Usage of the package for type checkers; `make lint` checks it, and it is never run."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Imports transformers' own test files under the name they have in their repository, `tests`.
+"""Import transformers' own test files under the name they have in their repository, `tests`.
 
 What the source distribution leaves out is replaced by stand-ins without a single test in them, so that the rest runs;
 test_transformers_common.py says at the end of the run what is missing.

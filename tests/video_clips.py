@@ -1,4 +1,4 @@
-"""Small real videos for the tests, and what is in them: written, and decoded from start to end, with PyAV."""
+"""Small real videos for the tests and their content, written and decoded from start to end with PyAV."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ X264 = "keyint=12:min-keyint=12:bframes=3:b-pyramid=normal:scenecut=0"
 
 @dataclass(frozen=True)
 class DecodedClip:
-    """`frames [T, H, W, 3]` uint8 and `times [T]` seconds from the first frame, None if the file tells none."""
+    """`frames [T, H, W, 3]` uint8 and `times [T]` seconds from the first frame, None for a file without times."""
 
     frames: np.ndarray
     times: np.ndarray | None
@@ -42,11 +42,11 @@ def write_clip(
     rotation: int = 0,
     container_options: dict[str, str] | None = None,
 ) -> Path:
-    """Writes `num_frames` of `picture`.
+    """Write `num_frames` frames of `picture`.
 
     Args:
-        milliseconds: when each frame is shown, for a variable frame rate; else `fps` apart.
-        first_frame: in units of `1 / fps`, when the stream starts.
+        milliseconds: presentation time of each frame, for a variable frame rate; else `fps` apart.
+        first_frame: start of the stream in units of `1 / fps`.
         rotation: degrees, as phones store it.
     """
     options = {"preset": "veryfast", "x264-params": X264} if options is None else options
@@ -67,7 +67,7 @@ def write_clip(
 
 
 def hide_first_frames(source: Path, target: Path, num_frames: int) -> Path:
-    """A copy of an MP4 whose edit list starts `num_frames` later, as cutting without encoding leaves it."""
+    """Copy an MP4 with an edit list that starts `num_frames` later, as cutting without encoding does."""
     options = {"avoid_negative_ts": "disabled", "use_editlist": "1"}
     with av.open(str(source)) as container, av.open(str(target), "w", options=options) as copy:
         stream = container.streams.video[0]
@@ -98,7 +98,7 @@ def cut(source: Path, target: Path, fraction: float) -> Path:
 
 
 def decode_everything(path: Path) -> DecodedClip:
-    """The truth: every frame from the start on, without a seek."""
+    """Reference: all frames from the start, without a seek."""
     frames, times = [], []
     with av.open(str(path)) as container:
         for frame in container.decode(video=0):

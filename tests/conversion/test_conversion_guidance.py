@@ -1,4 +1,4 @@
-"""What a conversion leaves out or looks for is said, and said before the wait."""
+"""Notes of a conversion on parts that are left out, and the warning before a download."""
 
 import logging
 

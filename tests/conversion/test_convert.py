@@ -1,4 +1,4 @@
-"""Conversion there and back, what is refused, and how much memory it takes."""
+"""Conversion there and back, errors for unsuitable checkpoints, and peak memory."""
 
 import json
 import re
@@ -64,7 +64,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def store(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1) -> None:
-    """Writes weights as one file, or spread over shards with their index."""
+    """Write weights as one file, or spread over shards with their index."""
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     if shards == 1:
@@ -440,7 +440,7 @@ def test_command_line(tmp_path, capsys):
     assert "not an empty folder" in capsys.readouterr().err
 
 
-# --- what is refused ----------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------
 
 
 def truncate(folder):
@@ -519,7 +519,7 @@ def test_damaged_checkpoints_are_refused(tmp_path, damage):
 
 
 class Trap:
-    """Leaves a file behind when it is unpickled."""
+    """Object that leaves a file behind when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path

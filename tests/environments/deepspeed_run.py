@@ -1,4 +1,4 @@
-"""Runs the tests of DeepSpeed (tests/training/test_deepspeed.py) on the CPU, in an environment of its own.
+"""Run the tests of DeepSpeed (tests/training/test_deepspeed.py) on the CPU, in an environment of its own.
 
     python tests/environments/deepspeed_run.py                              # what `make test-deepspeed` runs
     python tests/environments/deepspeed_run.py --folder outputs/deepspeed   # keep the environment for the next time
@@ -32,7 +32,7 @@ TESTS = "tests/training/test_deepspeed.py"
 
 
 def prepare(folder: Path) -> Path:
-    """Makes the environment, unless the folder holds it already; returns its interpreter."""
+    """Make the environment, unless the folder holds it already; returns its interpreter."""
     log, done = folder / "environment.log", folder / DEEPSPEED
     environment = folder / "environment"
     if done.exists():

@@ -36,7 +36,7 @@ WANTED = {
 
 
 class TestsUnavailableError(RuntimeError):
-    """The test files cannot be had; the message says why."""
+    """The test files cannot be downloaded; the message holds the cause."""
 
 
 def installed_version() -> str:
@@ -66,7 +66,7 @@ def fetch(cache: Path = CACHE) -> Path:
 
 
 def missing(folder: Path) -> list[str]:
-    """What `folder` lacks of what is wanted, one line for each file."""
+    """Required files that `folder` lacks, one line for each."""
     return [f"{name} ({what})" for name, what in WANTED.items() if not (folder / name).is_file()]
 
 

@@ -1,4 +1,4 @@
-"""Runs lmms-eval itself on a tiny checkpoint, in an environment of its own, and compares with scripts/evaluate.py.
+"""Run lmms-eval itself on a tiny checkpoint, in an environment of its own, and compares with scripts/evaluate.py.
 
     python tests/environments/lmms_eval_run.py                    # what `make test-lmms-eval` runs
     python tests/environments/lmms_eval_run.py --folder outputs/lmms_eval     # keep environment, tasks, logs and results
@@ -39,7 +39,7 @@ from llava_next_ar.training.data import LlavaVideoDataset
 
 ROOT = Path(__file__).resolve().parents[2]
 LMMS_EVAL = "lmms-eval==0.7.3"
-# What its command line imports and this project's environment lacks.
+# Packages that its command line imports and this project's environment lacks.
 NEEDED = ("evaluate", "loguru", "pytablewriter", "pytz", "sacrebleu", "tenacity")
 QUESTION_TYPES = ("next", "bounce", "color")
 MAX_NEW_TOKENS = 4
@@ -94,7 +94,7 @@ metric_list:
     higher_is_better: true
 """
 _UTILS = '''\
-"""What the tasks say of a document."""
+"""Text of a document in the tasks."""
 
 from PIL import Image
 
@@ -119,7 +119,7 @@ def answers_of_rounds(document, results):
 '''
 
 
-# -- What the runs need
+# -- Requirements of the runs
 
 
 def make_tasks(folder: Path, clips: Path, entries: Sequence[dict[str, Any]]) -> None:
@@ -221,7 +221,7 @@ def _as_logged(responses: Any) -> list[Any]:
 
 
 def run_evaluate(checkpoint: Path, data: Path) -> dict[str, Any]:
-    """The same of scripts/evaluate.py, for the tasks that it knows."""
+    """The same of scripts/evaluate.py, for the tasks that it supports."""
     settings = EvaluationSettings(
         model=str(checkpoint), data=str(data), max_new_tokens=MAX_NEW_TOKENS, reconstruction=False, bootstrap_samples=0
     )
@@ -240,7 +240,7 @@ def run_evaluate(checkpoint: Path, data: Path) -> dict[str, Any]:
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """What is otherwise in `found`, of the tasks in `expected`."""
+    """Differences between `found` and `expected`, for the tasks in `expected`."""
     lines = []
     for task, wanted in expected.items():
         for key, value in wanted["metrics"].items():

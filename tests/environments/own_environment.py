@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def make_environment(folder: Path, log: Path) -> Path:
-    """Makes a virtual environment that sees the packages of this one; returns its interpreter."""
+    """Make a virtual environment that sees the packages of this one; returns its interpreter."""
     run(sys.executable, "-m", "venv", folder, log=log)
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
@@ -20,12 +20,12 @@ def make_environment(folder: Path, log: Path) -> Path:
 
 
 def install(python: Path, *arguments: object, log: Path) -> None:
-    """Runs `pip install` in an environment."""
+    """Run `pip install` in an environment."""
     run(python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *arguments, log=log)
 
 
 def run(*command: object, log: Path) -> None:
-    """Runs a command in the folder of its log.
+    """Run a command in the folder of its log.
 
     Raises:
         subprocess.CalledProcessError: if it ends with another status than 0.

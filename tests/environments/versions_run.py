@@ -1,4 +1,4 @@
-"""Runs the core tests with the oldest, the pinned and the newest supported releases, each in a fresh environment.
+"""Run the core tests with the oldest, the pinned and the newest supported releases, each in a fresh environment.
 
     python tests/environments/versions_run.py    # all environments, then the exchange of checkpoints
     python tests/environments/versions_run.py --list
@@ -42,7 +42,7 @@ CORE_TESTS = (
     "tests/training/test_training.py",
     "tests/hub/test_remote_code.py",
 )
-# What the result names; the rest follows from these.
+# Packages of the result; the others follow from these.
 SHOWN = ("torch", "transformers", "huggingface_hub", "peft", "accelerate", "numpy")
 TOLERANCE = 1e-5  # two releases of torch need not add in the same order
 
@@ -82,7 +82,7 @@ ENVIRONMENTS = (
 
 @dataclass
 class Result:
-    """What one environment gave; `not_run` says why nothing did."""
+    """Result of one environment; `not_run` is the cause if nothing ran."""
 
     environment: Environment
     versions: dict[str, str] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class ExchangeFailed(Exception):
 
 
 def find_python(wanted: str) -> str:
-    """An interpreter of the version `major.minor`: on PATH, among pyenv's, or one that uv knows.
+    """An interpreter of the version `major.minor`: on PATH, among pyenv's, or among uv's.
 
     Raises:
         CannotBeHad: if there is none.
@@ -167,7 +167,7 @@ def install(environment: Environment, folder: Path, wheel: Path, torch_pip_args:
         torch = next((pin for pin in environment.pins if pin.startswith("torch==")), "torch")
         # First and alone: left to the resolver, another build of it may be chosen.
         _run(*pip, *torch_pip_args, torch, *_constraint_files(constraints), log=log)
-        # What was chosen stays, whatever the other requirements would prefer.
+        # Chosen versions stay, also if other requirements prefer later ones.
         installed = f"torch=={version_of(python, 'torch')}"
         _run(*pip, f"{wheel}[train,dev]", installed, *constraints, log=log)
     except subprocess.CalledProcessError:
@@ -190,7 +190,7 @@ def version_of(python: Path, package: str) -> str:
 
 
 def run_tests(python: Path, folder: Path, result: Result) -> None:
-    """Fills in the result; what pytest says goes to `tests.log` in the folder."""
+    """Fill in the result; the output of pytest goes to `tests.log` in the folder."""
     report = folder / "report.xml"
     command = (python, "-m", "pytest", "-q", "-rs", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}")
     try:
@@ -224,7 +224,7 @@ def _run(*command: object, log: Path) -> None:
 
 
 def save_checkpoint(folder: Path) -> None:
-    """Runs inside an environment: a tiny model that no longer predicts the copy, its inputs and its outputs."""
+    """Run inside an environment: a tiny model that no longer predicts the copy, its inputs and its outputs."""
     import torch
     from safetensors.torch import save_file
 
@@ -244,7 +244,7 @@ def save_checkpoint(folder: Path) -> None:
 
 
 def load_checkpoint(folder: Path) -> None:
-    """Runs inside another environment: prints, as JSON, how far its outputs are from those that were saved."""
+    """Run inside another environment: prints, as JSON, how far its outputs are from those that were saved."""
     from safetensors.torch import load_file
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -274,7 +274,7 @@ def _outputs(model, inputs: dict) -> dict:
 
 
 def exchange(giver: Result, taker: Result, folder: Path) -> str:
-    """Saves in the environment of one, loads in that of the other; returns a line for the report.
+    """Save in the environment of one, loads in that of the other; returns a line for the report.
 
     Raises:
         ExchangeFailed: if either step fails or the outputs differ.
@@ -368,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", metavar="NAME", help="run this environment (may be repeated)")
     parser.add_argument("--torch-pip-args", default="", help="passed to pip when it installs torch")
     parser.add_argument("--logs", type=Path, help="folder (new or empty) for environments and logs; a temporary one")
-    # What the script runs inside an environment.
+    # Code that the script runs inside an environment.
     parser.add_argument("--save", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

@@ -15,7 +15,7 @@ FORMS = {"array": FRAMES, "tensor": torch.from_numpy(FRAMES), "pictures": [Image
 
 
 def taken(form: str, metadata: dict, **options) -> list[int]:
-    """Which of the given frames a call takes, by their pixels; times and places must be theirs."""
+    """Return the frames that a call samples, found by their pixels; validates their times and indices."""
     processor = LlavaNextARVideoProcessor(size=8, do_normalize=False, do_rescale=False, **options)
     batch = processor([FORMS[form]], video_metadata=[metadata], return_metadata=True, return_tensors="pt")
     numbers = (batch["pixel_values_videos"][0, :, 0, 0, 0] / 20).round().int().tolist()

@@ -1,6 +1,6 @@
-"""2,000 malformed configurations, processor files, conversations and videos: each works, or is refused as documented.
+"""2,000 malformed configurations, processor files, conversations and videos: each works, or raises a documented error.
 
-`fuzzing.check` says what that means. The mutations are the same in every run; `-m slow` reads ten times as many others.
+`fuzzing.check` tests it. The mutations are the same in every run; `-m slow` reads ten times as many others.
 """
 
 import json
@@ -47,7 +47,7 @@ def image(clip) -> Path:
 
 @pytest.fixture
 def table(capsys):
-    """Prints one row for each kind of input: how many worked, how many each error refused."""
+    """Print one row for each kind of input: how many worked, and how many raised each error."""
 
     def row(kind: str, counts: Counter, problems: list[str]) -> None:
         with capsys.disabled():
@@ -55,7 +55,7 @@ def table(capsys):
             print(
                 f"\nfuzz {kind:<13} {counts.total() + len(problems):5d} inputs: {outcomes}; violations {len(problems)}"
             )
-        assert counts["worked"] > 0.1 * counts.total(), "hardly anything works: the mutations are no good test"
+        assert counts["worked"] > 0.1 * counts.total(), "hardly anything works: the mutations are not a good test"
         assert problems == []
 
     return row
@@ -103,7 +103,7 @@ def test_processor_files(seeds, tmp_path, clip, image, table):
         processor.apply_chat_template(conversation(clip, image), tokenize=True, return_dict=True, return_tensors="pt")
 
     load(good)
-    # What is wrong inside is an option of the class.
+    # The wrong value inside is an option of the class.
     table("processor", *fuzz(good, seeds, load, {"video_processor": {"LlavaNextARVideoProcessor"}}))
     assert sorted(tmp_path.iterdir()) == files
 
@@ -123,7 +123,7 @@ def test_conversations(seeds, clip, image, table):
 
     good = {"conversation": conversation(clip, image)}
     ask(good)
-    # A file that cannot be read is named itself, and as what; so is what is no video, by its place.
+    # The message contains an unreadable file and its role, and the position of an item that is not a video.
     also_named = {"path": {"cannot read video", "cannot load image", "videos"}}
     table("conversation", *fuzz(good, seeds, ask, also_named))
 

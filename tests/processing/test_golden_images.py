@@ -107,7 +107,7 @@ def test_golden_batch(case):
     )
     encoded = {kind: BaseModelOutputWithPooling(pooler_output=tokens) for kind, tokens in packed.items() if tokens}
     model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], mm_encoder_outputs=encoded)
-    # The reference cuts sequences at this length; our processor refuses to cut media.
+    # The reference cuts sequences at this length; this processor raises ValueError instead.
     limit = case["config"].get("tokenizer_model_max_length")
     mask, labels, embeds = batch["attention_mask"], batch["labels"], seen.inputs_embeds
     if limit is not None:

@@ -1,4 +1,4 @@
-"""Decoding: every frame is the right one with its real time, damage is told, memory is flat, workers do not hang."""
+"""Decoding: exact frames and times, reported damage, constant memory, workers that do not hang."""
 
 import io
 import logging
@@ -146,11 +146,11 @@ def test_times_are_those_of_the_container_not_of_a_constant_rate(clips):
     video = load_video(clips("variable_rate.mp4"), EIGHT)
     expected = (np.array(MILLISECONDS) - MILLISECONDS[0])[video.indices] / 1000
     np.testing.assert_allclose(video.timestamps, expected, atol=1e-6)
-    assert np.ptp(np.diff(video.timestamps)) > 0.05, "the clip has no variable rate: the test says nothing"
+    assert np.ptp(np.diff(video.timestamps)) > 0.05, "the clip has no variable rate: the test shows nothing"
     assert video.timestamps.dtype == torch.float64
     span = (MILLISECONDS[-1] - MILLISECONDS[0]) / 1000
-    assert video.fps == pytest.approx(47 / span, rel=0.02), "the average, not the rate that the encoder was told"
-    assert video.duration == pytest.approx(span + 0.02, abs=1e-6), "the file says for how long the last frame is shown"
+    assert video.fps == pytest.approx(47 / span, rel=0.02), "the average, not the rate given to the encoder"
+    assert video.duration == pytest.approx(span + 0.02, abs=1e-6), "the file holds the duration of the last frame"
 
 
 def test_seeking_decodes_little(tmp_path, monkeypatch):

@@ -111,7 +111,7 @@ def test_urls(clip):
             ("nothing.mp4", "failed: .*404"),
             ("cut.mp4", "stopped after 1000 of 100000 bytes"),
             ("odd_length.mp4", "failed: .*'many'"),
-            ("no_http.mp4", "failed: Good morning!"),  # http.client.BadStatusLine, which is no OSError
+            ("no_http.mp4", "failed: Good morning!"),  # http.client.BadStatusLine is not an OSError
             ("a b.mp4", "failed: URL can't contain control characters"),
         ):
             with pytest.raises(VideoReadError, match=f"{base}/{name}: download {cause}"):
@@ -353,7 +353,7 @@ def test_spatial_pooling(mode, tokens):
 def test_spatial_pooling_of_grids_that_are_no_square():
     features = torch.randn(1, 24, 3)
     loader = MultiScaleVideoFrameLoader()
-    with pytest.raises(ValueError, match="24 patches a frame are no square"):
+    with pytest.raises(ValueError, match="24 patches a frame are not a square"):
         loader.apply_spatial_pooling(features, stride=2)
     pooled = loader.apply_spatial_pooling(features, stride=2, grid=(4, 6))
     torch.testing.assert_close(pooled[:, 5], features.view(1, 4, 6, 3)[:, 2:, 4:].flatten(1, 2).mean(1))

@@ -316,8 +316,8 @@ def test_images_come_from_files_and_base64_alike(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("gone.png", "'gone.png': there is no such file, and it is not base64"),
-        ("iVBOR", "'iVBOR': there is no such file, and it is not base64"),
+        ("gone.png", "'gone.png': no such file, and not base64"),
+        ("iVBOR", "'iVBOR': no such file, and not base64"),
         ("data:image/png;base64,iVBO%", r"'data:image/png;base64,... \(27 characters\)': its data is not base64"),
         ("data:video/mp4;base64,AAAA", r"'data:video/mp4;base64,... \(26 characters\)': cannot identify"),
     ],
@@ -495,14 +495,14 @@ def test_settings_name_the_policy_at_construction_too():
     processor = LlavaNextARVideoProcessor()
     processor.use_fast_slow_frames = True
     assert processor.sampling == "fast_slow"
-    processor.fps = 2  # without its policy: refused, not ignored
+    processor.fps = 2  # without its policy: an error, not ignored
     with pytest.raises(ValueError, match="fps=2 has no effect"):
         processor(frames())
 
 
 @pytest.mark.parametrize("asked", [7, 6, 16])
 def test_more_frames_than_exist(clip, asked):
-    """A clip gives all of its frames, wherever their number was asked for; only the policy `num_frames` refuses."""
+    """A clip gives all of its frames, wherever their number was requested; the policy `num_frames` alone raises ValueError."""
     video = frames(6)
     expected = pixels(video, do_sample_frames=False)
     for options in ({}, {"sampling": "uniform"}, {"do_sample_frames": False}):
