@@ -173,7 +173,7 @@ def convert_checkpoint(
     model_class = ours if options.to == "llava_next_ar" else theirs
     stored = read_index(folder)
     if options.to == "llava_onevision" and any(name.startswith(HEAD) for name in stored):
-        notes.append(f"the head ({HEAD}*) was left out: LLaVA-OneVision has no head")
+        notes.append(f"the head ({HEAD}*) was left out: LLaVA-OneVision has no place for it")
     plan = plan_tensors(stored, config, model_class, ORIGINAL_KEYS if kind == "original" else (), notes)
     plan = _cast(plan, config, options.dtype)
     config.architectures = [model_class.__name__]

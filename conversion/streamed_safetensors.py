@@ -63,7 +63,7 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
     files = _single_file(folder)
     if (folder / _INDEX).exists():
         if (folder / "model.safetensors").exists():
-            raise CheckpointError(f"{folder} contains both model.safetensors and {_INDEX}: remove the outdated one")
+            raise CheckpointError(f"{folder} holds both model.safetensors and {_INDEX}: remove the outdated one")
         promised = json.loads((folder / _INDEX).read_text())["weight_map"]
         files = [folder / name for name in sorted(set(promised.values()))]
     for file in files:

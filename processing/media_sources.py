@@ -145,7 +145,7 @@ def _data_of(url: str) -> bytes:
         content = urllib.parse.unquote_to_bytes(content)
         return decode_base64(content.decode("ascii")) if header.lower().endswith(";base64") else content
     except ValueError as error:
-        raise VideoReadError(source_name(url), f"its data are not base64: {type(error).__name__}") from None
+        raise VideoReadError(source_name(url), f"its data is not base64: {type(error).__name__}") from None
 
 
 # -- Downloads
@@ -185,9 +185,7 @@ def _downloaded(url: str) -> Iterator[str]:
                 raise too_slow from error
             raise VideoReadError(name, f"download failed: {error}") from error
         if max(size, announced) > max_bytes:
-            found = (
-                f"has {announced} bytes" if announced > max_bytes else "sends no size, and more bytes than the limit"
-            )
+            found = f"has {announced} bytes" if announced > max_bytes else "announces no size and goes on"
             raise VideoReadError(
                 name, f"download {found}, the limit is {max_bytes:.0f} ({MAX_DOWNLOAD_BYTES} sets another limit)"
             )
@@ -317,7 +315,7 @@ def load_picture(
 
 def _still(image: Image.Image) -> Image.Image:
     if (count := num_pictures(image)) > 1:
-        raise ValueError(f"it contains {count} pictures, expected one frame; pass an animation as a video")
+        raise ValueError(f"it holds {count} pictures, expected one frame; pass an animation as a video")
     return image
 
 
@@ -368,7 +366,7 @@ def _with_8_bits(image: Image.Image) -> Image.Image:
         return grey.convert("RGBA")
     if image.mode in ("I", "F"):
         kind = "32-bit integers" if image.mode == "I" else "floats"
-        raise ValueError(f"the image contains {kind} (mode {image.mode}) of unknown range, expected 8 or 16 bits")
+        raise ValueError(f"the image holds {kind} (mode {image.mode}) of unknown range, expected 8 or 16 bits")
     if image.mode == "La":
         image = image.convert("LA")
     if image.has_transparency_data:
@@ -463,7 +461,7 @@ class ImageReader:
 
     def __init__(self, images: Sequence[Any], name: str, fps: float | None) -> None:
         if not len(images):
-            raise VideoReadError(name, "it has no frames")
+            raise VideoReadError(name, "it holds no frames")
         self.name, self.images, self.missing = name, images, 0
         self.fps = float(fps or IMAGE_FPS)
         self.timestamps = np.arange(len(images)) / self.fps
@@ -574,7 +572,7 @@ def images_in(folder: str) -> list[Path]:
     """Image files of a folder in the order of their numbers: frame_2 before frame_10."""
     paths = [path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
-        raise VideoReadError(folder, f"the folder has no images ({' '.join(IMAGE_SUFFIXES)})")
+        raise VideoReadError(folder, f"the folder holds no images ({' '.join(IMAGE_SUFFIXES)})")
     return sorted(
         paths, key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
     )

@@ -123,7 +123,7 @@ class DecordReader:
                 if "DECORD_EOF_RETRY_MAX" in str(error):
                     raise VideoReadError(
                         self.name,
-                        "decord stopped waiting for the last frames, as it does on busy machines; "
+                        "decord gave up waiting for the last frames, as it does on busy machines; "
                         "use the back end 'pyav' or set the environment variable DECORD_EOF_RETRY_MAX above 10240",
                     ) from error
                 logger.debug("%s: decoding fails at frame %d: %s", self.name, index, _first_line(error))

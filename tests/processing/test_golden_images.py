@@ -41,7 +41,8 @@ def test_golden_image(case):
     assert len(sequence) == case["n_tokens"]
     embeds = embed_tokens[sequence.clamp(min=0)]
     embeds[sequence == MEDIA_PLACEHOLDER] = torch.cat(images)
-    assert torch.equal(embeds, case.tensor(case["output"]))
+    # interpolation rounds by the width of the embeddings
+    torch.testing.assert_close(embeds, case.tensor(case["output"]), rtol=0, atol=1e-6)
     is_newline = (embeds == newline).all(1)
     assert is_newline.int().tolist() == case.tensor(case["kind"]).tolist()
 

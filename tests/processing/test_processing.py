@@ -602,7 +602,7 @@ def test_without_any_layout_text_is_all_that_can_be_processed(processor, tmp_pat
     built = LlavaNextARProcessor.from_pretrained(tmp_path)
     assert len(built(text="Hi.")["input_ids"][0]) == 3
     for media in ({"text": "<video>", "videos": frames()}, {"text": "<image>", "images": picture()}):
-        with pytest.raises(ValueError, match="does not know how the model lays out visual tokens"):
+        with pytest.raises(ValueError, match="has no layout of visual tokens"):
             built(**media)
 
 
@@ -620,7 +620,7 @@ def test_without_a_layout_it_is_that_of_onevision(processor, num_image_tokens, s
     ("key", "value", "message"),
     [
         ("size", {"shortest_edge": 35}, "size must be {height, width}, of whole numbers"),
-        ("image_grid_pinpoints", [], "image_grid_pinpoints must hold a size or more, got none"),
+        ("image_grid_pinpoints", [], "image_grid_pinpoints must contain at least one size, got none"),
     ],
 )
 def test_an_image_processor_that_cannot_make_tiles_is_refused(processor, tmp_path, key, value, message):
