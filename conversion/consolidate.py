@@ -60,7 +60,7 @@ def read_plan(checkpoint: Path) -> list[PlannedTensor]:
     """The tensors of a sharded checkpoint, under the names of the model's `state_dict`.
 
     Raises:
-        ValueError: if the folder holds no sharded weights, or DeepSpeed's and DeepSpeed is not installed.
+        ValueError: if the folder does not exist or holds no sharded weights, or DeepSpeed's and DeepSpeed is not installed.
     """
     for folder in (checkpoint / FSDP_WEIGHTS, checkpoint):
         if (folder / ".metadata").exists():
@@ -78,6 +78,8 @@ def read_plan(checkpoint: Path) -> list[PlannedTensor]:
             ) from error
         state = _as_saved(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint)))
         return [HeldTensor(name, tuple(t.shape), t.dtype, None, t.contiguous()) for name, t in state.items()]
+    if not checkpoint.is_dir():
+        raise ValueError(f"no such folder: {checkpoint}")
     raise ValueError(
         f"{checkpoint} holds no sharded weights: neither {FSDP_WEIGHTS}/.metadata (FSDP, SHARDED_STATE_DICT) nor "
         "global_step* (DeepSpeed)"

@@ -41,9 +41,22 @@ _LEFT_OUT = (
         "state of the training",
     ),
     (r".*\.(bin|pt|pth|ckpt|pkl|pickle)", "a pickle, which can run code when it is loaded"),
-    (r".*\.py", "no module of the model's code"),
-    (r".*\.safetensors(\.index\.json)?", "no part of the weights that are loaded"),
+    (r"handler\.py|requirements\.txt", "of an Inference Endpoint; --endpoint pushes it"),
+    (r".*\.py", "not a module of the model's code"),
+    (r".*\.safetensors(\.index\.json)?", "not a part of the weights that are loaded"),
 )
+
+
+def check_source(source: str | os.PathLike) -> None:
+    """Validate the source of a checkpoint, a folder or a Hub id, before the Hub is asked.
+
+    Raises:
+        ValueError: if it is a file, or neither an existing folder nor of the form of a Hub id.
+    """
+    if os.path.isfile(source):
+        raise ValueError(f"{source} is a file, expected a folder or a Hub id")
+    if not os.path.isdir(source) and hub_id(os.fspath(source)) is None:
+        raise ValueError(f"no such folder: {source}")
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,7 @@ def read_hub_folder(folder: str | os.PathLike) -> HubFolder:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
+        raise ValueError(f"{folder} is a file, expected a folder" if folder.exists() else f"no such folder: {folder}")
     kind = "adapter" if (folder / "adapter_config.json").is_file() else "model"
     config = _read_json(folder / "config.json")
     if kind == "adapter" and any(MODEL_WEIGHTS.fullmatch(path.name) for path in folder.iterdir()):

@@ -5,7 +5,6 @@ the checkpoint itself: base model and relation, objective (config.json), trainin
 JSON that `llava-next-ar evaluate` writes), film strip (film.png).
 """
 
-import importlib.metadata
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -15,10 +14,10 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from packaging.requirements import Requirement
 from transformers.utils import logging
 
 from .hub_folder import is_library_card, weights_sha256
+from .push_targets import version_ranges
 from .pushed_model import MODEL_TAGS, hub_id
 
 logger = logging.get_logger(__name__)
@@ -208,9 +207,9 @@ def _objective(recipe: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
 
 
 def _requirements(names: Sequence[str]) -> str:
-    """For pip: packages with the ranges that this one asks for."""
-    found = {one.name: one.specifier for one in map(Requirement, importlib.metadata.requires("llava-next-ar"))}
-    return " ".join(f'"{name}{found[name]}"' for name in names)
+    """Arguments of `pip install`: packages with the ranges of versions that this package requires."""
+    ranges = version_ranges()
+    return " ".join(f'"{name}{ranges[name]}"' for name in names)
 
 
 def _recipe_text(recipe: dict[str, Any]) -> str:

@@ -98,7 +98,7 @@ def test_a_dry_run_lists_what_would_happen_and_sends_nothing(hub, folder, capsys
         "checkpoint-5/": "1 file: an earlier checkpoint",
         "data/": "1 file: not on the list of what a model needs",
         ".env": "not on the list of what a model needs",
-        "notes.py": "no module of the model's code",
+        "notes.py": "not a module of the model's code",
     }
     assert not hub.repositories
     assert {request.method for request in hub.log} == {"GET"}
@@ -349,7 +349,7 @@ def test_refusals_say_what_is_wrong(hub, folder, monkeypatch):
     assert "is public: make it private" in refused("ann/model", "--private")
     assert "none.json, which is not a file" in refused("ann/model", "--results", "none.json")
     assert '"license" must be one of the known licenses, got Apache 2' in refused("ann/model", "--license", "Apache 2")
-    assert "is not a folder" in str(pytest.raises(SystemExit, push, folder / "none", "ann/model").value)
+    assert "no such folder" in str(pytest.raises(SystemExit, push, folder / "none", "ann/model").value)
     assert "repo_id" in refused("ann/mo--del")
     monkeypatch.setenv("HF_TOKEN", "hf_bob")
     assert "403" in refused("ann/model")
