@@ -4,9 +4,10 @@
     llava-next-ar compare outputs/run
     llava-next-ar compare user/model --revision <commit> --diff
 
-Loading a checkpoint with `trust_remote_code=True` runs its modules. The command reports whether the modules in a folder or a Hub repository equal, byte for
-byte, those that this package or an earlier release writes. Otherwise it lists the modules that differ; `--diff` prints the
-differences. Modules of the owner, such as a custom head, are listed apart. No code of the checkpoint is imported or run.
+Loading a checkpoint with `trust_remote_code=True` runs its modules. The command reports whether the modules in a folder or Hub
+repository equal, byte for byte, those that this package or an earlier release writes. Otherwise it lists the modules that
+differ; `--diff` prints the differences. Modules of the owner, such as a custom head, are listed apart. No code of the
+checkpoint is imported or run.
 
 Exit status: 0 if all code is that of one release, 1 if a module differs or is not of the release, 2 if no code is found.
 """

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 from packaging.requirements import Requirement
-from test_push_to_hub import folder, hub, push, saved  # noqa: F401: fixtures
+from test_push_to_hub import folder, hub, push, saved  # noqa: F401
 
 from llava_next_ar.hub import compare
 from llava_next_ar.hub.push_targets import ENDPOINT_FILES, SERVING, endpoint_files, requirements
