@@ -265,7 +265,7 @@ def _fetch(source: str | os.PathLike, revision: str | None) -> tuple[Path, str |
     try:
         validate_repo_id(str(source))
     except HFValidationError as error:
-        raise FileNotFoundError(f"{source} is neither a folder nor a Hub id") from error
+        raise FileNotFoundError(f"no such folder: {source}") from error
     patterns = ["*.safetensors", *_TEXT_FILES]
     return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns)), str(source)
 

@@ -164,9 +164,13 @@ def _read(path: Path) -> dict[str, Any]:
     return (yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)) or {}
 
 
+def recipe_file(folder: Path) -> Path:
+    """Path of the recipe of a checkpoint, which may not exist; that of a Trainer checkpoint lies in the folder above."""
+    return (folder.parent if folder.name.startswith("checkpoint-") else folder) / RECIPE
+
+
 def _recipe(folder: Path) -> dict[str, Any]:
-    run = folder.parent if folder.name.startswith("checkpoint-") else folder
-    return _read(run / RECIPE)
+    return _read(recipe_file(folder))
 
 
 def _relation(adapter: dict[str, Any], config: dict[str, Any]) -> str:

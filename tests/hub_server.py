@@ -9,8 +9,8 @@
 
 Repositories live in memory, as git would keep them: commits with a parent, and references (branches, tags, pull
 requests) that point to them. Large files go through the LFS protocol, are only joined to a commit if they were
-uploaded before, and are served by a redirect, as from the Hub's CDN. What the Hub refuses is refused with its own
-status codes and `X-Error-Code` headers. Every request is logged; `fail` and `drop` break chosen ones.
+uploaded before, and are served by a redirect, as from the Hub's CDN. Errors have the status codes and `X-Error-Code`
+headers of the Hub. Every request is logged; `fail` and `drop` break chosen ones.
 
 Not spoken: Xet, spaces, gated repositories, discussions other than the pull requests that commits open.
 """
@@ -111,7 +111,7 @@ class Repository:
         return {path: blob.content for path, blob in self.resolve(revision).files.items()}
 
     def titles(self, revision: str = "main") -> list[str]:
-        """Of the commits, the newest first."""
+        """Titles of the commits, the newest first."""
         return [commit.title for commit in self.history(self.resolve(revision))]
 
 
@@ -123,7 +123,7 @@ class User:
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests that match."""
+    """A failure of the next `times` requests that match."""
 
     pattern: re.Pattern
     times: int

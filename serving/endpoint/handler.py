@@ -84,7 +84,8 @@ class EndpointHandler:
         model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True, dtype="auto")
         self.model = model.to(device).eval()
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
-        self.lock = threading.Lock()  # one generation at a time: the seed is that of the process
+        # Neither the tokenizer nor the seed of the process can be shared by requests that run at the same time.
+        self.lock = threading.Lock()
 
     def __call__(self, data: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Answer one request.
@@ -110,7 +111,7 @@ class EndpointHandler:
                 try:
                     results.append(self._answer(where, conversation, parameters, folder, names))
                 except _ERRORS as error:
-                    message = str(error)
+                    message = str(error) if where == "inputs" or str(error).startswith(where) else f"{where}: {error}"
                     for path in sorted(names, key=len, reverse=True):
                         message = message.replace(path, names[path])
                     raise ValueError(message) from None
@@ -131,19 +132,21 @@ class EndpointHandler:
             names: local path -> name in messages; downloads are added.
         """
         messages = [_message(f"{where}[{i}]", one, folder, names) for i, one in enumerate(conversation)]
-        inputs = self.processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={name: parameters[name] for name in SAMPLING if name in parameters},
-        )
-        length, limit = inputs["input_ids"].shape[1], self.model.config.text_config.max_position_embeddings
-        if length > limit:
-            raise ValueError(f"the prompt has {length} tokens, more than the {limit} of the model: give fewer frames")
         result: dict[str, Any] = {}
         with self.lock:
+            inputs = self.processor.apply_chat_template(
+                messages,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={name: parameters[name] for name in SAMPLING if name in parameters},
+            )
+            length, limit = inputs["input_ids"].shape[1], self.model.config.text_config.max_position_embeddings
+            if length > limit:
+                raise ValueError(
+                    f"the prompt has {length} tokens, more than the {limit} of the model: give fewer frames"
+                )
             inputs = inputs.to(self.model.device)
             if parameters.get("max_new_tokens") != 0:
                 result["generated_text"] = self._generate(inputs, parameters)
@@ -277,9 +280,11 @@ def _part(place: str, part: Any, folder: str, names: dict[str, str]) -> Any:
     part = dict(part)
     for key in part.keys() & {*_SOURCE_KEYS}:
         source = part[key]
-        inner = source.get("url") if isinstance(source, Mapping) else source  # {"image_url": {"url": ...}}
         if source is None:
             continue
+        inner = source
+        if isinstance(source, Mapping):  # {"image_url": {"url": ...}}
+            inner = source.get("url") if not source.keys() & {*_SOURCE_KEYS} - {"url"} else source
         if key in ("path", "base64") or not isinstance(inner, str) or not _URL.match(inner):
             shown = repr(inner[:60]) if isinstance(inner, str) else type(inner).__name__
             raise ValueError(f"{place}: {key} is {shown}, expected an http, https or data: URL")

@@ -9,6 +9,7 @@ from packaging.requirements import Requirement
 from test_push_to_hub import folder, hub, push, saved  # noqa: F401
 
 from llava_next_ar.hub import compare
+from llava_next_ar.hub.push import add_endpoint
 from llava_next_ar.hub.push_targets import ENDPOINT_FILES, SERVING, endpoint_files, requirements
 
 HANDLER = (SERVING / "endpoint" / "handler.py").read_bytes()
@@ -79,6 +80,13 @@ def test_requirements_are_the_minimum_versions_of_the_package():
     peft = next(line for line in project["optional-dependencies"]["train"] if line.startswith("peft"))
     text = endpoint_files("peft")["requirements.txt"].decode()
     assert {line for line in text.splitlines() if not line.startswith("#")} == {*wanted, peft}
+
+
+def test_an_adapter_needs_peft(tmp_path):
+    for files in ({"adapter_config.json": b"{}"}, {"config.json": b"{}"}):
+        pushed: dict = dict(files)
+        add_endpoint(tmp_path, pushed, {}, {}, True)
+        assert ("\npeft>=" in pushed["requirements.txt"].decode()) == ("adapter_config.json" in files)
 
 
 def test_the_auditor_recognizes_the_handler(folder, capsys):  # noqa: F811

@@ -9,6 +9,7 @@ import socket
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -182,6 +183,8 @@ def make_requests(media: SimpleNamespace, clip: str) -> dict[str, Any]:
         "frames are paths": part(type="video", video=[str(media.picture)] * 2),
         "base64": part(type="image", base64=media.picture_data.partition(",")[2]),
         "video_url is a path": part(type="video_url", video_url={"url": str(media.clip)}),
+        "two sources": part(type="video_url", video_url={"url": clip, "path": str(media.clip)}),
+        "one of a batch": {"inputs": [QUESTION, {"video": "data:video/mp4;base64,AAAA", "text": QUESTION}]},
         "no such url": part(type="video", url=clip.replace("clip", "none")),
         "not a video": part(type="video", url="data:video/mp4;base64,AAAA"),
         "a page": part(type="video", url=clip + "?"),
@@ -248,6 +251,8 @@ ERRORS = {
     "frames are paths": "video is list, expected an http, https or data: URL",
     "base64": "base64 is '.*expected an http, https or data: URL",
     "video_url is a path": "video_url is '/.*expected an http",
+    "two sources": "video_url is dict, expected an http",
+    "one of a batch": r"^ValueError: inputs\[1\]: cannot read video data:video/mp4;base64,",
     "no such url": r"cannot download http://127.0.0.1:\d+/none.mp4: HTTP Error 404",
     "not a video": "data:video/mp4;base64,",
     "a page": r"cannot download http://127.0.0.1:\d+/clip.mp4\?: HTTP Error 404",
@@ -370,6 +375,21 @@ def test_downloads_have_limits(one_public, web, tmp_path, monkeypatch):
         with pytest.raises(Exception, match=message):
             endpoint._download(one_public + path, target)
         assert time.monotonic() - start < 2.5
+
+
+def test_requests_at_the_same_time_do_not_mix(parts, media, tmp_path):
+    for part in parts:
+        part.save_pretrained(tmp_path)
+    handler = endpoint.EndpointHandler(str(tmp_path))
+    sampled = {"max_new_tokens": NUM_TOKENS, "do_sample": True, "temperature": 2.0}
+    requests = [
+        {"inputs": {"video": media.clip_data, "text": QUESTION}, "parameters": {**sampled, "seed": seed}}
+        for seed in range(6)
+    ]
+    alone = [handler(request) for request in requests]
+    with ThreadPoolExecutor(6) as pool:
+        assert [*pool.map(handler, requests)] == alone
+    assert len({one["generated_text"] for (one,) in alone}) > 1
 
 
 def test_the_pushed_file_is_this_module(parts, tmp_path):
