@@ -23,6 +23,7 @@ from hub_server import HubServer
 from PIL import Image
 from tiny import tiny_model
 from tiny_processor import tiny_processor
+from transformers import AutoModelForImageTextToText
 from video_clips import picture, write_clip
 
 from llava_next_ar.hub.push import collect_files
@@ -375,6 +376,21 @@ def test_downloads_have_limits(one_public, web, tmp_path, monkeypatch):
         with pytest.raises(Exception, match=message):
             endpoint._download(one_public + path, target)
         assert time.monotonic() - start < 2.5
+
+
+def test_an_adapter_is_served(parts, media, tmp_path):
+    peft = pytest.importorskip("peft")
+    parts[0].save_pretrained(tmp_path / "base")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", trust_remote_code=True)
+    targets = r".*language_model.*\.(q_proj|v_proj|o_proj|down_proj)"
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=targets, init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    parts[1].save_pretrained(tmp_path / "adapter")
+    expected = generated((adapted, parts[1]), media.clip)
+    assert expected != generated(parts, media.clip)
+    handler = endpoint.EndpointHandler(str(tmp_path / "adapter"))
+    request = {"inputs": {"video": media.clip_data, "text": QUESTION}, "parameters": LIMITS}
+    assert handler(request) == [{"generated_text": expected}]
 
 
 def test_requests_at_the_same_time_do_not_mix(parts, media, tmp_path):
