@@ -93,7 +93,9 @@ def test_secrets_and_contradictions_are_errors(words, message):
 
 
 def test_a_dry_run_reports_and_trains_nothing(folder):
-    done = processes.run([sys.executable, SCRIPT, "--repo-id", "ann/model", "--dry-run", *TRAIN], cwd=folder)
+    done = processes.run(
+        [sys.executable, SCRIPT, "--repo-id", "ann/model", "--dry-run", *TRAIN], cwd=folder, timeout=600
+    )
     assert "memory per device" in done.stdout
     assert "dry run: after the training the job runs: llava-next-ar push outputs/run ann/model" in done.stdout
     assert not (folder / "outputs" / "run" / "model.safetensors").exists()
@@ -109,8 +111,19 @@ def test_a_run_ends_in_a_push_and_shows_its_progress(folder, monkeypatch):
             "HF_HUB_OFFLINE": "0",
         }.items():
             monkeypatch.setenv(name, value)
-        words = ["--repo-id", "ann/model", "--license", "mit", "--endpoint", *TRAIN, "--output_dir", "trained"]
-        done = processes.run([sys.executable, SCRIPT, *words], cwd=folder, timeout=300)
+        words = [
+            "--repo-id",
+            "ann/model",
+            "--license",
+            "mit",
+            "--endpoint",
+            *TRAIN,
+            "--logging_steps",
+            "1",
+            "--output_dir",
+            "trained",
+        ]
+        done = processes.run([sys.executable, SCRIPT, *words], cwd=folder, timeout=600)
         files = hub.repo("ann/model").files()
         assert {"model.safetensors", "handler.py", "processor_config.json"} <= files.keys()
         assert files["model.safetensors"] == (folder / "trained" / "model.safetensors").read_bytes()
