@@ -92,8 +92,8 @@ class EndpointHandler:
 
         Args:
             data: `inputs` and optionally `parameters`. `inputs` is a text; a dict with `text` and any of `image`, `images`,
-                `video`, `videos`; a list of chat messages; or a list of these for several answers. A list of chat messages
-                may also be given as `messages`. The keys of `parameters` are those of `PARAMETERS`.
+                `video`, `videos`; a list of chat messages; or a list of these for several answers. The keys of `parameters`
+                are those of `PARAMETERS`.
 
         Returns:
             One dict for each input: `generated_text` (unless `max_new_tokens` is 0); with `surprise`, the scores of the
@@ -193,13 +193,11 @@ def _surprise(own: Any) -> dict[str, Any]:
 
 def _request(data: Any) -> tuple[Any, dict[str, Any]]:
     """Inputs and validated parameters of a request."""
-    if not isinstance(data, Mapping) or ("inputs" in data) == ("messages" in data):
-        raise ValueError(
-            "a request must be a JSON object with either 'inputs' or 'messages', and optionally 'parameters'"
-        )
-    unknown = sorted(data.keys() - {"inputs", "messages", "parameters"})
+    if not isinstance(data, Mapping) or "inputs" not in data:
+        raise ValueError("a request must be a JSON object with 'inputs', and optionally 'parameters'")
+    unknown = sorted(data.keys() - {"inputs", "parameters"})
     if unknown:
-        raise ValueError(f"a request has the unknown key {unknown[0]!r}, expected inputs, messages, parameters")
+        raise ValueError(f"a request has the unknown key {unknown[0]!r}, expected inputs and parameters")
     parameters = data.get("parameters") or {}
     if not isinstance(parameters, Mapping):
         raise ValueError(f"parameters must be a JSON object, got {type(parameters).__name__}")
@@ -216,10 +214,6 @@ def _request(data: Any) -> tuple[Any, dict[str, Any]]:
         raise ValueError("max_new_tokens=0 asks for no text: set surprise or next_frame")
     if isinstance(given.get("stop"), list) and not all(isinstance(one, str) for one in given["stop"]):
         raise ValueError("parameter stop must be a string or a list of strings")
-    if "messages" in data:
-        if not _is_conversation(data["messages"]):
-            raise ValueError("'messages' must be a list of chat messages that is not empty, each with a 'role'")
-        return data["messages"], given
     return data["inputs"], given
 
 

@@ -164,8 +164,7 @@ def make_requests(media: SimpleNamespace, clip: str) -> dict[str, Any]:
         "http": {"inputs": {"videos": [clip], "question": QUESTION}, "parameters": LIMITS},
         "redirect": {"inputs": {"video": clip.replace("clip.mp4", "moved"), "text": QUESTION}, "parameters": LIMITS},
         "image": {"inputs": {"image": media.picture_data, "text": QUESTION}, "parameters": LIMITS},
-        "messages": {"messages": messages, "parameters": LIMITS},
-        "inputs": {"inputs": messages, "parameters": LIMITS},
+        "messages": {"inputs": messages, "parameters": LIMITS},
         "batch": {"inputs": [QUESTION, ask, messages], "parameters": LIMITS},
         "frames": {"inputs": ask, "parameters": {**LIMITS, "num_frames": 2}},
         "frames of a part": {
@@ -185,7 +184,10 @@ def make_requests(media: SimpleNamespace, clip: str) -> dict[str, Any]:
         "base64": part(type="image", base64=media.picture_data.partition(",")[2]),
         "video_url is a path": part(type="video_url", video_url={"url": str(media.clip)}),
         "two sources": part(type="video_url", video_url={"url": clip, "path": str(media.clip)}),
-        "one of a batch": {"inputs": [QUESTION, {"video": "data:video/mp4;base64,AAAA", "text": QUESTION}]},
+        "one of a batch": {
+            "inputs": [QUESTION, {"video": "data:video/mp4;base64,AAAA", "text": QUESTION}],
+            "parameters": LIMITS,
+        },
         "no such url": part(type="video", url=clip.replace("clip", "none")),
         "not a video": part(type="video", url="data:video/mp4;base64,AAAA"),
         "a page": part(type="video", url=clip + "?"),
@@ -200,7 +202,8 @@ def make_requests(media: SimpleNamespace, clip: str) -> dict[str, Any]:
         "nothing": {"inputs": {}},
         "key of an input": {"inputs": {"vidio": clip}},
         "long": {"inputs": "word " * 3000, "parameters": LIMITS},
-        "role": {"messages": [{"content": "a"}]},
+        "role": {"inputs": [{"content": "a"}]},
+        "no inputs": {"messages": messages},
     }
 
 
@@ -214,7 +217,7 @@ def test_answers_are_those_of_generate(called, parts, media):
     words = generated(parts)
     image, more = generated(parts, media.picture), generated(parts, media.clip, num_frames=2)
     assert len({one, both, words, image, more}) == 5
-    expected = {"text": [words], "image": [image], "messages": [both], "inputs": [both], "batch": [words, one, both]}
+    expected = {"text": [words], "image": [image], "messages": [both], "batch": [words, one, both]}
     expected |= dict.fromkeys(("video", "http", "redirect", "cold"), [one])
     expected |= dict.fromkeys(("frames", "frames of a part"), [more])
     assert {name: text_of(called.results[name]) for name in expected} == expected
@@ -257,9 +260,10 @@ ERRORS = {
     "no such url": r"cannot download http://127.0.0.1:\d+/none.mp4: HTTP Error 404",
     "not a video": "data:video/mp4;base64,",
     "a page": r"cannot download http://127.0.0.1:\d+/clip.mp4\?: HTTP Error 404",
-    "no body": "a request must be a JSON object with either 'inputs' or 'messages'",
-    "two": "either 'inputs' or 'messages'",
-    "unknown key": "unknown key 'stream', expected inputs, messages, parameters",
+    "no body": "a request must be a JSON object with 'inputs', and optionally 'parameters'",
+    "no inputs": "a request must be a JSON object with 'inputs'",
+    "two": "unknown key 'messages', expected inputs and parameters",
+    "unknown key": "unknown key 'stream', expected inputs and parameters",
     "unknown parameter": "unknown parameter 'max_tokens', expected one of max_new_tokens, ",
     "type of a parameter": "parameter max_new_tokens must be int, got '3'",
     "range of a parameter": "num_frames=0 must be an integer of at least 1",
@@ -268,7 +272,7 @@ ERRORS = {
     "nothing": "inputs is empty, expected text, image or video",
     "key of an input": "inputs has the unknown key 'vidio', expected one of text",
     "long": r"the prompt has \d+ tokens, more than the 2048 of the model",
-    "role": "'messages' must be a list of chat messages that is not empty, each with a 'role'",
+    "role": r"inputs\[0\] has the unknown key 'content', expected one of text",
 }
 
 
