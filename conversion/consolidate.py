@@ -61,7 +61,7 @@ def read_plan(checkpoint: Path) -> list[PlannedTensor]:
     """Return the tensors of a sharded checkpoint, under the names of the model's `state_dict`.
 
     Raises:
-        ValueError: without sharded weights, or for DeepSpeed's if DeepSpeed is not installed.
+        ValueError: if the folder does not exist or has no sharded weights, or DeepSpeed's and DeepSpeed is not installed.
     """
     for folder in (checkpoint / FSDP_WEIGHTS, checkpoint):
         if (folder / ".metadata").exists():
@@ -79,6 +79,8 @@ def read_plan(checkpoint: Path) -> list[PlannedTensor]:
             ) from error
         state = _as_saved(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint)))
         return [HeldTensor(name, tuple(t.shape), t.dtype, None, t.contiguous()) for name, t in state.items()]
+    if not checkpoint.is_dir():
+        raise ValueError(f"no such folder: {checkpoint}")
     raise ValueError(
         f"{checkpoint} has no sharded weights: neither {FSDP_WEIGHTS}/.metadata (FSDP, SHARDED_STATE_DICT) nor "
         "global_step* (DeepSpeed)"
@@ -149,13 +151,10 @@ def consolidate(checkpoint: Path, output: Path, model: str | None = None, max_sh
 
     Raises:
         FileExistsError: if `output` exists.
-        FileNotFoundError: if `checkpoint` is not a folder.
         ValueError: if the checkpoint cannot be read or is not of this model.
     """
     if output.exists():
         raise FileExistsError(f"{output} exists already")
-    if not checkpoint.is_dir():
-        raise FileNotFoundError(f"no such folder: {checkpoint}")
     plan = read_plan(checkpoint)
     source = str(checkpoint) if model is None else model
     is_adapter = any(".lora_" in tensor.name for tensor in plan)

@@ -24,7 +24,7 @@ from huggingface_hub import ResolvedRevision
 from transformers.utils import find_adapter_config_file, resolve_revision
 
 from ..hub.command_line import CommandParser
-from ..hub.hub_folder import sha256_of, weights_sha256
+from ..hub.hub_folder import check_source, sha256_of, weights_sha256
 from ..processing.frame_sampling import SAMPLING_POLICIES, SHORT_CLIPS
 from ..processing.video_decoding import VideoBackend
 
@@ -285,8 +285,9 @@ def resolved_revision(model: str, revision: str | None) -> str | None:
     """The commit that a revision of a model on the Hub is now; None for a folder.
 
     Raises:
-        ValueError: for a revision of a folder.
+        ValueError: for a revision of a folder, or if `model` is neither a folder nor of the form of a Hub id.
     """
+    check_source(model)
     if Path(model).exists():
         if revision is not None:
             raise ValueError(f"revision is {revision!r}, but {model} is a folder, which has none")

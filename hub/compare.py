@@ -4,11 +4,12 @@
     llava-next-ar compare outputs/run
     llava-next-ar compare user/model --revision <commit> --diff
 
-Remote code is run by whoever loads it. This reports whether the modules in a folder or a Hub repository are, byte for byte,
-what this package writes at a save, or what an earlier release wrote; otherwise it lists what differs, and `--diff` prints
-it. Modules of the owner, such as a head of their own, are listed apart. Nothing of the checkpoint is imported or run.
+Loading a checkpoint with `trust_remote_code=True` runs its modules. The command reports whether the modules in a folder or Hub
+repository equal, byte for byte, those that this package or an earlier release writes. Otherwise it lists the modules that
+differ; `--diff` prints the differences. Modules of the owner, such as a custom head, are listed apart. No code of the
+checkpoint is imported or run.
 
-Exit status: 0 if all code is that of one release, 1 if something differs or comes from elsewhere, 2 if there is no code.
+Exit status: 0 if all code is that of one release, 1 if a module differs or is not of the release, 2 if no code is found.
 """
 
 import argparse
@@ -25,9 +26,12 @@ from huggingface_hub import snapshot_download
 
 from .command_line import CommandParser, stop
 from .hub_code import code_files
+from .hub_folder import check_source
+from .push_targets import endpoint_files
 
 RELEASES = Path(__file__).with_name("releases.json")  # release -> file name -> SHA-256, written by --record
 DISTRIBUTION = "llava-next-ar"
+HANDLER = "handler.py"
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,11 @@ class CodeComparison:
     missing: tuple[str, ...]
     """Modules of the release that the checkpoint lacks."""
     added: tuple[str, ...]
-    """Modules that are not of the release, such as a user's own head."""
+    """Modules that are not of the release, such as a user's custom head."""
 
     @property
     def is_exact(self) -> bool:
-        """All modules are those of the release, and there are no others."""
+        """True if all modules are those of the release, without others."""
         return not (self.different or self.missing or self.added)
 
     def __str__(self) -> str:
@@ -58,19 +62,19 @@ class CodeComparison:
 
 
 def compare_code(found: Mapping[str, bytes]) -> CodeComparison:
-    """Compares modules with the installed release and all recorded ones, and returns the closest comparison.
+    """Compare modules with the installed release and all recorded ones, and return the closest comparison.
 
     Args:
-        found: file name -> content of the modules of a checkpoint.
+        found: file name -> content of the modules of a checkpoint. `handler.py` of an Inference Endpoint is optional.
     """
-    releases = {**recorded_releases(), version(DISTRIBUTION): _hashes(code_files())}
+    releases = {**recorded_releases(), version(DISTRIBUTION): _hashes(installed_code())}
     here = _hashes(found)
     comparisons = [
         CodeComparison(
             release=release,
             same=tuple(sorted(name for name in here if there.get(name) == here[name])),
             different=tuple(sorted(name for name in here if there.get(name, here[name]) != here[name])),
-            missing=tuple(sorted(there.keys() - here.keys())),
+            missing=tuple(sorted(there.keys() - here.keys() - {HANDLER})),
             added=tuple(sorted(here.keys() - there.keys())),
         )
         for release, there in reversed(releases.items())
@@ -78,29 +82,35 @@ def compare_code(found: Mapping[str, bytes]) -> CodeComparison:
     return min(comparisons, key=lambda one: len(one.different) + len(one.missing) + len(one.added))
 
 
+def installed_code() -> dict[str, bytes]:
+    """File name -> content of the modules that the installed package writes: at each save, and for an Inference Endpoint."""
+    return {**code_files(), HANDLER: endpoint_files()[HANDLER]}
+
+
 def read_code(source: str, revision: str | None = None) -> dict[str, bytes]:
     """File name -> content of the modules in a folder, or in a repository on the Hub.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if it holds no modules, or `source` is neither a folder nor a Hub id.
     """
+    check_source(source)
     folder = Path(source) if Path(source).is_dir() else None
     if folder is None:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns="*.py"))
     found = {path.name: path.read_bytes() for path in sorted(folder.glob("*.py"))}
-    if not found:
+    if not found.keys() - {HANDLER}:
         raise ValueError(f"{source} holds no code: expected the modules of a checkpoint, such as hub_code.py")
     return found
 
 
 def recorded_releases() -> dict[str, dict[str, str]]:
-    """Release -> file name -> SHA-256 of each module that it wrote at a save."""
+    """Release -> file name -> SHA-256 of each module that the release writes."""
     return json.loads(RELEASES.read_text(encoding="utf-8"))
 
 
 def record_release() -> None:
-    """Adds the code of this checkout, under its version, to the recorded releases."""
-    releases = {**recorded_releases(), version(DISTRIBUTION): _hashes(code_files())}
+    """Add the code of this checkout, under its version, to the recorded releases."""
+    releases = {**recorded_releases(), version(DISTRIBUTION): _hashes(installed_code())}
     RELEASES.write_text(json.dumps(releases, indent=1) + "\n", encoding="utf-8")
 
 
@@ -114,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--revision", help="of the Hub id: a commit, branch or tag; the default branch if not given")
     parser.add_argument("--diff", action="store_true", help="print how modules differ from those installed here")
     parser.add_argument(
-        "--record", action="store_true", help="record the code of this release (for those who make one)"
+        "--record", action="store_true", help="record the code of this release (a step of making a release)"
     )
     options = parser.parse_args(argv)
     if options.record:
@@ -129,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     comparison = compare_code(found)
     print(comparison)
     if options.diff:
-        installed = code_files()
+        installed = installed_code()
         for name in comparison.different:
             before, after = (files.get(name, b"").decode(errors="replace") for files in (installed, found))
             lines = (before.splitlines(keepends=True), after.splitlines(keepends=True))

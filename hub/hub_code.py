@@ -1,14 +1,13 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
 """Code that travels with a checkpoint: the folders of this package, written as the one flat folder that transformers loads.
 
-transformers loads remote code from one folder and follows relative imports of siblings alone. So every save writes each
-module under its base name, and nothing in its text changes but where its own imports lead: what was imported from
-`..configuration.frame_token_layout` is then imported from `.frame_token_layout`.
+transformers loads remote code from one folder and follows relative imports of siblings alone. Each save therefore writes the
+modules under their base names. Only the imports of this package change in their text: from `..configuration.frame_token_layout`
+to `.frame_token_layout`.
 
-Two facts decide what travels: the classes of `AUTO_MAP` and the class that is saved. All modules that they import, directly
-or not, go along. In the flat form this module ends with a block that names the modules of `AUTO_MAP`: it never runs, and
-makes transformers, which reads imports as text, fetch every file with any one of them. A class that came from a checkpoint
-lies in the flat form already, and its files are copied as they are.
+The modules that travel are those that the classes of `AUTO_MAP` and the saved class import, directly or not. In the flat form
+this module ends with a block of imports that never runs. transformers reads imports as text, and so fetches all files together
+with any one of them. A class that was loaded from a checkpoint has the flat form already; its files are copied.
 """
 
 import ast
@@ -45,8 +44,8 @@ def code_files(*saved_classes: type) -> dict[str, bytes]:
     """Flat form of all modules that travel with a save.
 
     Args:
-        saved_classes: classes of this package, or subclasses with files of their own; they may import this package
-            relatively or as `llava_next_ar`, and their own files relatively.
+        saved_classes: classes of this package, or subclasses in other files. Such a file imports this package relatively or
+            as `llava_next_ar`, and its siblings relatively.
 
     Returns:
         File name -> content, sorted by name.
@@ -65,7 +64,7 @@ def code_files(*saved_classes: type) -> dict[str, bytes]:
         path = waiting.pop()
         if paths.setdefault(path.name, path) != path:
             if paths[path.name].read_bytes() == path.read_bytes():
-                continue  # the cache of remote code holds a copy for each entry of an `auto_map`
+                continue  # the cache of remote code holds one copy for each entry of an `auto_map`
             raise ValueError(f"{path} and {paths[path.name]} would both be saved as {path.name}: rename one of them")
         if path.name not in contents:
             contents[path.name], imported = _flattened(path)
@@ -76,7 +75,7 @@ def code_files(*saved_classes: type) -> dict[str, bytes]:
 
 
 def write_code(folder: Path, *saved_classes: type) -> None:
-    """Writes `code_files` into a folder, which is made if it does not exist; raises as that does, and writes nothing then."""
+    """Write `code_files` into a folder, which is made if it does not exist; nothing is written if `code_files` raises."""
     files = code_files(*saved_classes)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -86,12 +85,12 @@ def write_code(folder: Path, *saved_classes: type) -> None:
 
 
 def modules_imported_by(text: str) -> list[str]:
-    """Base names of the modules that a file of the flat form imports from beside itself, as transformers finds them."""
+    """Base names of the siblings that a module of the flat form imports, as transformers finds them."""
     return re.findall(r"^\s*from\s+\.(\w+)\s+import", text, flags=re.MULTILINE)
 
 
 def _class_with_code(saved_class: type) -> type:
-    """The class itself, or under FSDP2 the one from which torch made it."""
+    """The class; for a class that FSDP2 made, its original."""
     return next(base for base in saved_class.__mro__ if not base.__module__.startswith("torch."))
 
 
@@ -107,7 +106,7 @@ def _file_of(saved_class: type) -> Path:
 
 
 def _flattened(path: Path) -> tuple[bytes, list[Path]]:
-    """Content of a module with its own imports made flat, and the files of the modules that it imports so."""
+    """Flat form of a module, and the files of this package that the module imports."""
     content = path.read_bytes()
     lines, imported = content.split(b"\n"), []
     for node, module in _own_imports(path, content):
@@ -122,7 +121,7 @@ def _flattened(path: Path) -> tuple[bytes, list[Path]]:
 
 
 def _own_imports(path: Path, content: bytes) -> Iterator[tuple[ast.ImportFrom, str]]:
-    """Imports of modules that travel, each with the module's name after the leading dots or the package's name."""
+    """Import statements of modules that travel, each with the module's name after the leading dots or the package's name."""
     for node in ast.walk(ast.parse(content)):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -139,7 +138,7 @@ def _own_imports(path: Path, content: bytes) -> Iterator[tuple[ast.ImportFrom, s
 def _imported_file(path: Path, node: ast.ImportFrom, module: str) -> Path:
     folder = _ROOT if node.level == 0 else path.parents[node.level - 1]
     parts = module.split(".")
-    if node.level == 0 and _IS_FLAT:  # a class beside a checkpoint that names the installed package
+    if node.level == 0 and _IS_FLAT:  # a class beside a checkpoint, which imports the installed package
         parts = parts[-1:]
     target = folder.joinpath(*parts).with_suffix(".py") if module else None
     if target is None or not target.is_file():

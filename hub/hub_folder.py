@@ -1,5 +1,5 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Folders of saved models and adapters: the files that belong into a Hub repository, and what is missing or damaged."""
+"""Folders of saved models and adapters: files that belong into a Hub repository; missing and damaged files."""
 
 import hashlib
 import json
@@ -15,16 +15,16 @@ from safetensors import SafetensorError, safe_open
 from .hub_code import modules_imported_by
 from .pushed_model import MODEL_CONFIGS, MODEL_WEIGHTS, hub_id
 
-# Not every `*.bin`: the settings that a Trainer leaves beside the weights are one too.
+# Not all `*.bin` files: a Trainer saves its settings as one.
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
-# In the cards that transformers and peft write where there is none.
+# Phrases of the cards that transformers and peft generate.
 _LIBRARY_PHRASES = (
     "[More Information Needed]",
     "has been generated automatically",
     "has been automatically generated",
 )
 
-# What goes up beside weights and code. Everything else stays, whatever it is.
+# Files that are pushed beside weights and code. All other files are left out.
 _CONFIGS = {
     *("config.json", "generation_config.json", "adapter_config.json"),
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
@@ -41,31 +41,44 @@ _LEFT_OUT = (
         "state of the training",
     ),
     (r".*\.(bin|pt|pth|ckpt|pkl|pickle)", "a pickle, which can run code when it is loaded"),
-    (r".*\.py", "no module of the model's code"),
-    (r".*\.safetensors(\.index\.json)?", "no part of the weights that are loaded"),
+    (r"handler\.py|requirements\.txt", "of an Inference Endpoint; --endpoint pushes it"),
+    (r".*\.py", "not a module of the model's code"),
+    (r".*\.safetensors(\.index\.json)?", "not a part of the weights that are loaded"),
 )
+
+
+def check_source(source: str | os.PathLike) -> None:
+    """Validate the source of a checkpoint, a folder or a Hub id, before the Hub is asked.
+
+    Raises:
+        ValueError: if it is a file, or neither an existing folder nor of the form of a Hub id.
+    """
+    if os.path.isfile(source):
+        raise ValueError(f"{source} is a file, expected a folder or a Hub id")
+    if not os.path.isdir(source) and hub_id(os.fspath(source)) is None:
+        raise ValueError(f"no such folder: {source}")
 
 
 @dataclass(frozen=True)
 class HubFolder:
-    """Files of a folder that belong on the Hub, and the rest; made by `read_hub_folder`."""
+    """Files of a folder that belong on the Hub, and all others; made by `read_hub_folder`."""
 
     kind: Literal["model", "adapter"]
     files: dict[str, Path]
-    """What goes up: path in the repository -> file."""
+    """Files to push: path in the repository -> file."""
     left_out: dict[str, str]
-    """What does not: path in the folder -> why."""
+    """Other files: path in the folder -> reason."""
 
 
 def read_hub_folder(folder: str | os.PathLike) -> HubFolder:
-    """Sorts the files of a saved model or adapter into those of its repository and the rest.
+    """Sort the files of a saved model or adapter into those of its repository and all others.
 
     Raises:
-        ValueError: if the folder is no complete checkpoint, naming everything that is missing or damaged.
+        ValueError: if the folder is not a complete checkpoint; the message names all missing or damaged files.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
+        raise ValueError(f"{folder} is a file, expected a folder" if folder.exists() else f"no such folder: {folder}")
     kind = "adapter" if (folder / "adapter_config.json").is_file() else "model"
     config = _read_json(folder / "config.json")
     if kind == "adapter" and any(MODEL_WEIGHTS.fullmatch(path.name) for path in folder.iterdir()):
@@ -100,11 +113,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
 def _needed_weights(folder: Path, kind: str) -> dict[str, str]:
-    """Files of the weights that would be loaded, and what each is."""
+    """Files of the weights that would be loaded, each with its description."""
     if kind == "adapter":
         return {"adapter_config.json": "of the adapter", "adapter_model.safetensors": "the adapter's weights"}
     needed = {"config.json": "the model's configuration"}
@@ -120,7 +133,7 @@ def _needed_weights(folder: Path, kind: str) -> dict[str, str]:
 
 
 def _needed_code(folder: Path, source: str) -> dict[str, str]:
-    """Modules that a configuration's `auto_map` names, and all that they import relatively."""
+    """Modules of a configuration's `auto_map`, and the siblings that they import, each with its importer."""
     found: dict[str, str] = {}
     classes = _read_json(folder / source).get("auto_map", {}).values()
     waiting = [(name.split(".")[0] + ".py", source) for name in classes]
@@ -134,7 +147,7 @@ def _needed_code(folder: Path, source: str) -> dict[str, str]:
 
 
 def _check_weights(folder: Path, names: list[str]) -> None:
-    """Raises if a file of weights is cut off or something else than its name says."""
+    """Raise ValueError if a file of weights is cut off or not a safetensors file."""
     for name in names:
         try:
             with safe_open(folder / name, framework="numpy"):
@@ -144,12 +157,13 @@ def _check_weights(folder: Path, names: list[str]) -> None:
 
 
 def weights_sha256(folder: str | Path) -> str | None:
-    """Hash of all files of weights in a folder; None if it is not a folder, or holds none."""
+    """Hash of all files of weights in a folder; None without a folder or without weights."""
     files = sorted(path for pattern in _WEIGHT_FILES for path in Path(folder).glob(pattern))
     return sha256_of(files) if files else None
 
 
 def sha256_of(files: Sequence[Path]) -> str:
+    """SHA-256 of the concatenated files, in hexadecimal."""
     digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
@@ -159,18 +173,18 @@ def sha256_of(files: Sequence[Path]) -> str:
 
 
 def is_library_card(text: str) -> bool:
-    """Return True if a README.md was generated by a library, so that nothing is lost with it."""
+    """Return True if a library generated a README.md, which may then be replaced."""
     return any(phrase in text for phrase in _LIBRARY_PHRASES)
 
 
 def portable_adapter_config(config: Mapping[str, Any], base_model: str | None = None) -> dict[str, Any]:
-    """An `adapter_config.json` whose base is a Hub id, by which others can load it.
+    """Content of an `adapter_config.json` whose base is a Hub id.
 
     Args:
         base_model: the id, if the configuration names a local folder.
 
     Raises:
-        ValueError: if there is no id, or `base_model` is none.
+        ValueError: if neither the configuration nor `base_model` is a Hub id.
     """
     named = base_model or config.get("base_model_name_or_path")
     found = hub_id(named)
@@ -180,5 +194,5 @@ def portable_adapter_config(config: Mapping[str, Any], base_model: str | None = 
             f"the adapter's base is {where}. Others load it by its Hub id: push the base first, and give its id as "
             "base_model (--base-model)"
         )
-    # `auto_mapping` names the module that the class had on this computer; AutoModel does not need it.
+    # `auto_mapping` names the module of the class on this computer; AutoModel does not need it.
     return {**config, "base_model_name_or_path": found, "auto_mapping": None}

@@ -1,11 +1,10 @@
 """The model card of a checkpoint: model_card.md, filled in from its folder.
 
-`llava-next-ar train` writes it into the output folder, `llava-next-ar push` into the Hub repository. Its facts are read from
-the checkpoint itself: base model and relation, objective (config.json), training recipe (train_config.yaml), evaluation (the
+`llava-next-ar train` writes the card into the output folder, `llava-next-ar push` into the Hub repository. Its facts are read
+from the checkpoint: base model and relation, objective (config.json), training recipe (train_config.yaml), evaluation (the
 JSON that `llava-next-ar evaluate` writes), film strip (film.png).
 """
 
-import importlib.metadata
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -15,17 +14,17 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from packaging.requirements import Requirement
 from transformers.utils import logging
 
 from .hub_folder import is_library_card, weights_sha256
+from .push_targets import version_ranges
 from .pushed_model import MODEL_TAGS, hub_id
 
 logger = logging.get_logger(__name__)
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_card.md"
-PIPELINE_TAG = "image-text-to-text"  # the task of transformers' `pipeline` that takes these models, with videos too
-FILM = "film.png"  # a picture that `llava-next-ar visualize` draws; shown in the card if it lies in the folder
+PIPELINE_TAG = "image-text-to-text"  # task of transformers' `pipeline` for these models, with videos too
+FILM = "film.png"  # picture of `llava-next-ar visualize`; the card shows it if the folder holds it
 TRAINED = {
     "full": ("language model", "projector", "head"),
     "projector_and_head": ("projector", "head"),
@@ -34,11 +33,11 @@ TRAINED = {
 }
 LOSSES = {"mse": "mean squared error", "smooth_l1": "smooth L1 loss", "cosine": "cosine distance"}
 RELATIONS = ("finetune", "adapter", "merge", "quantized")
-HEAD = "autoregressive_module"  # where a model keeps it
+HEAD = "autoregressive_module"  # the head's attribute of a model
 RECIPE, RESULTS = "train_config.yaml", "results.json"
-# In every generated card, and in no other: one that somebody wrote or edited by hand is kept.
+# Mark of a generated card. A card without it was written or edited by hand, and is kept.
 GENERATED = "<!-- Generated from model_card.md and written again with every push. Remove this line to keep edits. -->"
-# Keys of a recipe that say where things are on one computer, or who may push.
+# Keys of a recipe with paths of one computer, or settings of pushes.
 _PRIVATE_KEYS = {
     *("model", "processor", "train_data", "eval_data", "video_root", "image_root", "output_dir", "logging_dir"),
     *("resume_from_checkpoint", "ignored_keys", "run_name", "report_to", "project"),
@@ -48,7 +47,7 @@ _PRIVATE_KEYS = {
 }
 
 
-# What the code of a card needs, but for what these bring along.
+# Direct requirements of the code of a card.
 _NEEDED = ("torch", "transformers", "pillow", "av")
 
 
@@ -70,7 +69,7 @@ class CardOptions:
     results: Path | None = None
     """JSON of `llava-next-ar evaluate`; `results.json` of the folder if None, and there."""
     has_film: bool = False
-    """Whether `film.png` is pushed along; if not, it is shown if it lies in the folder."""
+    """`film.png` is pushed with the card. The card also shows a `film.png` of the folder."""
 
     def __post_init__(self) -> None:
         if self.relation not in (None, *RELATIONS):
@@ -87,11 +86,11 @@ def build_card(
     Args:
         folder: model or adapter, with `train_config.yaml` (for a Trainer checkpoint, in the folder above) and
             `results.json` if there are any.
-        repo_id: what the code of the card loads.
-        revision: the commit that it is pinned to; without one the card says how to pin.
+        repo_id: Hub id that the code of the card loads.
+        revision: commit to which that code is pinned; without one the card explains pinning.
 
     Raises:
-        ValueError: if the relation is not the folder's, or the results given are not of this model, or of a control.
+        ValueError: if the relation contradicts the folder, or the given results are of another model or of a control.
     """
     recipe, adapter, config = _recipe(folder), _read(folder / "adapter_config.json"), _read(folder / "config.json")
     base_model = find_base_model(folder, options.base_model)
@@ -117,7 +116,7 @@ def build_card(
         eval_results=list(_eval_results(results, options.datasets)) or None,
     )
     if data.eval_results is None:
-        data.model_name = None  # names the results, and is no key of its own
+        data.model_name = None  # a name of the results, not a key of the card
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -141,18 +140,18 @@ def build_card(
 
 
 def find_base_model(folder: Path, given: str | None = None) -> str | None:
-    """The Hub id of what a checkpoint was made from, if `given` or the folder says so."""
+    """Hub id of the base model of a checkpoint: `given`, else that of the adapter or the recipe; None if unknown."""
     adapter = _read(folder / "adapter_config.json")
     return given or hub_id(adapter.get("base_model_name_or_path")) or hub_id(_recipe(folder).get("model"))
 
 
 def is_generated(text: str) -> bool:
-    """Return True if a card may be replaced: this package or a library generated it."""
+    """Return True if this package or a library generated a card, which may then be replaced."""
     return GENERATED in text or is_library_card(text)
 
 
 def write_card(folder: Path, repo_id: str, options: CardOptions = CardOptions()) -> None:
-    """Writes README.md, unless somebody wrote one by hand."""
+    """Write README.md, unless the folder holds one that was written by hand."""
     path = folder / "README.md"
     if not path.is_file() or is_generated(path.read_text(encoding="utf-8")):
         build_card(folder, repo_id, options).save(path)
@@ -165,9 +164,13 @@ def _read(path: Path) -> dict[str, Any]:
     return (yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)) or {}
 
 
+def recipe_file(folder: Path) -> Path:
+    """Path of the recipe of a checkpoint, which may not exist; that of a Trainer checkpoint lies in the folder above."""
+    return (folder.parent if folder.name.startswith("checkpoint-") else folder) / RECIPE
+
+
 def _recipe(folder: Path) -> dict[str, Any]:
-    run = folder.parent if folder.name.startswith("checkpoint-") else folder
-    return _read(run / RECIPE)
+    return _read(recipe_file(folder))
 
 
 def _relation(adapter: dict[str, Any], config: dict[str, Any]) -> str:
@@ -177,7 +180,7 @@ def _relation(adapter: dict[str, Any], config: dict[str, Any]) -> str:
 
 
 def _datasets(recipe: dict[str, Any]) -> list[str]:
-    """Hub ids among the recipe's training data. Files and folders of one computer are left out."""
+    """Hub ids among the recipe's training data, without local files and folders."""
     sources = recipe.get("train_data") or []
     paths = [one.get("path") if isinstance(one, dict) else one for one in sources if isinstance(sources, list)]
     paths = [sources] if isinstance(sources, str) else paths
@@ -186,7 +189,7 @@ def _datasets(recipe: dict[str, Any]) -> list[str]:
 
 
 def _trained(recipe: dict[str, Any], has_head: bool) -> str:
-    """Parts of the model that a recipe trains; nothing without a recipe."""
+    """Parts of the model that a recipe trains; empty without a recipe."""
     way = recipe.get("trainable", "full")
     parts = [part for part in TRAINED.get(way, ()) if has_head or part != "head"] if recipe else []
     if parts and not recipe.get("freeze_vision_tower", True):
@@ -195,9 +198,9 @@ def _trained(recipe: dict[str, Any], has_head: bool) -> str:
 
 
 def _objective(recipe: dict[str, Any], config: dict[str, Any]) -> dict[str, Any] | None:
-    """Loss, weight and normalisation of the targets that the checkpoint was trained with; None if it does not hold them.
+    """Loss, weight and normalisation of the targets of the training; None if the checkpoint does not hold them.
 
-    Keys of the recipe come first: an adapter's folder has no configuration of the model.
+    Keys of the recipe win over the configuration, which an adapter's folder does not have.
     """
     prefix = "autoregressive_config."
     keys = {**config.get("autoregressive_config", {})}
@@ -208,9 +211,9 @@ def _objective(recipe: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
 
 
 def _requirements(names: Sequence[str]) -> str:
-    """For pip: packages with the ranges that this one asks for."""
-    found = {one.name: one.specifier for one in map(Requirement, importlib.metadata.requires("llava-next-ar"))}
-    return " ".join(f'"{name}{found[name]}"' for name in names)
+    """Arguments of `pip install`: packages with the ranges of versions that this package requires."""
+    ranges = version_ranges()
+    return " ".join(f'"{name}{ranges[name]}"' for name in names)
 
 
 def _recipe_text(recipe: dict[str, Any]) -> str:
@@ -222,11 +225,13 @@ def _recipe_text(recipe: dict[str, Any]) -> str:
 
 
 def _results(folder: Path, given: Path | None) -> dict[str, Any]:
-    """The evaluation of the model in a folder; nothing if there is none.
+    """Evaluation of the model in a folder; empty without a file of results.
+
+    Results in the folder that are of other weights are left out, with a warning.
 
     Raises:
         ValueError: if the file was not written by `llava-next-ar evaluate`, holds a control, or was given and is of other
-            weights. One that lies in the folder and is older than its weights is left out.
+            weights.
     """
     path = given or folder / RESULTS
     results = _read(path)
@@ -237,7 +242,7 @@ def _results(folder: Path, given: Path | None) -> dict[str, Any]:
     if not is_current or "rollout" not in (results["reconstruction"] or {"rollout": None}):
         raise ValueError(f"{path} was not written by this release's `llava-next-ar evaluate`")
     if results["settings"]["frame_order"] != "natural":
-        raise ValueError(f"{path} holds a control (frame_order), not what the model can do")
+        raise ValueError(f"{path} holds a control (frame_order), not an evaluation in natural order")
     measured, here = results["model"]["weights_sha256"], weights_sha256(folder)
     if None not in (measured, here) and measured != here:
         if given is not None:
@@ -279,7 +284,7 @@ def _eval_results(results: dict[str, Any], datasets: Sequence[str]) -> Iterator[
 
 
 def _table(results: dict[str, Any]) -> str:
-    """The tables of an evaluation in Markdown: a page scrolls them, where it would cut off lines of text."""
+    """Tables of an evaluation in Markdown, which a page scrolls, where it would cut off lines of text."""
     lines, is_row = [], False
     for line in results["table"].splitlines() if results else ():
         cells = re.split(" {2,}", line.strip())

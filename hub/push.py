@@ -4,12 +4,15 @@
     llava-next-ar push outputs/run user/model --private --license apache-2.0 --results results.json
     llava-next-ar push outputs/run/checkpoint-500 user/model --branch step-500 --message "500 steps"
     llava-next-ar push outputs/lora user/adapter --base-model user/model   # if it was trained on a folder
+    llava-next-ar push outputs/run user/model --endpoint --dry-run
 
-The folder may be a saved model, the output of a training, one of its checkpoints, or an adapter. It is checked before
-anything is sent, and what is missing is named. Only what a model needs goes up: never the state of the optimizer, logs,
-data or tokens. All of it is one commit, which also deletes weights of an older push that would be loaded instead; if it
-fails, the repository is as it was. A second commit then writes the hash of the first into the card, as the revision to
-pin. A README.md that somebody wrote by hand is kept, here and on the Hub.
+The folder is a saved model, the output of a training, one of its checkpoints, or an adapter. It is validated before anything
+is sent; the error names all missing files. Only files that a model needs are uploaded: never the state of the optimizer, logs,
+data or tokens. The push is one commit, which also deletes weights of an older push that would be loaded instead. If it fails,
+the repository is unchanged. A second commit then writes the hash of the first into the card, as the revision to pin. A
+README.md that was written by hand is kept, in the folder and on the Hub.
+
+`--endpoint` adds handler.py and requirements.txt, by which a Hugging Face Inference Endpoint serves the repository.
 
 The token is that of `hf auth login`, or HF_TOKEN.
 """
@@ -34,6 +37,7 @@ from huggingface_hub.errors import (
 from .command_line import CommandParser
 from .hub_folder import portable_adapter_config, read_hub_folder
 from .model_card import FILM, RELATIONS, CardOptions, build_card, find_base_model, is_generated
+from .push_targets import ENDPOINT_FILES, ENDPOINT_MARK, endpoint_files, read_endpoint_files
 from .pushed_model import commit_files, replaced_files
 
 Files = dict[str, Path | bytes]
@@ -43,7 +47,7 @@ def collect_files(folder: Path, base_model: str | None = None) -> tuple[Files, d
     """Files to upload, without the card, and files left out: path -> reason.
 
     Raises:
-        ValueError: if the folder is not complete, or nobody else could find the adapter's base.
+        ValueError: if the folder is not complete, or the adapter's base is not on the Hub.
     """
     found = read_hub_folder(folder)
     files: Files = dict(found.files)
@@ -55,7 +59,7 @@ def collect_files(folder: Path, base_model: str | None = None) -> tuple[Files, d
 
 
 def find_repository(api: HfApi, repo_id: str, revision: str | None) -> ModelInfo | None:
-    """The repository at a branch (at main, if the branch is to be made), or None if there is none to be seen."""
+    """The repository at a branch (at main for a new branch); None if it does not exist or the token cannot see it."""
     try:
         return api.model_info(repo_id, revision=revision, files_metadata=True)
     except RevisionNotFoundError:
@@ -75,8 +79,43 @@ def keeps_card(api: HfApi, repo_id: str, repository: ModelInfo | None) -> bool:
     return not is_generated(Path(path).read_text(encoding="utf-8"))
 
 
+def add_endpoint(
+    folder: Path, files: Files, left_out: dict[str, str], on_hub: Mapping[str, str], is_wanted: bool
+) -> None:
+    """Add the files of an Inference Endpoint to a push, or list those of an earlier push as kept on the Hub.
+
+    Args:
+        files, left_out: of `collect_files`; changed in place.
+        on_hub: of `read_endpoint_files`.
+        is_wanted: `--endpoint` was given.
+
+    Raises:
+        ValueError: if the folder or the Hub holds a file of the same name that this package did not write.
+    """
+    if not is_wanted:
+        kept = [name for name, text in on_hub.items() if ENDPOINT_MARK in text]
+        left_out |= dict.fromkeys(kept, "stays on the Hub, of an earlier push with --endpoint, which replaces it")
+        return
+    here = {
+        path.name: path.read_text(encoding="utf-8", errors="replace")
+        for path in map(folder.joinpath, ENDPOINT_FILES)
+        if path.is_file()
+    }
+    for where, found in ((str(folder), here), ("the repository", on_hub)):
+        foreign = [name for name, text in found.items() if ENDPOINT_MARK not in text]
+        if foreign:
+            raise ValueError(
+                f"{where} holds {' and '.join(foreign)}, not written by an earlier push with --endpoint: delete or rename it, "
+                "or push without --endpoint"
+            )
+    added = endpoint_files(*(["peft"] if "adapter_config.json" in files else []))
+    files |= added
+    for name in added:
+        left_out.pop(name, None)
+
+
 def describe(files: Mapping[str, Path | bytes], stale: Sequence[str], left_out: Mapping[str, str]) -> str:
-    """A table for people: files to upload, files to delete on the Hub, and a line for each file or folder left out."""
+    """Table of the files to upload, the files to delete on the Hub, and each file or folder left out with the reason."""
     sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()}
     lines = [f"upload    {size:>16,}  {name}" for name, size in sizes.items()]
     lines += [f"delete    {'':>16}  {name} (of an older push)" for name in stale]
@@ -92,10 +131,11 @@ def describe(files: Mapping[str, Path | bytes], stale: Sequence[str], left_out: 
 
 
 def push(folder: Path, repo_id: str, options: argparse.Namespace) -> CommitInfo | None:
-    """Pushes a folder and prints what it does.
+    """Push a folder and print the files and the commit.
 
     Raises:
-        ValueError: if the folder is not complete, or `--private` asks for what the repository is not.
+        ValueError: if the folder is not complete, `--private` is given for a public repository, or `--endpoint` would replace
+            a file that this package did not write.
     """
     files, left_out = collect_files(folder, options.base_model)
     if options.film is not None:
@@ -105,10 +145,11 @@ def push(folder: Path, repo_id: str, options: argparse.Namespace) -> CommitInfo 
         repository = find_repository(api, repo_id, options.branch)
     except (HTTPError, OSError) as error:
         unreachable = f"the Hub at {api.endpoint} cannot be reached ({' '.join(str(error).split())})"
-        if isinstance(error, HfHubHTTPError):  # it answered
+        if isinstance(error, HfHubHTTPError):  # the Hub answered with an error
             raise
         if not options.dry_run:
             raise ValueError(unreachable) from error
+    add_endpoint(folder, files, left_out, read_endpoint_files(api, repository), options.endpoint)
     if repository is not None and options.private and not repository.private:
         raise ValueError(f"{repo_id} is there already and is public: make it private on its page first")
     base = None if unreachable else find_base_model(folder, options.base_model)
@@ -169,7 +210,7 @@ def read_film(path: Path) -> bytes:
 
 
 def look_up_base(base: str | None) -> tuple[str | None, str | None]:
-    """License and newest commit of the base on the Hub; None for what cannot be found, or has a license of its own."""
+    """License and newest commit of the base on the Hub; None for a value that is not found, and for the license "other"."""
     commit = found = None
     try:
         if base is not None:
@@ -191,8 +232,12 @@ def main(argv: Sequence[str] | None = None) -> CommitInfo | None:
     target.add_argument("--branch", help="made from main if it does not exist; main by default")
     target.add_argument("--pull-request", "--pull_request", action="store_true", help="open one instead of pushing")
     parser.add_argument("--message", default="Upload with llava-next-ar push", help="of the commit")
-    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="list what would be done; send nothing")
-    card = parser.add_argument_group("model card (what the folder does not say)")
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="list all changes; send nothing")
+    serving = parser.add_argument_group("serving")
+    serving.add_argument(
+        "--endpoint", action="store_true", help="add handler.py and requirements.txt for an Inference Endpoint"
+    )
+    card = parser.add_argument_group("model card (facts that the folder does not hold)")
     card.add_argument("--base-model", "--base_model", help="Hub id; needed for an adapter of a local folder")
     card.add_argument("--relation", choices=RELATIONS, help="to the base; read from the folder by default")
     card.add_argument("--license", help="such as apache-2.0; that of the base's card by default")

@@ -1,9 +1,9 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Complete saves and pushes: code beside every part of a model, no file of an older save that would be loaded instead.
+"""Complete saves and pushes: code beside each part of a model, without files of an older save that would be loaded instead.
 
-`travels_with_code` wraps the saves of the configuration, the model and the processors. Every push, whoever makes it, ends in
-`commit_files`. transformers loads `model.safetensors` before any shards and an adapter before any model, so a push that left
-the weights of an older one beside its own would never be loaded.
+`travels_with_code` wraps the saves of the configuration, the model and the processors. Each push ends in `commit_files`.
+transformers loads `model.safetensors` before any shards, and an adapter before any model. Weights of an older push are
+therefore deleted: beside them, the new weights would never be loaded.
 """
 
 import functools
@@ -35,10 +35,10 @@ MODEL_TAGS = ("custom_code", "llava", "next-frame-prediction", "video", "vision-
 _SHARD = r"-\d{5}-of-\d{5}"
 MODEL_WEIGHTS = re.compile(rf"(model|pytorch_model)({_SHARD})?\.(safetensors|bin)(\.index\.json)?")
 _ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"}
-# Of a model, and beside an adapter in the way: transformers would take a downloaded folder for the base itself.
+# Files of a model. Beside an adapter, transformers would load the downloaded folder as the base model.
 MODEL_CONFIGS = {"config.json", "generation_config.json"}
 _CODE = "hub_code.py"
-_RETRIED = (412, 429, 500, 502, 503, 504)  # 412: somebody else's commit came first
+_RETRIED = (412, 429, 500, 502, 503, 504)  # 412: another commit came first
 
 
 # ---- code ------------------------------------------------------------------------------------------------------------
@@ -47,21 +47,20 @@ _hiding = threading.RLock()
 
 
 def travels_with_code(saved_class: Saved) -> Saved:
-    """Class decorator: every save and push of the class and its subclasses carries all code and the full `auto_map`.
+    """Class decorator that adds all code and the full `auto_map` to each save and push of the class and its subclasses.
 
-    The class has a method `check()`, which raises ValueError for what could not be loaded again; then nothing is written.
-    Adds the method `save_code(folder)`, for what is saved without the class's own `save_pretrained`, such as an adapter.
+    The class has a method `check()`. It raises ValueError for an object that could not be loaded again; nothing is written
+    then. The decorator adds a method `save_code(folder)`, for saves without `save_pretrained`, such as those of an adapter.
 
-    Also makes the module of the class, and of each subclass, an attribute of its package, as every import does.
-    transformers executes the file of a remote class without that, and `dill` then pickles the module by its content:
-    `datasets.map` with several processes fails, and the hash of a function that holds a processor is another one in each
-    run.
+    The module of the class, and of each subclass, becomes an attribute of its package, as after an import. transformers
+    executes the file of a remote class without this step. `dill` then pickles the module by its content: `datasets.map` with
+    several processes fails, and the hash of a function with a processor differs in each run.
     """
     save, timestamps = saved_class.save_pretrained, saved_class._get_files_timestamps
 
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        # Hidden: this is saved as a part of another object, which has written the code.
+        # Hidden: the object is saved as a part of another one, which has written the code.
         is_part = type(self)._auto_class is None
         if is_part or not kwargs.get("is_main_process", True):
             return save(self, save_directory, *args, **kwargs)
@@ -77,11 +76,11 @@ def travels_with_code(saved_class: Saved) -> Saved:
             return save(self, save_directory, *args, **kwargs)
 
     def save_code(self: Any, folder: str | os.PathLike) -> None:
-        """Writes the code of the class, its own file included if it has one; see `hub_code.code_files`."""
+        """Write the code of the class, with the file of a subclass; see `hub_code.code_files`."""
         write_code(Path(folder), *(type(part) for part in _parts_with_code(self)))
 
     def _get_files_timestamps(self: Any, working_dir: str | os.PathLike) -> dict[str, float]:
-        # transformers notes these before a save and pushes what is newer. Code that was there already goes up too.
+        # transformers reads these before a save and pushes newer files. Code that existed before the save is pushed too.
         code = code_files(*(type(part) for part in _parts_with_code(self)))
         return {name: time for name, time in timestamps(self, working_dir).items() if name not in code}
 
@@ -103,15 +102,15 @@ def _set_on_package(saved_class: type) -> None:
 
 
 def _parts_with_code(saved: Any) -> list[Any]:
-    """The object, and what it saves along: a model's configuration, a processor's video processor."""
+    """The object and its parts with code: a model's configuration, a processor's video processor."""
     return [saved, *(part for part in vars(saved).values() if hasattr(type(part), "save_code"))]
 
 
 @contextmanager
 def _hidden_auto_classes(classes: Iterable[type]) -> Iterator[None]:
-    """Keeps transformers from copying the code itself, which it can do with flat files alone.
+    """Keep transformers from copying the code: its own copy supports flat files only.
 
-    `_auto_class` has to be there at all other times: it makes a class count as remote code when it is loaded.
+    At all other times `_auto_class` is set, since it marks a loaded class as remote code.
     """
     with _hiding:
         before = {saved_class: saved_class._auto_class for saved_class in classes}
@@ -124,13 +123,13 @@ def _hidden_auto_classes(classes: Iterable[type]) -> Iterator[None]:
                 saved_class._auto_class = auto_class
 
 
-# ---- what must go ---------------------------------------------------------------------------------------------------
+# ---- files to delete -------------------------------------------------------------------------------------------------
 
 
 def stale_files(existing: Iterable[str], uploaded: Iterable[str]) -> list[str]:
-    """Of the files of a repository, those that would be loaded in the place of the uploaded ones, or confuse their loading.
+    """Files of a repository that would be loaded instead of the uploaded ones, or break their loading.
 
-    Nothing, if no weights are uploaded.
+    The list is empty if no weights are uploaded.
     """
     uploaded = set(uploaded)
     has_adapter = bool(uploaded & _ADAPTER_FILES)
@@ -141,17 +140,17 @@ def stale_files(existing: Iterable[str], uploaded: Iterable[str]) -> list[str]:
 
 
 def _weight_stats(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Name of each file of weights -> what changes when it is written again."""
+    """Name of each file of weights -> inode, time and size, which a new write changes."""
     paths = {path.name: path.stat() for path in folder.glob("*") if MODEL_WEIGHTS.fullmatch(path.name)}
     return {name: (stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in paths.items()}
 
 
 @contextmanager
 def _replacing_weights(folder: Path) -> Iterator[None]:
-    """Deletes the model weights of an older save that those written in this context replace.
+    """Delete the model weights of an older save that the weights written in this context replace.
 
-    Shards saved over a `model.safetensors` would leave that file behind, and it is the one that loads. An adapter stays:
-    a local folder may hold a model and its adapter.
+    Shards saved over a `model.safetensors` would leave that file, which transformers loads first. An adapter stays: a local
+    folder may hold a model and its adapter.
     """
     before = _weight_stats(folder)
     yield
@@ -159,7 +158,7 @@ def _replacing_weights(folder: Path) -> Iterator[None]:
     written = [name for name in after if before.get(name) != after[name]]
     if written and (folder / "adapter_config.json").is_file():
         logger.warning(
-            f"{folder} holds an adapter too, and from_pretrained loads that instead of the model saved now: delete "
+            f"{folder} holds an adapter too, which from_pretrained loads instead of the model saved now: delete "
             "adapter_config.json, or save to another folder"
         )
     for name in stale_files(after, written):
@@ -168,10 +167,10 @@ def _replacing_weights(folder: Path) -> Iterator[None]:
 
 
 class PushableModel:
-    """For a `PreTrainedModel`: saving and pushing leave no weights behind that would be loaded instead."""
+    """Mixin of a `PreTrainedModel` whose saves and pushes delete the weights that they replace."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
-        """As in transformers, but deletes the weights of an older save that these replace."""
+        """As in transformers, and delete the weights of an older save that these replace."""
         with _replacing_weights(Path(save_directory)) if is_main_process else nullcontext():
             super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
@@ -183,14 +182,14 @@ class PushableModel:
         commit_message: str | None = None,
         **kwargs: Any,
     ) -> CommitInfo:
-        """As in transformers, but the same commit deletes the weights of an older push that these replace."""
+        """As in transformers, and delete the replaced weights of an older push in the same commit."""
         times = {path: path.stat().st_mtime for path in Path(working_dir).iterdir() if path.is_file()}
         files = {path.name: path for path, time in times.items() if time > files_timestamps.get(path.name, -math.inf)}
         return commit_files(repo_id, files, commit_message=commit_message or "Upload model", **kwargs)
 
 
 def hub_id(name_or_path: str | None) -> str | None:
-    """The Hub id that a model was loaded by, also if by its folder in the Hub's cache; None for any other folder."""
+    """Hub id of a model, also of its folder in the Hub's cache; None for any other folder."""
     if not name_or_path:
         return None
     cached = re.search(r"(?:^|[/\\])models--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?$", name_or_path)
@@ -220,19 +219,19 @@ def commit_files(
     replaced_folder: str | None = None,
     num_tries: int = 5,
 ) -> CommitInfo:
-    """Uploads files and deletes what they replace, in a single commit: it is there as a whole, or not at all.
+    """Upload files and delete the files that they replace, in a single commit.
 
     Args:
         files: path in the repository -> file or content.
         revision: the branch, which is made if it does not exist; main if None.
         create_pr: open a pull request instead.
-        replaced_folder: a folder of the repository of which nothing else is to stay.
-        num_tries: how often the commit is tried, a second apart, then two, four and so on, while the server answers
-            with an error of its own. A pull request is tried once: the first may have been opened without an answer.
+        replaced_folder: a folder of the repository; its other files are deleted.
+        num_tries: attempts at the commit, 1, 2, 4, ... seconds apart, while the server answers with an error of its own. A
+            pull request is tried once, since the first attempt may have opened it without an answer.
 
     Raises:
         ValueError: if an adapter is to replace its own base, or its base is not on the Hub.
-        huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
+        huggingface_hub.errors.HfHubHTTPError: if the Hub rejects the commit.
     """
     if "adapter_config.json" in files:
         _check_base(HfApi(token=token), repo_id, files["adapter_config.json"])
@@ -256,15 +255,15 @@ def commit_files(
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
-            parent_commit=repository.sha,  # so that nothing that came since is overwritten, or left beside
+            parent_commit=repository.sha,  # a commit made since is neither overwritten nor left beside
         )
 
     for attempt in range(1, num_tries + 1):
         try:
-            # Again from the start: if only the answer was lost, nothing is left to commit.
+            # From the start: if only the answer was lost, no change is left to commit.
             return commit()
         except HfHubHTTPError as error:
-            # Everything before the commit itself was tried several times by the client.
+            # The client retries all requests before the commit.
             is_commit = "/commit/" in str(error.response.url)
             if create_pr or not is_commit or error.response.status_code not in _RETRIED or attempt == num_tries:
                 raise
@@ -280,7 +279,7 @@ def replaced_files(api: HfApi, repository: ModelInfo, files: Iterable[str]) -> l
 
 
 def _stale_code(api: HfApi, repository: ModelInfo, files: Iterable[str]) -> list[str]:
-    """Modules of an older push of this package that no longer travel; files of the repository's owner are none of them."""
+    """Modules of an older push of this package that no longer travel, without files of the repository's owner."""
     existing = {sibling.rfilename for sibling in repository.siblings}
     if _CODE not in files or not {name for name in existing - {*files} if name.endswith(".py")}:
         return []
@@ -304,5 +303,5 @@ def _check_base(api: HfApi, repo_id: str, adapter_config: str | os.PathLike | by
     if base == repo_id:
         raise ValueError(f"{repo_id} is the base of the adapter, which would replace it: push to another repository")
     if base is not None and (hub_id(base) != base or not api.repo_exists(base)):
-        # A relative path looks like an id. Who owns that name on the Hub would run code wherever the adapter is loaded.
-        raise ValueError(f"the adapter's base {base!r} is not on the Hub, or not to be seen with this token")
+        # A relative path has the form of an id. The owner of that id could run code wherever the adapter is loaded.
+        raise ValueError(f"the adapter's base {base!r} is not on the Hub, or this token cannot read it")

@@ -5,6 +5,7 @@ transformers takes most values of a configuration file as they are. These checks
 """
 
 import math
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypedDict
 
@@ -34,9 +35,35 @@ class _Settings(TypedDict, total=False):
     unpad_rounding: UnpadRounding
 
 
+_SERVER = "transformers.cli.serving.server"  # only `transformers serve` loads this module
+_FRAMES_OF_SERVER = (
+    "; `transformers serve` requests num_frames=32 for each video, unless it is started with --chat-template-kwargs "
+    "'{\"num_frames\": null}', which keeps the checkpoint's own sampling"
+)
 _GENERATION_OPTIONS = GenerationConfig().to_dict().keys()
 
 SETTINGS = tuple(_Settings.__annotations__)
+
+
+def served_options(video_processor: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a chat template; under `transformers serve` a clip of fewer than `num_frames` frames gives all of them."""
+    is_default = video_processor.sampling == "num_frames" and video_processor.short_clip is None
+    if _SERVER in sys.modules and is_default and options.get("num_frames") is not None:
+        return {"short_clip": "all", **options}
+    return options
+
+
+def served_error(message: str, options: Mapping[str, Any]) -> ValueError:
+    """A ValueError. Under `transformers serve` it is an `HTTPException` too: the client gets the message with status 400.
+
+    For any other exception, the server answers "Internal Server Error" with status 500.
+    """
+    if _SERVER not in sys.modules:
+        return ValueError(message)
+    if options.get("num_frames") is not None and "num_frames" in message:
+        message += _FRAMES_OF_SERVER
+    reply = type("RequestError", (sys.modules["fastapi"].HTTPException, ValueError), {})
+    return reply(status_code=400, detail=message)
 
 
 def refuse_generation_options(names: Collection[str], known: Collection[str]) -> None:

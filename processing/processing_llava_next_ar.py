@@ -40,6 +40,8 @@ from .option_checks import (
     check_processor_settings,
     refuse_generation_options,
     resolve_layout,
+    served_error,
+    served_options,
 )
 from .video_inputs import flatten_videos, load_images
 from .video_processing_llava_next_ar import (
@@ -334,13 +336,14 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
         """
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         template = templates.get(chat_template or "default", chat_template)
-        conversation = prepare_messages(conversation, template or "", kwargs)
         if return_assistant_tokens_mask and template and not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             raise ValueError(
                 "return_assistant_tokens_mask=True needs a chat template with {% generation %} around the assistant's "
                 "turns, which this one lacks; DEFAULT_CHAT_TEMPLATE has it"
             )
+        kwargs = served_options(self.video_processor, kwargs)
         try:
+            conversation = prepare_messages(conversation, template or "", kwargs)
             return super().apply_chat_template(
                 conversation,
                 template,
@@ -349,7 +352,11 @@ class LlavaNextARProcessor(LlavaOnevisionProcessor):
                 **kwargs,
             )
         except (TemplateError, OverflowError) as error:  # the latter from the sandbox, of huge ranges
-            raise ValueError(f"the chat template rejects the conversation: {error}") from error
+            raise served_error(f"the chat template rejects the conversation: {error}", kwargs) from error
+        except ValueError as error:
+            if type(reply := served_error(str(error), kwargs)) is ValueError:
+                raise
+            raise reply from error
 
     def __call__(
         self,

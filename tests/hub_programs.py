@@ -1,4 +1,4 @@
-"""Programs for separate processes with empty caches: pushes to the local Hub, and loads from it.
+"""Programs for separate processes that use the local Hub: push, load back and serve, each with empty caches.
 
     python tests/hub_programs.py load_back '[...]'
 
@@ -250,7 +250,7 @@ def train_on_a_dataset(folder: str, output: str) -> dict[str, Any]:
     api.create_repo("clips", repo_type="dataset", private=True)
     api.upload_folder(repo_id="ann/clips", repo_type="dataset", folder_path=folder)
     entries = load_dataset("ann/clips", split="train")
-    # As regular files: in the cache they are links that lead out of the folder, which is an error.
+    # Copies: in the cache they are links that leave the folder, which raises an error.
     root = snapshot_download("ann/clips", repo_type="dataset", local_dir="clips")
     model = tiny_model()
     dataset = LlavaVideoDataset(entries.to_list(), tiny_processor(model.config, num_frames=4), video_root=root)
@@ -258,6 +258,35 @@ def train_on_a_dataset(folder: str, output: str) -> dict[str, Any]:
     trainer = AutoregressiveTrainer(model, arguments, train_dataset=dataset)
     trainer.train()
     return {"entries": entries.to_list(), "log": trainer.state.log_history[0]}
+
+
+# ---- serving ----------------------------------------------------------------------------------------------------------
+
+
+def push_endpoint(folder: str, repo_id: str) -> str:
+    from llava_next_ar.hub import push as push_to_hub
+
+    return push_to_hub.main([folder, repo_id, "--endpoint", "--license", "apache-2.0"]).oid
+
+
+def call_endpoint(repo_id: str, requests: str) -> list[Any]:
+    """Results of the requests of a JSON file, or the error, from the handler of a downloaded repository."""
+    import importlib.util
+
+    from huggingface_hub import snapshot_download
+
+    folder = snapshot_download(repo_id, local_dir="repository")
+    spec = importlib.util.spec_from_file_location("handler", f"{folder}/handler.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    handler = module.EndpointHandler(folder)
+    results: list[Any] = []
+    for request in json.loads(Path(requests).read_text()):
+        try:
+            results.append(handler(request))
+        except Exception as error:  # as the toolkit of the endpoint does, which sends the message with status 400
+            results.append({"error": f"{type(error).__name__}: {error}"})
+    return results
 
 
 def main() -> None:

@@ -9,8 +9,8 @@
 
 Repositories are in memory, structured as in git: commits with a parent, and references (branches, tags, pull
 requests) that point to them. Large files go through the LFS protocol, are only joined to a commit if they were
-uploaded before, and are served by a redirect, as from the Hub's CDN. Errors have the status codes and
-`X-Error-Code` headers of the Hub. Every request is logged; `fail` and `drop` break chosen ones.
+uploaded before, and are served by a redirect, as from the Hub's CDN. Errors have the status codes and `X-Error-Code`
+headers of the Hub. Every request is logged; `fail` and `drop` break chosen ones.
 
 Not supported: Xet, spaces, gated repositories, discussions other than the pull requests that commits open.
 """
@@ -111,7 +111,7 @@ class Repository:
         return {path: blob.content for path, blob in self.resolve(revision).files.items()}
 
     def titles(self, revision: str = "main") -> list[str]:
-        """Messages of the commits, the newest first."""
+        """Titles of the commits, the newest first."""
         return [commit.title for commit in self.history(self.resolve(revision))]
 
 
@@ -123,7 +123,7 @@ class User:
 
 @dataclass
 class Fault:
-    """Fault of the next `times` requests that match."""
+    """A failure of the next `times` requests that match."""
 
     pattern: re.Pattern
     times: int

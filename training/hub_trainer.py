@@ -46,7 +46,7 @@ class HubTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        # transformers pickles the token with the other arguments, for everybody who gets the folder.
+        # transformers pickles the token with the other arguments, for all who get the folder.
         args = copy.copy(self.args)
         args.hub_token = None
         torch.save(args, folder / TRAINING_ARGS_NAME)
@@ -98,7 +98,7 @@ class HubTrainer(Trainer):
             the commit, or a `Future` of it if not `blocking`; None on all ranks but the first.
 
         Raises:
-            ValueError: if the output folder is no complete checkpoint, or an adapter's base is a local folder.
+            ValueError: if the output folder is not a complete checkpoint, or an adapter's base is a local folder.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token if token is not None else self.args.hub_token
@@ -139,7 +139,7 @@ class HubTrainer(Trainer):
         snapshot = _snapshot(checkpoint, output)
         try:
             files, replaced = self._files_to_push(snapshot), None
-        except ValueError as error:  # training goes on; FSDP's sharded checkpoints, for one, are no Hub folders
+        except ValueError as error:  # training goes on; FSDP's sharded checkpoints, for one, are not Hub folders
             logger.warning(f"{checkpoint.name} is not pushed: {error}")
             shutil.rmtree(snapshot)
             return

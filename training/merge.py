@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..hub.command_line import CommandParser, stop
-from ..hub.model_card import write_card
+from ..hub.model_card import recipe_file, write_card
 from ..modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from ..processing.processing_llava_next_ar import LlavaNextARProcessor
 from .own_code import check_own_code, find_file
@@ -88,6 +88,9 @@ def merge_checkpoint(
     try:
         merged.save_pretrained(partial)
         processor.save_pretrained(partial)
+        recipe = recipe_file(Path(adapter).resolve())
+        if recipe.is_file():  # the card is made from it, now and at a push
+            shutil.copy(recipe, partial / recipe.name)
         write_card(partial, f"user/{output.resolve().name}")
         if output.exists():
             output.rmdir()

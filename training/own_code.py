@@ -8,6 +8,7 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..hub.hub_code import AUTO_MAP
+from ..hub.hub_folder import check_source
 
 _FILES_WITH_CLASSES = ("config.json", "processor_config.json", "adapter_config.json")
 
@@ -21,7 +22,9 @@ def find_file(source: str, name: str, revision: str | None = None) -> str | None
 
     Raises:
         OSError: if the Hub does not answer, and the cache holds neither the file nor a note of its absence.
+        ValueError: if the source is neither a folder nor of the form of a Hub id.
     """
+    check_source(source)
     if os.path.isdir(source):
         path = os.path.join(source, name)
         return path if os.path.isfile(path) else None

@@ -1,11 +1,13 @@
-"""Comparing the code of a checkpoint with that of a release: the auditor's command."""
+"""Comparison of the code of a checkpoint with that of a release (`llava-next-ar compare`)."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from llava_next_ar.hub import compare
 from llava_next_ar.hub.hub_code import code_files, write_code
+from llava_next_ar.scripts import command
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def test_one_changed_byte_is_a_difference(folder, capsys):
     assert outcome(capsys, folder)[0] == 1
 
 
-def test_the_code_of_an_earlier_release_is_told_from_a_changed_one(folder, monkeypatch, capsys):
+def test_the_code_of_an_earlier_release_is_recognized(folder, monkeypatch, capsys):
     earlier = {name: content + b"# 0.0.1\n" for name, content in code_files().items()}
     releases = {**compare.recorded_releases(), "0.0.1": compare._hashes(earlier)}
     monkeypatch.setattr(compare, "recorded_releases", lambda: releases)
@@ -60,6 +62,46 @@ def test_the_code_of_an_earlier_release_is_told_from_a_changed_one(folder, monke
 def test_the_first_release_is_recorded():
     first = compare.recorded_releases()["0.1.0"]
     assert len(first) == 39 and {"hub_code.py", "hub_files.py", "training_llava_next_ar.py"} <= first.keys()
+
+
+@pytest.mark.parametrize("name", ["./none", "none/of/these", "/no/such/folder", "no such folder"])
+def test_a_folder_that_does_not_exist_is_named(name, tmp_path, monkeypatch, capsys):
+    """The error of the Hub's client, "Repo id must be ...", is about something else."""
+    monkeypatch.chdir(tmp_path)
+    assert outcome(capsys, name) == (2, f"pytest: no such folder: {name}\n".replace("pytest", Path(sys.argv[0]).name))
+
+
+def test_a_file_is_not_a_folder(tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"")
+    code, text = outcome(capsys, path)
+    assert code == 2 and f"{path} is a file, expected a folder or a Hub id" in text
+
+
+COMMANDS_ON_FOLDERS = {
+    "ask": ("{folder}", "What?"),
+    "check": ("--model", "{folder}", "--train_data", "train.json", "--output_dir", "out"),
+    "consolidate": ("{folder}", "out"),
+    "convert": ("{folder}", "out"),
+    "evaluate": ("--model", "{folder}", "--data", "test.json"),
+    "merge": ("{folder}", "out"),
+    "push": ("{folder}", "ann/model", "--dry-run"),
+    "visualize": ("--model", "{folder}", "--video", "clip.mp4", "--output", "out"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS_ON_FOLDERS)
+def test_commands_name_a_folder_that_does_not_exist(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for file in ("train.json", "test.json"):
+        (tmp_path / file).write_text(
+            '[{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]'
+        )
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    with pytest.raises(SystemExit) as ended:
+        command.main([name, *(word.format(folder="runs/none/model") for word in COMMANDS_ON_FOLDERS[name])])
+    text = "".join(capsys.readouterr()) + str(ended.value.code)
+    assert "no such folder: runs/none/model" in text and "Repo id" not in text
 
 
 def test_a_folder_without_code_is_an_error(tmp_path, capsys):

@@ -20,7 +20,7 @@ WAYS = [("0.1.0", "this"), ("this", "0.1.0")]
 
 
 class Releases:
-    """Runs `release_programs.py` with one release or the other."""
+    """Run `release_programs.py` with one of the two releases."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""The example of another predictor and loss keeps every promise of the head, in training and after a reload.
+"""The example of a custom predictor and loss has all properties of the head, in training and after a reload.
 
 It is used as a reader uses it: written into the folder of a checkpoint, loaded as remote code.
 """
@@ -51,7 +51,9 @@ def test_it_starts_at_the_copy_baseline(model_class, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_later_frame_changes_a_prediction(model_class, layout):
     model = build(model_class, **LAYOUTS[layout])
-    torch.nn.init.normal_(model.autoregressive_module.change.weight)  # else nothing would show
+    torch.nn.init.normal_(
+        model.autoregressive_module.change.weight
+    )  # initially zero, which would hide every difference
     batch = video_batch(model.config, [[6]])
     before = model.predict_next_frames(**batch)[0]
     for changed in range(1, 6):
@@ -65,7 +67,7 @@ def test_no_later_frame_changes_a_prediction(model_class, layout):
 
 
 def test_a_frame_sees_num_hist_frames_and_no_more(model_class):
-    """Hidden states carry the past anyway, so the head is asked alone."""
+    """Hidden states contain the past too, so the head is tested alone."""
     model = build(model_class, head={"num_hist": 2, "num_layers": 1})
     head = model.autoregressive_module
     clip = model.config.frame_token_layout.video(5)
@@ -100,7 +102,7 @@ def test_a_batch_without_video_still_touches_every_parameter(model_class):
 
 @pytest.fixture(scope="module")
 def trained(model_class, tmp_path_factory):
-    """What a Trainer leaves behind, and what its model predicts."""
+    """Output folder of a Trainer, and predictions of its model."""
     folder = tmp_path_factory.mktemp("trained") / "my-trained-model"
     model = build(model_class)
     samples = [make_sample(model.config, [5], seed=0)] * 8
@@ -150,11 +152,11 @@ def test_a_fresh_process_without_the_package_loads_it_under_every_auto_class(tra
 
 
 def test_loading_it_as_the_plain_class_is_told(trained, caplog):
-    """The weights of the other predictor would be left out, with nothing but a table of keys to show for it."""
+    """The weights of the other predictor would be left out, with a table of keys as the only sign."""
     folder, *_ = trained
     logger.addHandler(caplog.handler)
     try:
-        with pytest.raises(RuntimeError):  # this predictor's layers have names of the other's, and other sizes
+        with pytest.raises(RuntimeError):  # layers of the same names, but of other sizes
             LlavaNextARForConditionalGeneration.from_pretrained(folder)
     finally:
         logger.removeHandler(caplog.handler)

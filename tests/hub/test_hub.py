@@ -1,4 +1,4 @@
-"""Pushed and loaded back through a real client and a local Hub: every process has caches of its own."""
+"""Pushes and loads through a real client and a local Hub; each process has its own caches."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ COLUMNS = ("main", "pinned revision", "offline", "without this package")
 
 
 class World:
-    """A Hub, what was pushed to it, and what each kind of process loaded back, once it is asked for."""
+    """A Hub, the pushed models, and the results of each kind of process that loads them, computed at the first use."""
 
     def __init__(self, hub: HubServer, folder: Path) -> None:
         self.hub, self.folder = hub, folder
@@ -85,14 +85,14 @@ def test_every_auto_class_and_option_loads_the_same_model(world):
     assert dtype == "torch.bfloat16"
     assert torch.tensor(logits).allclose(torch.tensor(expected[0]), atol=0.05) and logits != expected[0]
     assert mse == pytest.approx(expected[1], rel=0.05)
-    assert found["AutoConfig"] == AUTO_MAP  # no repository before the class names: a save of it stands by itself
+    assert found["AutoConfig"] == AUTO_MAP  # class names without a repository: a new save is complete by itself
     assert found["AutoVideoProcessor"] == 4
     (answer,) = found["pipeline"]
     assert answer["generated_text"] == found["generated"]
 
 
 def test_loading_says_nothing_but_that_code_came(world):
-    """Pinned, there is not even that to say."""
+    """With a pinned revision, transformers does not print that note either."""
     expected = r"\[transformers\] A new version of the following files was downloaded.*|- \w+\.py|\. Make sure to.*"
     lines = [line for line in world.loaded("main").stderr.splitlines() if not re.fullmatch(expected, line)]
     assert lines == []
@@ -106,14 +106,14 @@ def test_pushes_leave_no_stale_weights_and_name_the_base_by_its_id(world):
     assert "model.safetensors" not in names["sharded-model"]
     shards = {name for name in names["sharded-model"] if name.endswith(".safetensors")}
     index = json.loads(world.hub.repo("ann/sharded-model").files()["model.safetensors.index.json"])
-    assert shards == set(index["weight_map"].values()) and len(shards) > 1  # none of the first version's
+    assert shards == set(index["weight_map"].values()) and len(shards) > 1  # without those of the first version
     assert {name for name in names["adapter"] if name.endswith(".safetensors")} == {"adapter_model.safetensors"}
     config = json.loads(world.hub.repo("ann/adapter").files()["adapter_config.json"])
     assert config["base_model_name_or_path"] == "ann/model"
     modules = set(code_files())
     assert all(modules <= found for found in names.values())
     assert world.hub.repo("ann/model").private
-    # The second host, which serves the weights, is told no token.
+    # The second host, which serves the weights, receives no token.
     assert not any(request.user for request in world.hub.requests("/cdn/"))
 
 

@@ -53,7 +53,7 @@ def folder(tmp_path) -> Path:
 
 
 def test_the_card_lists_what_its_code_needs(folder):
-    """All that the model's code imports, in the ranges of the package."""
+    """All direct requirements of the model's code, in the ranges of the package."""
     text = build_card(folder, "ann/model").text
     (line,) = re.findall(r"^pip install (.*)$", text, re.MULTILINE)
     wanted = {Requirement(part) for part in re.findall('"([^"]*)"', line)}
@@ -70,7 +70,7 @@ def test_the_card_lists_what_its_code_needs(folder):
 
 
 def test_no_place_and_no_name_of_the_recipe_goes_into_the_card(folder):
-    """Of the keys that can hold a text of any kind, these stay; a new one of transformers' needs a decision."""
+    """Keys with free text that stay in the card; each new key of transformers needs a decision."""
     shown = set(
         """
         dtype attn_implementation trainable lora_target_modules on_bad_sample sampling short_clip video_backend resize_backend
@@ -150,7 +150,7 @@ def test_the_task_of_the_card_is_one_of_the_pipelines(folder):
 
 
 def with_results(folder: Path, *, here: bool = True, **changes: object) -> Path:
-    """Writes RESULTS, with some entries replaced, into the folder of a model, or beside it."""
+    """Write RESULTS, with some entries replaced, into the folder of a model, or beside it."""
     path = (folder if here else folder.parent) / "results.json"
     results = {**RESULTS, **changes}
     path.write_text(json.dumps({**results, "table": format_results(results, problems=False)}))
@@ -164,7 +164,7 @@ def metrics_of(card: ModelCard) -> dict[str, float]:
 def test_the_card_holds_all_accuracies_and_only_numbers_that_there_are(folder):
     answering = RESULTS["question_answering"]["all"]
     kinds = {"order": {**answering, "exact": 0.5, "choice": 0.25}, "count": {**answering, "likelihood": 1.0}}
-    still = {**RESULTS["reconstruction"], "skill": None}  # nothing moves: there is no error to take away
+    still = {**RESULTS["reconstruction"], "skill": None}  # clips without motion: the copy baseline has no error
     with_results(
         folder,
         question_answering={"all": {**answering, "choice": 0.625}, "by_type": kinds},
@@ -179,7 +179,7 @@ def test_the_card_holds_all_accuracies_and_only_numbers_that_there_are(folder):
         "Next frame, temporal consistency": 0.3,
     }
     assert check_card(str(card)) == []
-    # One type only would say everything twice.
+    # With one question type, all rows would be repeated.
     with_results(folder, question_answering={"all": answering, "by_type": {"order": answering}})
     assert not any("order" in name for name in metrics_of(build_card(folder, "ann/model")))
 
@@ -194,7 +194,7 @@ def test_the_card_counts_bad_samples_without_a_path_of_this_computer(folder):
 
 
 def test_results_of_other_weights_stay_out_of_the_card(folder, caplog):
-    """A folder that was trained on keeps the file of the evaluation before; whoever names a file means that one."""
+    """A folder that is trained further keeps the file of an earlier evaluation; a file given by the user is an error."""
     weights = {"id": "out", "revision": None, "weights_sha256": weights_sha256(folder)}
     path = with_results(folder, model=weights)
     (folder / "training_args.bin").write_bytes(b"settings, not weights")
@@ -210,7 +210,7 @@ def test_results_of_other_weights_stay_out_of_the_card(folder, caplog):
 
 
 def test_results_of_another_release_are_refused(folder, tmp_path):
-    """Before frames were held back for all horizons, the results had another form."""
+    """Results of older releases lack the metrics of rollouts."""
     old = tmp_path / "old.json"
     frames = {**FRAMES, "horizon": 1, "by_horizon": {"1": {**FRAMES, "by_gap": []}}}
     old.write_text(json.dumps({**RESULTS, "reconstruction": frames}))

@@ -1,4 +1,4 @@
-"""The exporter: folders of modules in, the one flat folder that transformers loads out."""
+"""The exporter, which writes the folders of modules as the one flat folder that transformers loads."""
 
 import ast
 import json
@@ -21,7 +21,7 @@ from llava_next_ar.modeling.modeling_llava_next_ar import LlavaNextARForConditio
 ROOT = Path(hub_code.__file__).resolve().parents[1]
 TRAVELLING = ("configuration", "hub", "modeling", "processing")
 IMPORT = re.compile(r"^(\s*from )\S+( import .*)$")
-# What travels is read by whoever loads a checkpoint: a reason is due for more.
+# Users read the code that travels before they load a checkpoint: the limits keep it short.
 MAX_FILES, MAX_LINES = 29, 10_000
 PARTS = ("model", "processor", "config", "video_processor")
 
@@ -42,7 +42,7 @@ def source_of(name: str) -> Path:
 
 
 def test_what_travels_is_what_the_classes_need():
-    """All of the three folders of the model, of hub/ the two modules that they import, and nothing of the trainer."""
+    """All modules of the three folders of the model, the two modules of hub/ that they import, and none of the trainer."""
     names = {path.name for folder in TRAVELLING[:1] + TRAVELLING[2:] for path in (ROOT / folder).glob("*.py")}
     assert code_files().keys() == {*names, "hub_code.py", "pushed_model.py"}
 
@@ -151,7 +151,7 @@ ABSOLUTE = "llava_next_ar.modeling"
 
 @pytest.fixture
 def own_package(tmp_path, monkeypatch):
-    """Writes a package of a user's own and returns a function that imports a module of it."""
+    """Write a user's package, and return a function that imports a module of it."""
     monkeypatch.syspath_prepend(str(tmp_path / "src"))
     folder = tmp_path / "src" / "own_package"
     folder.mkdir(parents=True)
@@ -175,7 +175,7 @@ def build(model_class):
 
 @pytest.mark.parametrize("registered", [False, True])
 def test_a_class_of_a_users_own_package_travels_with_its_helper(own_package, tmp_path, registered):
-    """`register_for_auto_class` is the documented way, and must not bring transformers' own copying back."""
+    """`register_for_auto_class` is the documented way, and must not enable transformers' own copy of files."""
     text = HEAD.format(helper="from .own_helper import FACTOR", package=ABSOLUTE)
     model_class = own_package(text).OwnModel
     if registered:
@@ -201,7 +201,7 @@ def test_a_class_of_a_users_own_package_travels_with_its_helper(own_package, tmp
 
 
 def test_a_class_beside_a_checkpoint_may_import_either_way(tmp_path):
-    """Without the package the relative form is the one that loads; saved, both are the same."""
+    """Without the package only the relative form loads; both are saved alike."""
     code = """
         import json, sys
         from pathlib import Path
@@ -267,7 +267,7 @@ def test_a_failed_save_leaves_the_classes_as_they_were(tmp_path, monkeypatch):
 
 
 def test_an_adapter_of_an_older_checkpoint_gets_its_code_by_transformers_own_copying(tmp_path):
-    """Classes of a release before `save_code`: flat files, and a block that names all of them."""
+    """Classes of a release before `save_code`: flat files, and a block that imports all of them."""
     from llava_next_ar.training.hub_trainer import HubTrainer
 
     copied = []

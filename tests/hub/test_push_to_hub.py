@@ -36,7 +36,7 @@ CONFIGS = Path(push_to_hub.__file__).parents[1] / "scripts" / "configs"
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A Hub that the client of this process talks to, with ann's token, and no wait between tries."""
+    """A Hub for the client of this process, with ann's token and without waits between attempts."""
     with HubServer(check_card=check_card) as server:
         server.add_user("ann", TOKEN)
         server.add_user("bob", "hf_bob")
@@ -49,7 +49,7 @@ def hub(monkeypatch, tmp_path):
             "HF_HUB_OFFLINE": False,
         }.items():
             monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # remembers the address
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # caches the address
         monkeypatch.setattr("time.sleep", lambda seconds: None)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
@@ -57,7 +57,7 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """A model with its processor, and beside it what a training leaves."""
+    """A model with its processor, beside files of a training."""
     folder = tmp_path_factory.mktemp("saved") / "run"
     model = tiny_model()
     model.save_pretrained(folder)
@@ -98,11 +98,11 @@ def test_a_dry_run_lists_what_would_happen_and_sends_nothing(hub, folder, capsys
         "checkpoint-5/": "1 file: an earlier checkpoint",
         "data/": "1 file: not on the list of what a model needs",
         ".env": "not on the list of what a model needs",
-        "notes.py": "no module of the model's code",
+        "notes.py": "not a module of the model's code",
     }
     assert not hub.repositories
     assert {request.method for request in hub.log} == {"GET"}
-    # What is said is what is done.
+    # The push does what the dry run lists.
     push(folder, "ann/model", "--license", "apache-2.0")
     assert set(hub.repo("ann/model").files()) == uploaded | {".gitattributes"}
 
@@ -120,7 +120,7 @@ def test_a_folder_that_is_left_out_takes_one_line():
 
 @pytest.mark.parametrize("offline", [True, False])
 def test_a_dry_run_without_a_hub_lists_the_local_files(folder, offline, monkeypatch, capsys):
-    """Offline mode, and a host that does not answer: the files are known all the same."""
+    """Offline mode, and a host that does not answer: the local files are listed in both."""
     if not offline:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -209,7 +209,7 @@ def test_a_save_beside_an_adapter_says_which_of_the_two_loads(tmp_path, caplog):
     (tmp_path / "adapter_config.json").write_text("{}")
     tiny_model().save_pretrained(tmp_path)
     assert f"{tmp_path} holds an adapter too, and from_pretrained loads that instead" in caplog.text
-    assert (tmp_path / "adapter_config.json").is_file()  # it may be the adapter of this very model
+    assert (tmp_path / "adapter_config.json").is_file()  # it may be an adapter of this model
 
 
 def test_stale_files():
@@ -313,7 +313,7 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub, monkeypatch):
 
 
 def test_somebody_elses_commit_in_between_is_not_overwritten(hub, monkeypatch):
-    """What is stale is looked up again, on top of the new commit."""
+    """The list of stale files is computed again, on top of the new commit."""
     HfApi().create_repo("model")
     find, others = HfApi.model_info, ["model-00001-of-00002.safetensors"]
 
@@ -349,7 +349,7 @@ def test_refusals_say_what_is_wrong(hub, folder, monkeypatch):
     assert "is public: make it private" in refused("ann/model", "--private")
     assert "none.json, which is not a file" in refused("ann/model", "--results", "none.json")
     assert '"license" must be one of the known licenses, got Apache 2' in refused("ann/model", "--license", "Apache 2")
-    assert "is not a folder" in str(pytest.raises(SystemExit, push, folder / "none", "ann/model").value)
+    assert "no such folder" in str(pytest.raises(SystemExit, push, folder / "none", "ann/model").value)
     assert "repo_id" in refused("ann/mo--del")
     monkeypatch.setenv("HF_TOKEN", "hf_bob")
     assert "403" in refused("ann/model")
@@ -418,8 +418,8 @@ def test_the_card_says_what_the_folder_does(hub, folder):
     card.validate()
     assert f'checkpoint, revision = "ann/model", "{commit.oid}"\n' in card.text and "0.750 [0.50, 1.00]" in card.text
     assert "learning_rate: 1.0e-05\n" in card.text and "num_hist: 2" in card.text
-    assert "hf_x" not in card.text and "/home/ann" not in card.text  # neither who pushed, nor from where
-    # The commit that the card pins holds everything but this pin.
+    assert "hf_x" not in card.text and "/home/ann" not in card.text  # neither user nor path
+    # The commit that the card pins holds all files but this version of the card.
     pinned, last = (hub.repo("ann/model").resolve(revision).files for revision in (commit.oid, "main"))
     assert {name for name in last if last[name] != pinned[name]} == {"README.md"}
 
@@ -443,7 +443,7 @@ def test_the_code_of_a_card_runs_as_it_stands(hub, folder, tmp_path, monkeypatch
     answer = capsys.readouterr().out.rstrip("\n")
     assert answer and printed.startswith(answer)  # both are greedy
     data = ModelCard(content).data
-    assert data.license == "apache-2.0"  # an adapter has its base's
+    assert data.license == "apache-2.0"  # the license of the base
     if kind == "adapter":
         assert (data.base_model, data.base_model_relation, data.library_name) == ("ann/model", "adapter", "peft")
         assert f'pinned = {{"revision": "{hub.repo("ann/model").resolve("main").oid}", ' in block
@@ -477,7 +477,7 @@ def test_a_card_that_somebody_wrote_is_kept(hub, folder, capsys):
     ],
 )
 def test_the_local_hub_knows_the_rules_for_cards(hub, metadata, message):
-    """What is accepted in the other tests is accepted for a reason."""
+    """The check of cards in the other tests rejects wrong metadata."""
     HfApi().create_repo("model")
     with pytest.raises(ValueError, match=re.escape(message)):
         commit_files("ann/model", {"README.md": f"---\n{metadata}\n---\n".encode()}, commit_message="bad")
@@ -514,7 +514,7 @@ def test_an_adapter_of_a_local_folder_needs_to_be_told_its_base(hub, folder, tmp
 
 
 def test_an_adapter_whose_base_others_cannot_find_is_refused(hub, tmp_path, monkeypatch):
-    """Also one that looks like an id: whoever takes that name on the Hub would run code wherever the adapter is loaded."""
+    """Also a folder that has the form of an id: the owner of that id could run code wherever the adapter is loaded."""
 
     def commit(base: str) -> None:
         config = json.dumps({"base_model_name_or_path": base}).encode()
@@ -622,7 +622,7 @@ def test_pushes_during_the_training(hub, tmp_path, strategy):
     assert {name for name in names if "/" not in name} - {"README.md"} == MODEL_NAMES
     nested = {name.split("/")[0] for name in repository.files() if "/" in name}
     assert nested == {None: set(), "checkpoint-4": {"checkpoint-2", "checkpoint-4"}}.get(folder, {folder})
-    if folder is not None:  # enough to go on from
+    if folder is not None:  # sufficient to resume from
         assert {f"{folder}/{name}" for name in ("optimizer.pt", "trainer_state.json", "model.safetensors")} <= names
         assert json.loads(repository.files()[f"{folder}/trainer_state.json"])["global_step"] == 4
     assert not any(TOKEN.encode() in content for content in repository.files().values())
@@ -664,10 +664,10 @@ def test_a_failed_push_is_told_before_the_next_begins_and_does_not_stop_it(hub, 
 
 
 def test_an_adapter_of_a_local_base_names_its_whole_path(hub, folder, tmp_path, monkeypatch):
-    """So that it loads from any folder; without the module that the class had in this process."""
+    """The adapter loads from any folder, and does not name the module of the class in this process."""
     monkeypatch.chdir(tmp_path)
     trainer = make_trainer(tmp_path / "lora", adapter_of="run")
-    trainer.save_model(_internal_call=True)  # without a push, which would ask for the base
+    trainer.save_model(_internal_call=True)  # without a push, which looks up the base
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["auto_mapping"]) == (str(folder), None)
     monkeypatch.chdir(tmp_path / "lora")
@@ -676,7 +676,7 @@ def test_an_adapter_of_a_local_base_names_its_whole_path(hub, folder, tmp_path, 
 
 
 def test_the_trainer_pushes_a_complete_adapter(hub, folder, tmp_path, caplog):
-    """During the training too: PEFT's card named the base by its folder, and the Hub refused every push."""
+    """During the training too: PEFT's card names the base by its folder, and the Hub rejects such a push."""
     push(folder, "ann/base", "--license", "apache-2.0")
     snapshot = huggingface_hub.snapshot_download("ann/base")
     trainer = make_trainer(tmp_path / "lora", adapter_of=snapshot, save_strategy="steps", save_steps=1)

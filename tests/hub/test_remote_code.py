@@ -1,4 +1,4 @@
-"""What others load from a saved folder: everything, without this package installed, and unchanged by a round trip."""
+"""Loading from a saved folder without this package installed: all parts, unchanged by a round trip."""
 
 import filecmp
 import json
@@ -81,11 +81,11 @@ def test_a_fresh_process_without_the_package_answers_and_predicts(checkpoint, tm
         assert torch.equal(torch.tensor(found_logits), logits)
         assert found_answer == answer.tolist()
         assert found_metrics == pytest.approx(metrics, rel=1e-6)
-    assert metrics["mse"] != metrics["copy_mse"]  # the head took part
+    assert metrics["mse"] != metrics["copy_mse"]  # the head contributes
 
 
 def test_saving_what_was_loaded_from_a_folder_gives_the_same_files(checkpoint, tmp_path):
-    """A class that came as remote code lives in a cache folder: everything must still be beside it."""
+    """A class of remote code lies in a cache folder: a save from there must be complete."""
     folder, *_ = checkpoint
     code = """
         import json, sys
@@ -102,7 +102,7 @@ def test_saving_what_was_loaded_from_a_folder_gives_the_same_files(checkpoint, t
         assert names == sorted(path.name for path in after.iterdir())
         _, different, unreadable = filecmp.cmpfiles(before, after, names, shallow=False)
         assert (different, unreadable) == (expected, [])
-    # transformers notes the dtype of the sub-models when it loads them: the one difference to a model built in memory.
+    # transformers writes the dtype of the sub-models when it loads them: the one difference from a model built in memory.
     configs = [json.loads((save / "config.json").read_text()) for save in (first, second)]
     for part in ("text_config", "vision_config"):
         assert configs[1][part].pop("dtype") == "float32"

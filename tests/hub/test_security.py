@@ -1,4 +1,4 @@
-"""Remote code runs on the machines of strangers, and data sets come from strangers: what neither may do.
+"""Limits of remote code, which runs on the machines of others, and of data, which come from others.
 
 The code: no pickle, nothing that runs text or other programs, a fixed list of imports, no effect of importing or loading
 but what was asked for. The data: no file but the one that was named, no network, no more memory than a video can need.
@@ -30,7 +30,7 @@ from llava_next_ar.training.media_paths import path_below
 ROOT = Path(__file__).parents[2]
 CODE = {name: content.decode() for name, content in code_files().items()}  # that of every checkpoint
 
-# -- What the code does not do
+# -- Limits of the code
 
 FORBIDDEN_MODULES = {
     *(
@@ -60,7 +60,7 @@ ALLOWED_IMPORTS = {"from http.client import HTTPException"}  # an error of urlli
 
 
 def forbidden(source: str) -> list[str]:
-    """What a module imports or calls that it must not, anywhere in its code."""
+    """Forbidden imports and calls, anywhere in the code of a module."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, "level", 0):
@@ -103,11 +103,11 @@ def test_the_search_finds_what_it_looks_for():
     assert forbidden(good) == []
 
 
-# A user of a checkpoint has these: torch and transformers, and what they bring. What is missing stops the import.
+# Torch, transformers and their requirements: without one of these the import fails.
 REQUIRED = {
     *("PIL", "huggingface_hub", "jinja2", "numpy", "packaging", "tokenizers", "torch", "transformers"),
 }
-# These are tried, and told of when something that needs them is called.
+# Tried at import; a call that needs a missing one raises an error that names it.
 OPTIONAL = {"av", "decord", "liger_kernel", "matplotlib", "torchcodec", "transformers"}
 
 
@@ -135,7 +135,7 @@ def test_what_remote_code_imports_is_this_list():
     assert optional == OPTIONAL
 
 
-# Runs in a process of its own, before and while this package is imported and a checkpoint is loaded.
+# Runs in a separate process, before and while this package is imported and a checkpoint is loaded.
 WATCH = """
 import json, os, random, sys, tempfile, threading, warnings, logging
 sys.dont_write_bytecode = True
@@ -199,7 +199,7 @@ print(json.dumps({"before": before, "imported": imported, "after_import": after_
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
-    """What was seen while all modules were imported and a checkpoint with its processor loaded from a folder."""
+    """Events observed while all modules were imported and a checkpoint with its processor was loaded from a folder."""
     folder = tmp_path_factory.mktemp("watched")
     model = tiny_model()
     model.save_pretrained(folder / "saved")
@@ -223,7 +223,7 @@ def test_importing_does_nothing_else(watched):
 
 
 def test_loading_from_a_folder_touches_neither_the_network_nor_foreign_files(watched):
-    """With the Hub client online: there is nothing to ask it for."""
+    """With the Hub client online, which has no reason for a request."""
     folder, seen = watched
     quiet = ("_thread.start_new_thread",)  # transformers reads weights with a pool of threads
     events = [(kind, what) for kind, what in seen["loaded"] if kind not in quiet]
@@ -235,12 +235,12 @@ def test_loading_from_a_folder_touches_neither_the_network_nor_foreign_files(wat
         assert seen["after_load"][name] == seen["before"][name]
 
 
-# -- What data cannot do
+# -- Limits of data
 
 
 @pytest.fixture
 def scene(tmp_path):
-    """A folder of media, and beside it a secret that nothing in the folder may lead to."""
+    """A folder of media, and beside it a secret that no file of the folder may reach."""
     root = tmp_path / "media"
     root.mkdir()
     write_clip(root / "clip.mp4", 8, width=64, height=48)
@@ -270,7 +270,7 @@ PLAYLISTS = {
 @pytest.mark.parametrize("name", PLAYLISTS)
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
 def test_a_playlist_is_no_video(scene, monkeypatch, name, as_bytes, backend):
-    """Bytes have no folder of their own: there FFmpeg read the working folder, and waited on a socket for minutes."""
+    """Bytes have no folder: without the limit FFmpeg reads the working folder, and waits on a socket for minutes."""
     pytest.importorskip({"pyav": "av", "decord": "decord"}[backend])
     root, secret = scene
     (root / "link.mp4").symlink_to(secret)
@@ -302,7 +302,7 @@ def test_odd_names_are_read_all_the_same(scene, monkeypatch):
 
 
 def test_the_list_of_formats_knows_what_ffmpeg_calls_them():
-    """A misspelt one would refuse good videos."""
+    """A misspelt name would reject valid videos."""
     import av
 
     known = {part for name in av.formats_available for part in name.split(",")}
@@ -364,7 +364,7 @@ def test_no_path_leads_out_of_the_folder(scene, processor, kind, name):
 
 
 def test_a_folder_of_frames_holds_no_link_that_leads_out(scene, processor):
-    """The folder is inside, its frames are not: that was once overlooked."""
+    """The folder lies inside, its frames outside."""
     root, secret = scene
     frames = root / "frames"
     frames.mkdir()
@@ -405,7 +405,7 @@ def test_addresses_only_where_they_are_allowed(scene, processor, name):
 
 
 def peak_memory(code: str, *arguments: object) -> float:
-    """MiB that a process took at most; `code` may raise nothing."""
+    """Peak memory of a process in MiB; `code` must not raise."""
     code = f"import sys, resource\n{code}\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
     return float(processes.run_python("-c", code, *arguments, timeout=120).split()[-1])
 

@@ -7,12 +7,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_model, video_batch
+from tiny_processor import tiny_processor
 from training_runs import make_samples
 from transformers import TrainingArguments
 
+from llava_next_ar.hub.model_card import RECIPE, build_card
 from llava_next_ar.hub.pushed_model import _replacing_weights
 from llava_next_ar.training.collator import LlavaVideoCollator
-from llava_next_ar.training.merge import merge_adapters
+from llava_next_ar.training.merge import merge_adapters, merge_checkpoint
 from llava_next_ar.training.trainer import HEAD, AutoregressiveTrainer
 
 TOWER = r".*vision_tower\.encoder\..*\.(q_proj|v_proj|fc1)"
@@ -67,6 +69,22 @@ def test_a_merge_without_adapters_on_the_tower_makes_no_copy():
     merged = merge_adapters(adapted(r".*language_model\..*\.q_proj"))
     assert merged.autoregressive_module.teacher is None
     assert not merged.config.autoregressive_config.separate_teacher
+
+
+@pytest.mark.parametrize("name", ["run", "run/checkpoint-5"])
+def test_the_card_of_a_merged_model_keeps_the_recipe(tmp_path, name):
+    base, adapter = tmp_path / "base", tmp_path / name
+    tiny_model().save_pretrained(base)
+    processor = tiny_processor(tiny_model().config)
+    model = adapted(r".*language_model\..*\.q_proj")
+    model.save_pretrained(adapter)
+    processor.save_pretrained(adapter)
+    recipe = "model: ann/base\ntrainable: lora\nlearning_rate: 0.00017\nautoregressive_config.loss_weight: 0.1\n"
+    (tmp_path / "run" / RECIPE).write_text(recipe)
+    merged = merge_checkpoint(str(adapter), tmp_path / "merged", base=str(base))
+    for text in ((merged / "README.md").read_text(), str(build_card(merged, "ann/merged"))):
+        assert "learning_rate: 0.00017" in text and "base_model: ann/base" in text
+        assert "adapters on the language model, projector, head" in text
 
 
 @pytest.mark.parametrize("tied", [True, False])
