@@ -284,7 +284,7 @@ def test_adapters_train_resume_and_are_joined(work, tmp_path, stage):
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_recipes_run_with_the_launch_files_in_bfloat16(work, recipe, stage):
-    """Of 4-bit weights (qlora.yaml) there are none without a GPU. One rank has a sample of text alone, the other a video."""
+    """All recipes but qlora.yaml, whose 4-bit weights need a GPU. One rank has a sample of text alone, the other a video."""
     name = f"{recipe}_{stage}"
     launch_file = SCRIPTS / "accelerate" / f"deepspeed_zero{stage}.yaml"
     launcher = ("-m", "accelerate.commands.launch", "--config_file", launch_file, "--num_processes", 2)
