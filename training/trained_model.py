@@ -52,6 +52,12 @@ def load_config(args: ModelArguments, sections: dict[str, dict[str, Any]]) -> tu
     changed.pop("autoregressive_config", None)  # its keys are listed one by one
     reshaped = {key: changed[key] for key in HEAD_SHAPE if key in changed}
     if model_type == "llava_next_ar" and saved.enable_autoregressive and has_head and reshaped:
+        if "embedding_dim" in reshaped:
+            old, new = reshaped["embedding_dim"]
+            raise ValueError(
+                f"the head of {args.model} has embedding_dim {old}, the recipe asks for {new}, and its weights fit no other "
+                f"size: set embedding_dim to {old}, or start from a checkpoint without a head"
+            )
         before = ", ".join(f"{key}={old}" for key, (old, _) in reshaped.items())
         after = ", ".join(f"{key}={new}" for key, (_, new) in reshaped.items())
         logger.warning(

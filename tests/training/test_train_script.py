@@ -165,6 +165,8 @@ def test_a_checkpoint_without_all_weights_ends_in_one_line(work):
     safetensors.torch.save_file(weights, work / "incomplete" / "model.safetensors", metadata={"format": "pt"})
     with ends_with(r"incomplete lacks 1 weights of the model, the first of them .*multi_modal_projector.*\n$"):
         train.main(options(work, "never", model="incomplete"))
+    with ends_with("base has embedding_dim 16, the recipe asks for 32"):
+        train.main(options(work, "never", "--embedding_dim", "32"))
     with ends_with("Target modules .*no_such_layer"):
         train.main(options(work, "never", "--lora_target_modules", "no_such_layer", config="lora"))
     assert not (work / "never").exists()
