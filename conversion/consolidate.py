@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         consolidate(options.checkpoint, options.output, options.model, int(options.max_shard_size * 10**9))
     except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
+        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
     print(f"wrote {options.output}")
 
 

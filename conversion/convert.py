@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
             progress=not options.no_progress,
         )
     except (ValueError, FileNotFoundError, FileExistsError) as error:
-        parser.exit(1, f"error: {error}\n")
+        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
     print(f"wrote {result.num_tensors} tensors ({result.num_bytes / 10**9:.2f} GB) to {result.output}")
     for note in result.notes:
         print(f"note: {note}")

@@ -101,7 +101,7 @@ class DataArguments:
     check_samples: int = field(
         default=200, metadata={"help": "Samples that check reads: their texts and the headers of their media."}
     )
-    check_decoded: int = field(default=10, metadata={"help": "Samples among these whose media check decodes."})
+    check_decoded: int = field(default=8, metadata={"help": "Samples among these whose media check decodes."})
     num_processes: int | None = field(
         default=None, metadata={"help": "With check: assumed number of processes; by default those that run."}
     )

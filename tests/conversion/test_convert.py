@@ -436,7 +436,7 @@ def test_command_line(tmp_path, capsys):
     assert (written["mm_spatial_pool_mode"], written["faster_token_stride"]) == ("average", 5)
     with pytest.raises(SystemExit) as stopped:
         convert.main(arguments)
-    assert stopped.value.code == 1
+    assert stopped.value.code == 2
     assert "not an empty folder" in capsys.readouterr().err
 
 
