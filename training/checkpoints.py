@@ -77,7 +77,9 @@ def resume_problem(folder: str | os.PathLike) -> str | None:
     names = {path.name for path in Path(folder).iterdir()}
     if any(name.startswith("global_step") for name in names):
         return None  # DeepSpeed keeps all states in a folder
-    missing = [kind for kind in ("optimizer", "scheduler") if not any(re.search(rf"\b{kind}", name) for name in names)]
+    missing = [
+        state for state in ("optimizer", "scheduler") if not any(re.search(rf"\b{state}", name) for name in names)
+    ]
     if not missing:
         return None
     return (

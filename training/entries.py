@@ -235,7 +235,7 @@ def _give_to_video(options: Mapping[str, Any], messages: list[dict[str, Any]]) -
         )
     for key in options:
         name = OPTION_ALIASES.get(key, key)
-        other = next((one for one in parts[0] if OPTION_ALIASES.get(one, one) == name), None)
+        other = next((option for option in parts[0] if OPTION_ALIASES.get(option, option) == name), None)
         if other is not None:
             raise ValueError(f"the entry has {key!r}, and its video has {other!r} as well; give one")
         parts[0][key] = options[key]
@@ -275,10 +275,10 @@ def _from_chat(
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         for part in parts:
-            kind = str(part.get("type")).removesuffix("_url") if isinstance(part, Mapping) else None
-            if kind in _PART_KEYS:
-                known = ("type", *_PART_KEYS[kind], *_PART_OPTIONS[kind])
-                _check_keys(part, known, f"a {kind} part of message {number}", ignored_keys)
+            part_type = str(part.get("type")).removesuffix("_url") if isinstance(part, Mapping) else None
+            if part_type in _PART_KEYS:
+                known = ("type", *_PART_KEYS[part_type], *_PART_OPTIONS[part_type])
+                _check_keys(part, known, f"a {part_type} part of message {number}", ignored_keys)
         read = [_part(part, f"message {number}", message["role"], left, folders) for part in parts]
         for part, read_part in zip(parts, read, strict=True):
             names = [name for name in _PART_OPTIONS[read_part["type"]] if name not in ignored_keys]
@@ -293,11 +293,11 @@ def _from_chat(
 
 
 def _part(part: Any, where: str, role: str, left: dict[str, list[Any]], folders: MediaFolders) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and isinstance(part.get("text"), str):
+    part_type = part.get("type") if isinstance(part, Mapping) else None
+    if part_type == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     for media in ("video", "image"):
-        if kind not in (media, f"{media}_url"):
+        if part_type not in (media, f"{media}_url"):
             continue
         if role != "user":
             raise ValueError(f"{where} is from {role!r} but holds a {media}")

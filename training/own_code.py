@@ -58,9 +58,9 @@ def own_classes(source: str, revision: str | None = None) -> list[str]:
         values = _read_json(path) if path is not None else {}
         classes = values.get("auto_map") or {}
         for reference in classes.values() if isinstance(classes, dict) else ():
-            for one in reference if isinstance(reference, (list, tuple)) else [reference]:
-                if isinstance(one, str) and one.rpartition("--")[2] not in AUTO_MAP.values():
-                    found[one] = None
+            for class_name in reference if isinstance(reference, (list, tuple)) else [reference]:
+                if isinstance(class_name, str) and class_name.rpartition("--")[2] not in AUTO_MAP.values():
+                    found[class_name] = None
         base = values.get("base_model_name_or_path") if name == "adapter_config.json" else None
         if base and os.path.abspath(base) != os.path.abspath(source):
             found |= dict.fromkeys(own_classes(base))

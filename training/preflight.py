@@ -111,7 +111,7 @@ def collect_statistics(
 
     def collect(samples: Sequence[UnreadSample], decodes: bool) -> list[SampleStatistics]:
         loader = DataLoader(
-            _Statistics(samples, decodes), batch_size=1, collate_fn=lambda one: one[0], num_workers=num_workers
+            _Statistics(samples, decodes), batch_size=1, collate_fn=lambda batch: batch[0], num_workers=num_workers
         )
         return list(tqdm(loader, total=len(samples), desc="decoding" if decodes else "reading headers"))
 
@@ -120,13 +120,15 @@ def collect_statistics(
     if not can_count:
         return collect(samples, decodes=True), [f"samples               {len(samples)} decoded"]
     statistics = collect(samples, decodes=False)
-    with_media = [number for number, one in enumerate(statistics) if one.problem is None and one.videos + one.images]
+    with_media = [
+        number for number, sample in enumerate(statistics) if sample.problem is None and sample.videos + sample.images
+    ]
     chosen = with_media[:num_decoded]
     decoded = collect([samples[number] for number in chosen], decodes=True) if chosen else []
     differing = 0
-    for number, one in zip(chosen, decoded, strict=True):
-        differing += one.length not in (0, statistics[number].length)
-        statistics[number] = one
+    for number, sample in zip(chosen, decoded, strict=True):
+        differing += sample.length not in (0, statistics[number].length)
+        statistics[number] = sample
     lines = [f"samples               {len(samples)} read, of which {len(decoded)} decoded"]
     if differing:
         lines.append(f"    {differing} of these {len(decoded)} have another length than their headers give")
@@ -159,7 +161,7 @@ def run_preflight(
     report = PreflightReport()
     samples = choose_samples(data, data_args.check_samples, training_args.seed)
     statistics, lines = collect_statistics(samples, data_args.check_decoded, training_args.dataloader_num_workers)
-    usable = [one for one in statistics if one.problem is None]
+    usable = [sample for sample in statistics if sample.problem is None]
     report.lines += [
         *describe_frames(processor),
         *lines,
@@ -168,7 +170,7 @@ def run_preflight(
     num_entries = len(data) if hasattr(data, "__len__") else None
     describe_problems(statistics, report, data_args, num_entries)
     report.lines += describe_steps(data, training_args, data_args.num_processes, len(usable) / len(statistics))
-    if usable and not any(one.targets for one in usable) and not data_args.reconstruction_only:
+    if usable and not any(sample.targets for sample in usable) and not data_args.reconstruction_only:
         report.failures.append(
             f"none of {len(usable)} samples has a supervised token, so main_loss would stay 0: put answers under "
             "'conversations' (turns from 'gpt') or 'messages', or set reconstruction_only: true if that is meant"
@@ -203,31 +205,31 @@ def choose_samples(data: Any, num_samples: int, seed: int) -> list[UnreadSample]
 
 def describe_frames(processor: Any) -> list[str]:
     layout = processor.frame_token_layout
-    kinds = [0, 1] if layout.is_slow_fast else [0]
-    per_frame = " (slow), ".join(str(layout.tokens_per_frame(kind)) for kind in kinds)
+    frame_types = [0, 1] if layout.is_slow_fast else [0]
+    per_frame = " (slow), ".join(str(layout.tokens_per_frame(frame_type)) for frame_type in frame_types)
     sampling = processor.video_processor.sampling_for()
     settings = inspect.signature(SAMPLING_POLICIES[sampling.policy]).parameters.values()
     names = [setting.name for setting in settings if setting.kind is inspect.Parameter.KEYWORD_ONLY]
     chosen = ", ".join(f"{name} {getattr(sampling, name)}" for name in names if getattr(sampling, name))
     return [
-        f"tokens per frame      {per_frame}{' (fast)' * (len(kinds) > 1)}",
+        f"tokens per frame      {per_frame}{' (fast)' * (len(frame_types) > 1)}",
         f"frames                {sampling.policy}: {chosen}",
     ]
 
 
 def describe_samples(statistics: list[SampleStatistics], model: Any, max_length: int | None) -> list[str]:
-    read = [one for one in statistics if one.length]
+    read = [sample for sample in statistics if sample.length]
     if not read:
         return ["    none of them can be read"]
-    lengths = np.array([one.length for one in read])
-    frames = [one.frames for one in read if one.videos]
-    targets = [one.targets for one in read]
+    lengths = np.array([sample.length for sample in read])
+    frames = [sample.frames for sample in read if sample.videos]
+    targets = [sample.targets for sample in read]
     context = _base(model).config.text_config.max_position_embeddings
     limits = {"the context (max_position_embeddings)": context}
     if max_length is not None:
         limits["max_length"] = max_length
-    without_video = sum(not one.videos for one in read)
-    without_answer = sum(not one.targets for one in read)
+    without_video = sum(not sample.videos for sample in read)
+    without_answer = sum(not sample.targets for sample in read)
     lines = []
     if frames:
         lines.append(f"frames per sample     {min(frames)} to {max(frames)}, mean {np.mean(frames):.1f}")
@@ -267,14 +269,14 @@ def describe_problems(
     """Reports bad samples by cause, with examples. Messages that differ in names and numbers alone have one cause."""
     max_bad_samples, max_bad_share = data_args.max_bad_samples, data_args.max_bad_share
     is_skipped = data_args.on_bad_sample == "skip"
-    bad = [one for one in statistics if one.problem is not None]
+    bad = [sample for sample in statistics if sample.problem is not None]
     report.lines.append(f"bad samples           {len(bad)} of {len(statistics)} ({len(bad) / len(statistics):.1%})")
     by_cause: dict[str, list[SampleStatistics]] = {}
-    for one in bad:
-        by_cause.setdefault(_cause_of(one), []).append(one)
+    for sample in bad:
+        by_cause.setdefault(_cause_of(sample), []).append(sample)
     for cause, examples in sorted(by_cause.items(), key=lambda item: -len(item[1])):
         report.lines.append(f"    {len(examples)} x {cause}")
-        report.lines += [f"        {one.name}: {one.problem}" for one in examples[:NUM_EXAMPLES]]
+        report.lines += [f"        {sample.name}: {sample.problem}" for sample in examples[:NUM_EXAMPLES]]
     if bad and not is_skipped:
         report.failures.append(f"{bad[0].name} cannot be used ({bad[0].problem}), and on_bad_sample is raise")
     if max_bad_samples is not None and is_skipped and len(bad) > max_bad_samples:
@@ -333,9 +335,9 @@ def describe_memory(
     batch_size = training_args.per_device_train_batch_size
     batch = {
         "batch_size": batch_size,
-        "length": max(one.length for one in usable),
-        "num_frames": batch_size * max(one.frames for one in usable),
-        "num_targets": batch_size * max(one.targets for one in usable),
+        "length": max(sample.length for sample in usable),
+        "num_frames": batch_size * max(sample.frames for sample in usable),
+        "num_targets": batch_size * max(sample.targets for sample in usable),
     }
     options["optimizer"] = str(getattr(training_args.optim, "value", training_args.optim))
     options["masked_length"] = batch_size * batch["length"] if makes_mask else 0

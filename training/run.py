@@ -276,11 +276,11 @@ def describe(model: Any, training_args: TrainingArguments, data: Any) -> str:
 
 def check_sharding(training_args: TrainingArguments, accelerator: Any) -> None:
     """Raises ValueError for FSDP and DeepSpeed where accelerate would silently run without them, as it does without GPUs."""
-    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    distributed_type = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     for name in sharding_asked_for(training_args):
-        if kind != name:
+        if distributed_type != name:
             raise ValueError(
-                f"the launch file or recipe asks for {name}, but accelerate runs {kind} here and would split "
+                f"the launch file or recipe asks for {name}, but accelerate runs {distributed_type} here and would split "
                 "nothing: it needs GPUs and several processes (scripts/accelerate/cpu.yaml is for processes without GPUs)"
             )
 

@@ -100,7 +100,7 @@ class DataSource:
 
 def parse_sources(value: Any) -> list[DataSource]:
     """Returns a list of sources from one or several. Raises ValueError for none, or for the same twice."""
-    sources = [DataSource.parse(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
+    sources = [DataSource.parse(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
     if not sources:
         raise ValueError("no data source is given")
     labels = [source.label for source in sources]
