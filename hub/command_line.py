@@ -16,10 +16,10 @@ def program_name() -> str:
     return Path(sys.argv[0]).name
 
 
-def stop(error: object) -> NoReturn:
-    """Print one line, `program: message`, to stderr and exit with `BAD_INPUT`."""
+def stop(error: object, status: int = BAD_INPUT) -> NoReturn:
+    """Print one line, `program: message`, to stderr and exit with a status."""
     print(f"{program_name()}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    sys.exit(BAD_INPUT)
+    sys.exit(status)
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -428,16 +428,16 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         """
         several_ranks = has_several_ranks()
         misses = (not has_videos and (several_ranks or not has_images), not has_images and several_ranks)
-        tokens = [token for token in (self.model.image_newline, self.model.faster_token) if token is not None]
         vision = self.config.vision_config
         shape = (1, 1, vision.num_channels, vision.image_size, vision.image_size)
         zero = 0
-        # The tokens, of which no layout uses both always, come between: gradients must become ready in one order on all ranks.
-        for is_missing, others in zip(misses, (tokens, ()), strict=True):
+        # The tokens, of which no layout uses both always, are read between the two: ZeRO-3 gathers a parameter when it is read,
+        # and gradients must become ready in one order on all ranks.
+        for is_missing, names in zip(misses, (("image_newline", "faster_token"), ()), strict=True):
             if is_missing:
                 blank = torch.zeros(shape, device=self.device, dtype=self.dtype)
                 zero = zero + zero_through(*self.model.get_video_features(blank, return_dict=True).pooler_output)
-            zero = zero + zero_through(*others)
+            zero = zero + zero_through(*filter(torch.is_tensor, (getattr(self.model, name) for name in names)))
         return zero
 
     def _touch_head(self, hidden_states: torch.Tensor, wants_reconstruction: bool) -> torch.Tensor | float:

@@ -466,7 +466,13 @@ def with_own_options(
     an upper limit for every policy."""
     given = {name: value for name, value in call.items() if value is not None}
     if of_video.keys() & {"sampling", "fps", "num_frames", "sample_rate"}:
-        given = {name: given[name] for name in given.keys() - {"sampling", "use_fast_slow_frames", *SAMPLING_SETTINGS}}
+        replaced = {"sampling", "use_fast_slow_frames", *SAMPLING_SETTINGS}
+        if of_video.keys() & {"num_frames", "max_frames"} or of_video.get("sampling") in (
+            "uniform",
+            *_READ_NUM_FRAMES,
+        ):
+            replaced -= {"short_clip"}  # it goes by a number of frames, and these options give one
+        given = {name: given[name] for name in given.keys() - replaced}
         given["do_sample_frames"] = True
     elif of_video and not given.get("do_sample_frames", stored["do_sample_frames"]):
         given |= {"do_sample_frames": True, "sampling": "every_nth", "sample_rate": 1}

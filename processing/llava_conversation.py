@@ -232,8 +232,9 @@ def llava_conversation_to_messages(
         given = {VIDEO_TOKEN: 0, IMAGE_TOKEN: len(videos)}
     for token, count in counts.items():
         if count != given[token]:
+            hint = f" (a text that quotes {token} goes into a text part of 'messages')" * (count > given[token])
             raise ValueError(
-                f"the conversation has {count} {token} placeholders for {given[token]} {media[token][0]}s: "
+                f"the conversation has {count} {token} placeholders for {given[token]} {media[token][0]}s{hint}: "
                 f"{shown(text)}"
             )
     messages = []

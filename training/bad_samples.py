@@ -1,9 +1,8 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Samples that cannot be used: an error that names them, or a ledger of those that training went on without.
+"""Samples that cannot be used: an error that names them, or a ledger of samples that training leaves out.
 
-Without a ledger a bad sample stops training. With one, it is written down, once, and the data set hands over a
-`BadSample` in its place, which the collator drops: training uses exactly the rest, and nothing stands in for what is
-missing. Above a bound in number or in share, training stops all the same.
+Without a ledger a bad sample stops training. With a ledger it is recorded once, and the data set returns a `BadSample` in its
+place, which the collator drops. Training then uses the other samples alone. Above a bound in number or in share it stops.
 """
 
 import contextlib
@@ -24,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 class BadSampleError(ValueError):
-    """A sample that cannot be used, and why.
+    """A sample that cannot be used.
 
     Attributes:
         index: of the sample in its data set.
         sample_id: the entry's own `id`, if any.
         files: the media that the entry names.
         source: name of the data set.
-        cause: class and message of what went wrong.
+        cause: class and message of the error.
     """
 
     # One positional argument: DataLoader re-raises a worker's error in the parent with its text alone.
@@ -59,11 +58,11 @@ class TooManyBadSamplesError(RuntimeError):
 
 @dataclass(frozen=True)
 class BadSample:
-    """Stands where a sample would: there is none.
+    """Placeholder for a sample that is left out.
 
     Attributes:
         source, index: the data set and its entry.
-        bad_sample_cause: class and message of what went wrong.
+        bad_sample_cause: class and message of the error.
     """
 
     source: str
@@ -72,25 +71,25 @@ class BadSample:
 
 
 def is_bad_sample(sample: Any) -> bool:
-    """By its parts, as the class exists twice when the package is loaded from a folder as remote code."""
+    """Return True for a `BadSample`, recognised by its attribute: remote code has a second class of that name."""
     return hasattr(sample, "bad_sample_cause")
 
 
 class BadSampleLedger:
     """A file of bad samples, one JSON object a line: `source`, `index`, `id`, `files`, `cause`.
 
-    Workers and ranks share it by its path: lines are appended whole, and each sample once, also over epochs and after a
-    restart. So what is counted holds for all of them, where they share a file system.
+    Workers and ranks share it by its path. Lines are appended whole, each sample once, also over epochs and after a restart.
+    The count is that of all processes which share the file system.
 
     Args:
-        path: of the file; made, with its folder, for the first bad sample.
-        max_samples: how many bad samples training goes on with.
-        max_share: of all entries of the data sets with this ledger, 0 to 1. A stream tells no number of entries: it
-            has no share, and needs `max_samples`.
+        path: of the file. It is created, with its folder, for the first bad sample.
+        max_samples: upper bound on the number of bad samples.
+        max_share: upper bound as a share of all entries of the data sets with this ledger, 0 to 1. A stream has no number of
+            entries, hence no share: it needs `max_samples`.
 
     Raises:
-        ValueError: if there is no bound at all, or one is out of range.
-        TooManyBadSamplesError: by a data set that finds more.
+        ValueError: without a bound, or for one that is out of range.
+        TooManyBadSamplesError: by a data set that exceeds a bound.
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class BadSampleLedger:
         self.max_samples = max_samples
         self.max_share = max_share
         self.num_entries = 0
-        self._known: set[tuple[str, int]] = set()
+        self._recorded: set[tuple[str, int]] = set()
         self._read_up_to = 0  # bytes
 
     def expect(self, num_entries: int) -> None:
@@ -116,11 +115,11 @@ class BadSampleLedger:
         self.num_entries += num_entries
 
     def __len__(self) -> int:
-        """How many bad samples the file lists by now, whoever wrote them."""
+        """Number of bad samples in the file, of all processes."""
         if self.path.exists():
             with open(self.path, "rb") as file:
                 self._catch_up(file)
-        return len(self._known)
+        return len(self._recorded)
 
     def records(self) -> list[dict[str, Any]]:
         """All lines of the file."""
@@ -129,10 +128,10 @@ class BadSampleLedger:
         return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
     def add(self, error: BadSampleError) -> BadSample:
-        """Writes a bad sample down, unless it is there already; returns what takes its place.
+        """Records a bad sample, unless it is recorded already; returns its placeholder.
 
         Raises:
-            TooManyBadSamplesError: if there are now more than allowed.
+            TooManyBadSamplesError: if the file now lists more than allowed.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         record = {
@@ -144,12 +143,12 @@ class BadSampleLedger:
         }
         with open(self.path, "ab+", buffering=0) as file, _locked(file):
             self._catch_up(file)
-            is_new = (error.source, error.index) not in self._known
+            is_new = (error.source, error.index) not in self._recorded
             if is_new:
                 file.write(json.dumps(record, default=str).encode() + b"\n")  # at the end, in one piece
                 self._catch_up(file)
         if is_new:
-            logger.warning("bad sample %d, left out: %s", len(self._known), error)
+            logger.warning("bad sample %d, left out: %s", len(self._recorded), error)
         self.check_bounds()
         return BadSample(error.source, error.index, error.cause)
 
@@ -168,20 +167,22 @@ class BadSampleLedger:
                 )
 
     def _catch_up(self, file: Any) -> None:
-        """Reads what was written since the last time; a line that is not complete yet is left for the next."""
+        """Reads the lines that were appended since the last call; an incomplete line is left for the next call."""
         file.seek(self._read_up_to)
         lines = file.read()
         lines = lines[: lines.rfind(b"\n") + 1]
         self._read_up_to += len(lines)
         for line in lines.splitlines():
             record = json.loads(line)
-            self._known.add((record["source"], record["index"]))
+            self._recorded.add((record["source"], record["index"]))
 
 
 @contextlib.contextmanager
 def _locked(file: Any) -> Iterator[None]:
-    """Between looking and writing no one else writes, where the system has file locks. Elsewhere two workers that meet
-    the same sample at the same moment may both write it down; it is counted once."""
+    """Context in which no other process writes, where the system has file locks.
+
+    Elsewhere two workers may both record a sample that they meet at the same moment. It is counted once.
+    """
     locked = False
     if fcntl is not None:
         with contextlib.suppress(OSError):  # some network file systems have none

@@ -1,11 +1,11 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints that survive a kill at any moment, and training that goes on from them as if nothing had happened.
+"""Checkpoints that survive a kill at any moment, and training that resumes from them exactly.
 
 `ResumableTrainer` is a Trainer whose checkpoints appear all at once: everything is written into the folder `_unfinished`,
-flushed to the disk, and renamed to `checkpoint-N`, which is atomic. So whoever looks for the last checkpoint finds a
-whole one, also `transformers.trainer_utils.get_last_checkpoint`. A rename cannot protect from what happens later, a copy
-that broke off, or from a checkpoint that a plain Trainer left half-written. So a checkpoint also lists its files and
-their sizes, and `last_complete_checkpoint` passes over one that is not all there.
+flushed to the disk, and renamed to `checkpoint-N`, which is atomic. A search for the last checkpoint finds a complete one, also
+by `transformers.trainer_utils.get_last_checkpoint`. Later damage remains possible: a copy that broke off, or a checkpoint that
+a plain Trainer left half-written. So a checkpoint also lists its files and their sizes, and `last_complete_checkpoint` passes
+over one that lacks any.
 """
 
 import contextlib
@@ -44,6 +44,10 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = re.compile(r"(pytorch_model|model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 
+class ResumeError(ValueError):
+    """A checkpoint from which a run cannot go on."""
+
+
 # ------------------------------------------------------------------------------------------------- what is on the disk
 
 
@@ -73,7 +77,9 @@ def resume_problem(folder: str | os.PathLike) -> str | None:
     names = {path.name for path in Path(folder).iterdir()}
     if any(name.startswith("global_step") for name in names):
         return None  # DeepSpeed keeps all states in a folder
-    missing = [kind for kind in ("optimizer", "scheduler") if not any(re.search(rf"\b{kind}", name) for name in names)]
+    missing = [
+        state for state in ("optimizer", "scheduler") if not any(re.search(rf"\b{state}", name) for name in names)
+    ]
     if not missing:
         return None
     return (
@@ -83,10 +89,10 @@ def resume_problem(folder: str | os.PathLike) -> str | None:
 
 
 def checkpoint_problem(folder: str | os.PathLike) -> str | None:
-    """What keeps a checkpoint from being resumed from; None if nothing does.
+    """Returns the reason why a checkpoint is incomplete; None if it is complete.
 
-    A checkpoint of a plain Trainer has no list of its files. There the state of the trainer, which is written last, tells
-    whether the others were.
+    A checkpoint of a plain Trainer has no list of its files. There the state of the trainer, which is written last, stands for
+    all of them.
     """
     folder = Path(folder)
     try:
@@ -118,16 +124,16 @@ def _read_json(path: Path) -> dict[str, Any]:
 def replace_model(new: str | os.PathLike, folder: str | os.PathLike) -> None:
     """Moves a saved model, with all that was saved beside it, over the one in `folder`.
 
-    The old weights go first and the file that makes the new ones loadable comes last. So a kill leaves the old model, the
-    new one, or none; never the weights of one with the configuration or the shards of the other. Of an adapter that is
-    replaced by a model, or the other way round, nothing stays that would be loaded instead.
+    The old weights are deleted first, and the file that makes the new ones loadable comes last. So a kill leaves the old model,
+    the new one, or none; never the weights of one with the configuration or the shards of the other. Where a model replaces an
+    adapter, or an adapter a model, no file stays that would be loaded instead.
 
     Raises:
         ValueError: if an adapter is to replace its own base; it then stays in `new`.
     """
     new, folder = Path(new), Path(folder)
     names = [path.relative_to(new) for path in _files(new)]
-    _refuse_own_base(new, folder)
+    _check_own_base(new, folder)
     _flush(new)
     if any(_is_entry(name.name) for name in names):  # FSDP may save shards in checkpoints only
         existing = [path.name for path in folder.iterdir() if path.is_file()]
@@ -141,7 +147,7 @@ def replace_model(new: str | os.PathLike, folder: str | os.PathLike) -> None:
     shutil.rmtree(new)
 
 
-def _refuse_own_base(adapter: Path, folder: Path) -> None:
+def _check_own_base(adapter: Path, folder: Path) -> None:
     """Raises ValueError if `folder` is the base of a saved adapter, whose weights would be replaced by it."""
     config = adapter / "adapter_config.json"
     base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") if config.is_file() else None
@@ -150,7 +156,7 @@ def _refuse_own_base(adapter: Path, folder: Path) -> None:
 
 
 def _is_entry(name: str) -> bool:
-    """Whether a file is where loading starts: the only file of the weights, or the index of their shards."""
+    """True for the file where loading starts: the only file of the weights, or the index of their shards."""
     match = _WEIGHTS.fullmatch(name)
     return match is not None and match[2] is None
 
@@ -175,7 +181,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _flush(folder: Path) -> None:
-    """Waits until all in a folder is on the disk: a kill would lose nothing, but a machine that stops does."""
+    """Waits until all files of a folder are on the disk: a kill would lose nothing, but a power loss would."""
     for path in (*folder.rglob("*"), folder):
         _flush_one(path)
 
@@ -191,11 +197,11 @@ def _flush_one(path: Path) -> None:
 
 
 def _publish(staged: Path, final: Path) -> None:
-    """A staged checkpoint under its own name."""
+    """Gives a staged checkpoint its final name."""
     sizes = {path.relative_to(staged).as_posix(): path.stat().st_size for path in _files(staged)}
     (staged / FILE_LIST).write_text(json.dumps(sizes, indent=0), encoding="utf-8")
     _flush(staged)
-    if final.exists():  # from an earlier run, or half-written by another program
+    if final.exists():  # of an earlier run, or half-written by another program
         os.replace(final, staged.with_name(f"{final.name}-replaced"))
     os.replace(staged, final)
     _flush_one(final.parent)
@@ -204,8 +210,7 @@ def _publish(staged: Path, final: Path) -> None:
 def _rotate(final: Path, limit: int | None, best: str | None, run: str) -> None:
     """Deletes complete checkpoints that are older than `final`, the oldest first, until `limit` are left.
 
-    Newer, incomplete and other runs' checkpoints do not count: this run did not make them, and they must not push out those
-    that it made.
+    Checkpoints that are newer, incomplete or of other runs do not count, so that they push out none of this run.
     """
     if limit is None or limit <= 0:
         return
@@ -214,7 +219,7 @@ def _rotate(final: Path, limit: int | None, best: str | None, run: str) -> None:
     older = [path for path in older if _read_json(path / "progress_0.json").get("run", run) == run]
     surplus = len(older) + 1 - limit
     for path in [path for path in older if best is None or path != Path(best)][: max(surplus, 0)]:
-        # Renamed first: half a checkpoint must not be seen under the name of one.
+        # Renamed first: a half-deleted checkpoint must not have the name of a complete one.
         removed = final.parent / UNFINISHED / f"{path.name}-removed"
         removed.parent.mkdir(exist_ok=True)
         os.replace(path, removed)
@@ -225,9 +230,9 @@ def _rotate(final: Path, limit: int | None, best: str | None, run: str) -> None:
 def release_process_group() -> Iterator[None]:
     """Context in which the default process group can be destroyed without a hang.
 
-    Each DistributedDataParallel of this process holds the group too. Left to itself, the last of them frees it, with the
-    interpreter's lock held, and the group's destructor then waits for gloo's threads. One of those may wait for that lock
-    to free the tensors of the last collective, and both wait forever (https://github.com/pytorch/pytorch/issues/56297).
+    Each DistributedDataParallel of this process holds the group too. Otherwise the last of them frees it with the interpreter's
+    lock held, and the group's destructor waits for gloo's threads. One of these may wait for that lock to free the tensors of
+    the last collective. Then both wait forever (https://github.com/pytorch/pytorch/issues/56297).
     """
     gc.collect()  # wrappers that only a cycle keeps alive
     for wrapper in [found for found in gc.get_objects() if issubclass(type(found), DistributedDataParallel)]:
@@ -246,23 +251,23 @@ def release_process_group() -> Iterator[None]:
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer that may be killed at any moment and goes on exactly.
+    """A Trainer that may be killed at any moment and resumes exactly.
 
     As in Trainer, with these differences.
 
-    - A checkpoint is complete or not there. `resume_from_checkpoint=True` takes the last complete one; a path to an
-      incomplete one is an error.
+    - A checkpoint is complete or absent. `resume_from_checkpoint=True` takes the last complete one; a path to an incomplete one
+      is an error.
     - `save_total_limit` counts complete checkpoints only, and goes by their step, not by the time of their files.
-    - A checkpoint also keeps what was added up since the last log entry, so that the entries after a resume are those of a
-      run without interruption; and the position in a stream that was read more than once.
+    - A checkpoint also keeps the sums since the last log entry, so that the entries after a resume are those of an
+      uninterrupted run; and the position in a stream that was read more than once.
     - Batches of a stream that were trained on before are not read again: see `first_batches_unread`.
     - `save_model` replaces the model in a folder without mixing the two, see `replace_model`.
-    - A run that was complete but for its last save takes no further step when resumed.
+    - A resumed run that lacks only its last save takes no further step.
     - A checkpoint records its run. A run that is not resumed gets a new identifier, so that checkpoints of an earlier run
       in the same folder are neither resumed from nor deleted.
     - A checkpoint without optimizer or scheduler, or of steps with another number of samples, is an error.
 
-    With `ignore_data_skip`, as in Trainer, the data starts again at the beginning of an epoch: nothing is exact then.
+    With `ignore_data_skip`, as in Trainer, the data starts again at the beginning of an epoch: resuming is then not exact.
 
     All processes of a run must see the same `output_dir`, or each node its own with `save_on_each_node`.
     """
@@ -270,20 +275,20 @@ class ResumableTrainer(Trainer):
     _is_staging = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer. However it ends, the signal handlers are then those from before.
+        """As in Trainer; restores the signal handlers, also after an error.
 
         Raises:
-            ValueError: if there is no complete checkpoint to resume from; if it lacks the state of the optimizer or the
+            ResumeError: without a complete checkpoint to resume from; if it lacks the state of the optimizer or the
                 scheduler; if its steps had another number of samples.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise ValueError(f"there is no complete checkpoint in {self.args.output_dir} to resume from")
+                raise ResumeError(f"{self.args.output_dir} holds no complete checkpoint to resume from")
         if resume_from_checkpoint:
             problem = resume_problem(resume_from_checkpoint)
             if problem is not None:
-                raise ValueError(f"cannot resume from {resume_from_checkpoint}: {problem}")
+                raise ResumeError(f"cannot resume from {resume_from_checkpoint}: {problem}")
         try:
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
         finally:
@@ -332,15 +337,15 @@ class ResumableTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in Trainer; a kill leaves the folder with the old model, the new one, or none that loads."""
+        """As in Trainer; after a kill the folder holds the old model, the new one, or none that loads."""
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         if self._is_staging:
             return super().save_model(str(folder), _internal_call=True)
         staged = folder / UNFINISHED
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # else other ranks need not even call this
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # else the first rank may call this alone
         if self.args.should_save:
             shutil.rmtree(staged, ignore_errors=True)
-            if (folder / "README.md").is_file():  # a card is written with an eye on the one that is there
+            if (folder / "README.md").is_file():  # the new card depends on the old one
                 staged.mkdir()
                 shutil.copy(folder / "README.md", staged)
         if is_sharded:
@@ -361,7 +366,7 @@ class ResumableTrainer(Trainer):
     # ---- resuming ---------------------------------------------------------------------------------------------------
 
     def _progress(self) -> dict[str, Any]:
-        """What this process must remember, beside what Trainer saves, to go on exactly; JSON."""
+        """State of this process that an exact resume needs beside Trainer's own; JSON."""
         return {
             "tr_loss": self._tr_loss.item(),
             "last_logged_step": self._globalstep_last_logged,
@@ -372,13 +377,13 @@ class ResumableTrainer(Trainer):
     def _restore_progress(self, progress: dict[str, Any]) -> None:
         self._tr_loss.fill_(progress["tr_loss"])
         self._globalstep_last_logged = progress["last_logged_step"]
-        # The `train_loss` reported at the end is of this call's steps alone.
+        # The `train_loss` at the end covers the steps of this call alone.
         self._total_loss_scalar = -nested_gather(self._tr_loss, self.args.parallel_mode).mean().item()
 
     def _read_progress(self, checkpoint: str | None) -> dict[str, Any] | None:
         path = Path(checkpoint or "", f"progress_{self.args.process_index}.json")
         if checkpoint is None or not path.is_file():
-            return None  # of a plain Trainer
+            return None  # a checkpoint of a plain Trainer
         progress = json.loads(path.read_text(encoding="utf-8"))
         if progress["world_size"] != self.args.world_size:
             if self.is_world_process_zero():
@@ -399,13 +404,13 @@ class ResumableTrainer(Trainer):
         }
 
     def _check_step_size(self, checkpoint: str) -> None:
-        """Raises ValueError if the steps before a checkpoint had another number of samples than those to come.
+        """Raises ResumeError if the steps before a checkpoint had another number of samples than those to come.
 
         The position in the data and the learning rate are counted in steps: part of the samples would come again or never.
         """
         saved, now = _read_json(Path(checkpoint, "progress_0.json")), self._step_size()
         if not now.keys() <= saved.keys():
-            return  # of a plain Trainer, or older
+            return  # a checkpoint of a plain Trainer, or an older one
         before, after = (math.prod(size[name] for name in now) for size in (saved, now))
         if before == after:
             return
@@ -417,7 +422,7 @@ class ResumableTrainer(Trainer):
         hint = "Choose the batch size so that a step has as many samples"
         if before % per_micro_step == 0:
             hint = f"Set gradient_accumulation_steps to {before // per_micro_step}"
-        raise ValueError(
+        raise ResumeError(
             f"cannot resume from {checkpoint}: its steps had {before} samples ({next(texts)}), these would have {after} "
             f"({next(texts)}), so that the position in the data and the learning rate would be others. {hint}, or start a "
             "new run from its weights: pass it as the model"
@@ -437,7 +442,7 @@ class ResumableTrainer(Trainer):
         epochs, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        # Trainer takes a stream without a length for endless, and would skip more of it than it has.
+        # Trainer treats a stream without a length as endless, and would skip more batches than it has.
         progress = self._read_progress(resume_from_checkpoint)
         if progress is not None and num_train_epochs == sys.maxsize:
             epochs, batches = progress["epoch"], 0 if self.args.ignore_data_skip else progress["batches"]
@@ -463,9 +468,9 @@ class ResumableTrainer(Trainer):
             if progress is not None:
                 self._restore_progress(progress)
             if self.state.global_step >= self.state.max_steps:
-                self.control.should_training_stop = True  # killed after the last checkpoint
+                self.control.should_training_stop = True  # the run was killed after the last checkpoint
                 return
-        # Trainer goes over what it has trained on of a stream once more. (Dispatched batches are put together from several.)
+        # Trainer iterates once more over the trained batches of a stream. (A dispatched batch is made of several.)
         unread = self._batches if self.accelerator.dispatch_batches is False else 0
         with first_batches_unread(kwargs["train_dataloader"], unread):
             super()._run_epoch(
@@ -482,8 +487,8 @@ class ResumableTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As in Trainer, for models whose weights have other names in files than in memory.
 
-        Trainer matches the names in the file with those in memory, and warns about the rest. A LLaVA-OneVision model is
-        saved under older names, so that it would go on from its first weights with the last optimizer state.
+        Trainer matches the names in the file with those in memory, and warns about the others. A LLaVA-OneVision model is saved
+        under older names. It would resume with its initial weights and the last optimizer state.
         """
         model = self.model if model is None else model
         if not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -497,7 +502,7 @@ class ResumableTrainer(Trainer):
         )
         if report["missing_keys"]:
             missing = sorted(report["missing_keys"])
-            raise ValueError(
+            raise ResumeError(
                 f"cannot resume from {resume_from_checkpoint}: it lacks {len(missing)} weights, the first is {missing[0]}"
             )
         model.load_state_dict(loaded.state_dict())

@@ -15,36 +15,36 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .bad_samples import is_bad_sample
 
-_OF_A_VIDEO = ("video_layout", "video_pixel_norm")  # without an entry for each frame
+_WITHOUT_FRAMES = ("video_layout", "video_pixel_norm")  # one row for each video
 
 
 def read_samples(samples: Sequence[Any]) -> list[Any]:
-    """Samples of a stream come unread, see `UnreadSample`; here their media are decoded. Others stay as they are."""
+    """Decodes the media of samples of a stream, which come as `UnreadSample`; other samples are returned unchanged."""
     return [sample.read_sample() if hasattr(sample, "read_sample") else sample for sample in samples]
 
 
 class SkippingCollator:
-    """Another collator that leaves the first batches of a stream unread, for one pass over a DataLoader.
+    """Wrapper of a collator that leaves the first batches of a stream unread, for one pass over a DataLoader.
 
-    Only samples that come unread are left so: others cost nothing more. What stands in for a batch is never looked at.
+    Only `UnreadSample`s stay unread, since other samples are decoded already. The placeholder of a batch is never used.
 
     Args:
         collator: makes the batches that follow.
-        num_batches: of all workers together.
+        num_batches: number over all workers.
     """
 
     def __init__(self, collator: Callable[[Sequence[Any]], dict[str, Any]], num_batches: int) -> None:
         self.collator = collator
         self.num_batches = num_batches
-        self._made = 0  # in this process
+        self._num_made = 0  # in this process
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         worker = get_worker_info()
-        own, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        # Workers take turns. Once one has come to its end the others' batches come sooner than this says, so that some are
-        # read for nothing, and none is missing.
-        position = self._made * num_workers + own
-        self._made += 1
+        worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        # Workers take turns. After the end of one worker the batches of the others come earlier than computed here. Then some
+        # batches are read in vain, and none is missing.
+        position = self._num_made * num_workers + worker_id
+        self._num_made += 1
         if position < self.num_batches and all(hasattr(sample, "read_sample") for sample in samples):
             return {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
         return self.collator(samples)
@@ -52,9 +52,9 @@ class SkippingCollator:
 
 @contextlib.contextmanager
 def first_batches_unread(loader: Any, num_batches: int) -> Iterator[None]:
-    """While it lasts, a pass over a stream's DataLoader (as accelerate prepares it) reads nothing of its first batches.
+    """Context in which a pass over a stream's DataLoader, prepared by accelerate, leaves its first batches unread.
 
-    Of one that gives batches in whatever order they are done, all are read: nobody knows which come first.
+    With `in_order=False` the first batches are unknown, so all are read.
     """
     is_stream = isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)
     if not (num_batches and is_stream and loader.in_order):
@@ -78,22 +78,22 @@ class LlavaVideoCollator:
     floating input to 16 bits, where 60 s and 60.1 s are the same. Images are stacked over their patches: `pixel_values`
     `[M, P, 3, H, W]`, `image_sizes` `[M, 2]`, `batch_num_images` with the number of images of each sample that has any.
 
-    Samples of a stream are read here. A `BadSample` is left out; where none is left, the batch is one token of padding
-    without a label, from which nothing is learned.
+    Samples of a stream are decoded here. Each `BadSample` is left out. A batch of `BadSample`s alone becomes one token of
+    padding without a label, which gives no gradient.
 
     Args:
         processor: with a tokenizer, whose padding token is used; or a tokenizer; or the id of the padding token.
         padding_side: of the text, `right | left`.
         label_pad: label of padding.
         pad_to_multiple_of: round S up.
-        packing: put the samples of a batch one behind the other in a single row `[1, S]`, without padding. `position_ids`
-            restart at each of them and take the place of `attention_mask`; transformers' attention back ends read from them
-            that no sample may see another (flash and flex attention without a mask in memory, `sdpa` and `eager` with one
-            of S x S). Losses and gradients are those of the padded batch.
+        packing: concatenate the samples of a batch in a single row `[1, S]`, without padding. `position_ids` restart at each
+            sample and take the place of `attention_mask`. From them transformers' attention back ends derive that samples do
+            not attend to each other (flash and flex attention without a mask in memory, `sdpa` and `eager` with one of S x S).
+            Losses and gradients are those of the padded batch.
 
     Raises:
-        ValueError: if there is no padding token, packing is to pad on the left, or samples cannot share a batch (frames of
-            different size, slow and fast frames in some only).
+        ValueError: without a padding token; for packing with padding on the left; for samples that cannot share a batch
+            (frames of different size, slow and fast frames in some samples only).
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class LlavaVideoCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, torch.Tensor]:
-        samples = [sample for sample in read_samples(samples) if not is_bad_sample(sample)] or [self._nothing()]
+        samples = [sample for sample in read_samples(samples) if not is_bad_sample(sample)] or [self._padding_sample()]
         batch = self._packed_text(samples) if self.packing else self._padded_text(samples)
         with_video = [sample for sample in samples if "pixel_values_videos" in sample]
         for name in (
@@ -130,19 +130,19 @@ class LlavaVideoCollator:
             "video_layout",
             "video_pixel_norm",
         ):
-            values = _of_all(name, with_video)
+            values = _values_of(name, with_video)
             if name == "video_timestamps":
                 values = [_to_nanoseconds(times) for times in values]
             if values:
-                batch[name] = torch.cat(values) if name in _OF_A_VIDEO else _cat_padded(name, values)
+                batch[name] = torch.cat(values) if name in _WITHOUT_FRAMES else _cat_padded(name, values)
         with_images = [sample for sample in samples if "pixel_values" in sample]
         for name in ("pixel_values", "image_sizes", "batch_num_images"):
-            values = _of_all(name, with_images)
+            values = _values_of(name, with_images)
             if values:
                 batch[name] = _cat_padded(name, values) if name == "pixel_values" else torch.cat(values)
         return batch
 
-    def _nothing(self) -> dict[str, torch.Tensor]:
+    def _padding_sample(self) -> dict[str, torch.Tensor]:
         return {"input_ids": torch.tensor([self.pad_token_id]), "labels": torch.tensor([-100])}
 
     def _padded_text(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -158,7 +158,7 @@ class LlavaVideoCollator:
         input_ids = torch.cat([sample["input_ids"] for sample in samples])
         positions = [torch.arange(len(sample["input_ids"])) for sample in samples]
         missing = self._rounded_up(len(input_ids)) - len(input_ids)
-        # The end of a sample predicts nothing: what follows it belongs to another one.
+        # The last token of a sample predicts nothing: the next token belongs to another sample.
         labels = [nn.functional.pad(sample["labels"][1:], (1, 0), value=self.label_pad) for sample in samples]
         return {
             "input_ids": nn.functional.pad(input_ids, (0, missing), value=self.pad_token_id)[None],
@@ -183,7 +183,7 @@ def _to_nanoseconds(times: torch.Tensor) -> torch.Tensor:
     return (times.double() * 1e9).round().long() if times.is_floating_point() else times
 
 
-def _of_all(name: str, samples: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+def _values_of(name: str, samples: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
     values = [sample[name] for sample in samples if name in sample]
     if values and len(values) < len(samples):
         raise ValueError(f"{len(values)} of {len(samples)} samples have {name}; either all or none must")
@@ -195,14 +195,18 @@ def _cat_padded(name: str, values: list[torch.Tensor]) -> torch.Tensor:
     rests = {tuple(value.shape[2:]) for value in values}
     if len(rests) > 1:
         raise ValueError(f"{name} of one batch must agree in [3, H, W], got {sorted(rests)}")
-    lengths = [value.shape[1] for value in values]
-    longest = max(lengths)
     if len(values) == 1:
         return values[0]
-    if len(set(lengths)) == 1:
-        return torch.cat(values)
-    out = values[0].new_empty(sum(map(len, values)), longest, *rests.pop())
+    out = _empty((sum(map(len, values)), max(value.shape[1] for value in values), *rests.pop()), values[0])
     for rows, value in zip(out.split([len(value) for value in values]), values, strict=True):
         rows[:, : value.shape[1]] = value
         rows[:, value.shape[1] :] = 0
     return out
+
+
+def _empty(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """An uninitialised tensor; in a DataLoader worker in shared memory, which spares a copy on its way to the trainer."""
+    if get_worker_info() is None or not math.prod(shape):
+        return like.new_empty(shape)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * like.itemsize)  # as torch's own default_collate
+    return like.new_empty(0).set_(storage, 0, shape)

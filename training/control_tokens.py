@@ -1,9 +1,9 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Control tokens that stand in the texts of a data set, encoded as the words that they are.
+"""Control tokens in the texts of a data set, encoded as plain text.
 
-An answer may quote `<video>` or `<|im_end|>`. Encoded as usual, the former would be a placeholder without a video, and the
-latter would end the answer. transformers can encode them as text too (`sanitize_control_tokens`), but not where the
-assistant's tokens are asked for.
+An answer may quote `<video>` or `<|im_end|>`. In the usual encoding the former would be a placeholder without a video, and the
+latter would end the answer. transformers encodes them as text too (`sanitize_control_tokens`), but not together with a mask of
+the assistant's tokens.
 """
 
 import copy
@@ -16,7 +16,7 @@ _FIRST_STAND_IN = 0xF0000  # a plane of Unicode that no text uses
 
 
 class ControlTokenEscape:
-    """Puts a stand-in in the place of each control token in a text, and its plain encoding in the place of the stand-in.
+    """Replaces each control token in a text by a private character, and this character by the token's plain encoding.
 
     Control tokens are the placeholders of media, the tokenizer's own (end, padding, ...) and special tokens that the chat
     template writes. Other special tokens, such as those that a user added for time stamps, stay as they are.
@@ -39,10 +39,10 @@ class ControlTokenEscape:
         self._stand_ins = {token: chr(_FIRST_STAND_IN + number) for number, token in enumerate(tokens)}
 
     def mark(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
-        """The conversation without control tokens in its texts, and the processor that encodes it.
+        """Returns the conversation without control tokens in its texts, and the processor that encodes it.
 
         Raises:
-            ValueError: if a text already holds a stand-in, or a control token has no plain encoding.
+            ValueError: if a text already holds a private character, or a control token has no plain encoding.
         """
         texts = [text for message in messages for text in _texts_of(message)]
         found = [token for token in self._stand_ins if any(token in text for text in texts)]
@@ -56,7 +56,7 @@ class ControlTokenEscape:
         return [self._marked(message) for message in messages], self._escaping_processor()
 
     def restore(self, input_ids: torch.Tensor, is_target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens `[S]` of a marked conversation, and whether each is a target, to those with the plain encodings."""
+        """Inserts the plain encodings into the tokens `[S]` of a marked conversation and into its mask of targets `[S]`."""
         tokenizer = self._escaping_processor().tokenizer
         plain = {tokenizer.convert_tokens_to_ids(char): self._plain_ids(t) for t, char in self._stand_ins.items()}
         ids, targets = [], []
@@ -66,10 +66,6 @@ class ControlTokenEscape:
             targets += [target] * len(written)
         return torch.tensor(ids, dtype=input_ids.dtype), torch.tensor(targets, dtype=torch.bool)
 
-    def num_restored(self, input_ids: list[int]) -> int:
-        """The number of tokens that `restore` would give for `input_ids`."""
-        return len(self.restore(torch.tensor(input_ids), torch.zeros(len(input_ids)))[0])
-
     def _plain_ids(self, token: str) -> list[int]:
         tokenizer = self._original.tokenizer
         ids = tokenizer.encode(token, add_special_tokens=False, split_special_tokens=True)
@@ -78,7 +74,7 @@ class ControlTokenEscape:
         return ids
 
     def _escaping_processor(self) -> Any:
-        """A copy of the processor whose tokenizer gives each stand-in one token of its own."""
+        """A copy of the processor whose tokenizer has one token for each private character."""
         if self._processor is None:
             self._processor = copy.copy(self._original)
             self._processor.tokenizer = tokenizer = copy.deepcopy(self._original.tokenizer)

@@ -1,18 +1,18 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
 """Training data: entries -> samples, by index.
 
-    sources.py         where entries come from
+    sources.py         files and data sets -> entries
     entries.py         entry -> chat messages
-    control_tokens.py  control tokens that texts quote
+    control_tokens.py  control tokens in texts
     samples.py         chat messages -> sample
-    sample_lengths.py  chat messages -> number of tokens
-    bad_samples.py     what cannot be used
+    sample_lengths.py  chat messages -> tokens of a sample, without decoding
+    bad_samples.py     errors and ledger of bad samples
     mixture.py         several data sets by weight, and the order of samples
-    stream.py          the same without an index
+    stream.py          data sets without an index
     collator.py        samples -> batches
 
-The processor decodes videos in a DataLoader worker, when the sample is wanted. Nothing is decoded ahead of time, and
-nothing is left out silently: a bad sample is an error that names it, or a line in a ledger.
+The processor decodes videos in a DataLoader worker, when the sample is requested. Nothing is decoded ahead of time or left out
+silently: a bad sample is an error that names it, or a line in a ledger.
 """
 
 import os
@@ -30,7 +30,7 @@ from .samples import SampleReader, read_sample
 from .sources import ArrowEntries, DataSource, open_entries, parse_sources
 from .stream import LlavaVideoStream, UnreadSample
 
-_LENGTHS_AT_A_TIME = 16  # samples that a worker measures before it reports
+_LENGTHS_AT_A_TIME = 16  # samples of a worker between two updates of the progress bar
 
 
 class LlavaVideoDataset(Dataset):
@@ -45,8 +45,8 @@ class LlavaVideoDataset(Dataset):
     of images. `system` is the text of a system prompt, `id` is used in errors, and notes such as `question_type`
     (`entries.ANNOTATION_KEYS`) change nothing. Any other key with a value is an error.
 
-    A sample is a dict of tensors: `input_ids` `[S]`, `labels` `[S]` (-100 except where the assistant speaks, the token
-    that ends its turn included), and what the processor returned for its media; beside them, `sample_name`, a text.
+    A sample is a dict of tensors: `input_ids` `[S]`, `labels` `[S]` (-100 except in assistant turns, the token that
+    ends the turn included), and the processor's outputs for its media; beside them, `sample_name`, a text.
 
     Args:
         data: path of a `.json`, `.jsonl` or `.parquet` file, of a folder written by `datasets`' `save_to_disk`, or id of
@@ -55,14 +55,14 @@ class LlavaVideoDataset(Dataset):
         video_root: folder that paths are relative to; by default that of the file, or the working folder for a list.
         image_root: the same for images; by default `video_root`.
         allow_outside_root: accept URLs, and paths that leave the folder (`..`, absolute paths, symbolic links).
-            Otherwise they are errors: a data set from elsewhere shall not read whatever it likes.
+            Otherwise they are errors, so that a data set from elsewhere cannot read other files.
         max_length: tokens that a sample may have.
-        truncate: cut a sample that is longer at its end instead of refusing it. Visual tokens and the last target are
-            never cut off: those are errors still.
+        truncate: cut a longer sample at its end instead of raising an error. Visual tokens and the last target are never cut
+            off: such samples remain errors.
         processor_kwargs: options for every call of the processor, such as `{"num_frames": 8}`.
         ignored_keys: further keys of entries (and of their turns and content parts) that may be left out.
-        bad_samples: a ledger, for training to go on without them; `dataset[i]` is then a `BadSample`, which
-            `LlavaVideoCollator` drops. Without one a bad sample is an error.
+        bad_samples: a ledger; training then leaves bad samples out, and `dataset[i]` is a `BadSample`, which
+            `LlavaVideoCollator` drops. Without a ledger a bad sample is an error.
 
     Raises:
         ValueError: if the file holds no list of entries, or the processor's chat template marks no assistant turns.
@@ -123,7 +123,7 @@ class LlavaVideoDataset(Dataset):
             return self.bad_samples.add(error)
 
     def messages(self, index: int) -> list[dict[str, Any]]:
-        """The entry as chat messages with the full paths of its media; decodes nothing.
+        """Returns the entry as chat messages with the full paths of its media; decodes nothing.
 
         Raises:
             BadSampleError: if it is malformed, or a file is missing or outside of its folder.
@@ -131,11 +131,11 @@ class LlavaVideoDataset(Dataset):
         return self._read("messages", index)
 
     def check(self) -> None:
-        """Looks through all entries without decoding any media, so that a typo does not surface after hours.
+        """Validates all entries without decoding media, so that a typo does not surface after hours.
 
         Raises:
-            BadSampleError: for the first entry that is malformed or whose file is missing. With a ledger it is written
-                down instead.
+            BadSampleError: for the first entry that is malformed or whose file is missing. With a ledger it is recorded
+                instead.
         """
         for index in range(len(self)):
             try:
@@ -146,16 +146,16 @@ class LlavaVideoDataset(Dataset):
                 self.bad_samples.add(error)
 
     def lengths(self, num_workers: int = 0) -> list[int]:
-        """How many tokens each sample has, found out once, with a progress bar, from text and the headers of videos.
+        """Returns the number of tokens of each sample, from texts and headers of media; computed once, with a progress bar.
 
-        Exact where a header says the truth about the number of frames and their rate; with a ledger, 1 for a sample
-        that can be seen to be bad. For batches of samples of about the same length, and for packing.
+        Exact where a header gives the true number of frames and rate. With a ledger, 1 for a sample that shows to be
+        bad without decoding. Used for batches of samples of similar length.
 
         Args:
             num_workers: processes that read headers.
 
         Raises:
-            BadSampleError: for the first sample that can be seen to be bad, unless there is a ledger.
+            BadSampleError: for the first sample that shows to be bad without decoding, unless there is a ledger.
         """
         if self._lengths is None:
             loader = DataLoader(
@@ -163,9 +163,9 @@ class LlavaVideoDataset(Dataset):
             )
             lengths = []
             with logging.tqdm(total=len(self), desc=f"lengths of {self.name}") as progress:
-                for some in loader:
-                    lengths += some
-                    progress.update(len(some))
+                for part in loader:
+                    lengths += part
+                    progress.update(len(part))
             self._lengths = lengths
         return self._lengths
 
@@ -176,7 +176,7 @@ class LlavaVideoDataset(Dataset):
 
 
 class _Lengths(Dataset):
-    """The number of tokens in the place of each sample."""
+    """Data set of the numbers of tokens of another data set's samples."""
 
     def __init__(self, dataset: LlavaVideoDataset) -> None:
         self.dataset = dataset
@@ -190,11 +190,11 @@ class _Lengths(Dataset):
         except BadSampleError:
             if self.dataset.bad_samples is None:
                 raise
-            return 1  # training finds it, and writes it down
+            return 1  # training meets it again, and records it
 
 
 def any_answers(samples: Sequence[UnreadSample]) -> bool:
-    """Whether any of these samples has an answer, or is too malformed to be asked; decodes nothing."""
+    """Returns True if any of these samples has an answer or is malformed; decodes nothing."""
     for sample in samples:
         try:
             messages = read_sample(sample.reader, "messages", sample.entry, source=sample.source, index=sample.index)
@@ -215,13 +215,13 @@ def load_training_data(
     bad_samples: BadSampleLedger | None = None,
     **options: Any,
 ) -> LlavaVideoDataset | LlavaVideoMixture | LlavaVideoStream:
-    """One source or several with weights -> what a Trainer takes.
+    """Opens one source or several with weights as a data set for a Trainer.
 
     Args:
-        data: what `DataSource.parse` takes, or a list of it.
+        data: an argument of `DataSource.parse`, or a list of such.
         streaming: read the sources one entry after the other; see `LlavaVideoStream`.
-        shuffle_buffer: of a stream.
-        seed: of a mixture or a stream.
+        shuffle_buffer: see `LlavaVideoStream`.
+        seed: of the order of a mixture or a stream.
         bad_samples: see `LlavaVideoDataset`.
         options: further arguments of `LlavaVideoDataset`.
 

@@ -5,13 +5,12 @@
      "video": "x.mp4"}
 
 Chat messages under `messages` are read as well. Sampling options (`SAMPLING_KEYS`, such as `fps` or `video_start` and
-`video_end` in seconds) stand in an entry, for its one video, or in a content part of `messages`; they mean what they mean
-in a chat, and go before the processor's own. An entry comes from a stranger: whatever it holds is either understood
-or refused with a ValueError (a missing file with a FileNotFoundError). So a key that is not read is an error, unless it
-is a usual annotation (`ANNOTATION_KEYS`), null, or named in `ignored_keys`.
+`video_end` in seconds) stand in an entry, for its one video, or in a content part of `messages`. They have the meaning
+that they have in a chat, and win over the processor's own. An entry is untrusted: its content is either read or raises
+a ValueError (a FileNotFoundError for a missing file). So a key that is not read is an error, unless it is a usual
+annotation (`ANNOTATION_KEYS`), null, or named in `ignored_keys`.
 """
 
-import difflib
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..configuration.key_names import nearest_name
 from ..processing.llava_conversation import (
     OPTION_ALIASES,
     PART_OPTIONS,
@@ -36,7 +36,7 @@ from .media_paths import path_below
 _CHAT_ROLES = {"system": "system", "user": "human", "assistant": "gpt"}  # and what LLaVA calls them
 
 CONTENT_KEYS = ("conversations", "messages", "system", "video", "videos", "image", "images")
-# Notes about an entry, which change nothing in a sample. `choices` and `moment` are read by evaluations.
+# Annotations, which change nothing in a sample. Evaluations read `choices` and `moment`.
 ANNOTATION_KEYS = frozenset(
     (
         *("id", "question_id", "sample_id", "video_id", "image_id", "data_source", "dataset", "source", "split"),
@@ -75,9 +75,12 @@ _TEXT_WORDS = re.compile(
 )
 
 
+_MISSPELT = 0.8  # similarity from which on a key with the name of a text is a misspelling of another one
+
+
 @dataclass(frozen=True)
 class MediaFolders:
-    """Where media lie.
+    """Folders of media.
 
     Attributes:
         video_root, image_root: folders that paths are relative to.
@@ -89,12 +92,16 @@ class MediaFolders:
     allow_outside_root: bool = False
 
     def locate(self, media: Any, kind: str) -> Any:
-        """The full path of a `video` or `image`, or the thing itself if the entry holds that: bytes, frames as an
-        array or tensor, a PIL image, or a `{"bytes": ..., "path": ...}` as the `datasets` library stores media.
+        """Returns the full path of a `video` or `image`, or the medium itself if the entry holds it.
+
+        Args:
+            media: a path; bytes; frames as an array or tensor; a PIL image; or `{"bytes": ..., "path": ...}` as the `datasets`
+                library stores media.
+            kind: `video` or `image`.
 
         Raises:
-            ValueError: if it is none of these, an image where a video should be, or outside of its folder.
-            FileNotFoundError: if there is no such file.
+            ValueError: for another type, an image where a video is expected, or a path outside of the folder.
+            FileNotFoundError: if the file does not exist.
         """
         if isinstance(media, Mapping) and media.keys() <= {"bytes", "path"}:
             content = media.get("bytes")
@@ -121,13 +128,13 @@ class MediaFolders:
 
 
 def entry_to_messages(entry: Any, folders: MediaFolders, ignored_keys: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Messages for `apply_chat_template`, media as `MediaFolders.locate` returns them.
+    """Returns messages for `apply_chat_template`, with media as `MediaFolders.locate` returns them.
 
     Args:
         ignored_keys: keys of an entry, a turn, a message or a content part that may be left out.
 
     Raises:
-        ValueError: if the entry is malformed, has a key that is not read, or has nothing to learn from.
+        ValueError: if the entry is malformed, has a key that is not read, or has neither a conversation nor a video alone.
         FileNotFoundError: if a file is missing.
     """
     if not isinstance(entry, Mapping):
@@ -158,12 +165,12 @@ def entry_to_messages(entry: Any, folders: MediaFolders, ignored_keys: Collectio
 
 
 def has_answer(messages: list[dict[str, Any]]) -> bool:
-    """Whether anything of a conversation is supervised."""
+    """Returns True if a conversation has an assistant turn."""
     return any(message["role"] == "assistant" for message in messages)
 
 
 def media_names(entry: Any) -> list[str]:
-    """Every file that an entry names, for errors: nothing in it can be relied on."""
+    """Returns the files that an entry names, for error messages; the entry may be malformed."""
     if not isinstance(entry, Mapping):
         return []
     values = [entry.get(name) for name in ("video", "videos", "image", "images")]
@@ -180,34 +187,32 @@ def media_names(entry: Any) -> list[str]:
 
 
 def without_nulls(value: Any) -> Any:
-    """A row of a table as the JSON entry it stands for: a table has every key in every row."""
+    """Removes null values, at any depth: every row of a table has the keys of all rows."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _check_keys(given: Mapping[str, Any], known: Collection[str], where: str, ignored: Collection[str]) -> None:
-    """Raises ValueError for the first key with a value that is neither known nor to be ignored."""
+    """Raises ValueError for the first key with a value that is neither in `known` nor in `ignored`."""
     for key, value in given.items():
         if value is None or key in known or key in ignored:
             continue
         name = str(key).lower()
-        likeness = {one: difflib.SequenceMatcher(None, name, one).ratio() for one in known}
-        nearest = max(known, key=likeness.__getitem__)
         if name in _OPTION_KEYS:
             hint = f"; {_OPTION_KEYS[name]}"
         elif _TEXT_WORDS.search(name) and "conversations" in known:
-            nearest = nearest if likeness[nearest] > 0.8 else "conversations"
+            nearest = nearest_name(name, known, _MISSPELT) or "conversations"
             hint = f"; did you mean {nearest!r}? Texts are read from 'conversations' and 'messages' alone"
         else:
-            hint = f"; did you mean {nearest!r}?"
+            hint = f"; did you mean {nearest_name(name, known)!r}?"
         raise ValueError(
-            f"{where} has the unknown key {str(key)[:100]!r}{hint}. (ignored_keys accepts keys that may be left out)"
+            f"{where} has the unknown key {str(key)[:100]!r}{hint} (ignored_keys accepts keys that may be left out)"
         )
 
 
 def _check_answers(messages: list[dict[str, Any]]) -> None:
-    """Raises ValueError if there is no answer, or one without text: its end alone would be learned."""
+    """Raises ValueError without an answer, or for one without text, of which the end token alone would be learned."""
     answers = {number: _text_of(m) for number, m in enumerate(messages) if m["role"] == "assistant"}
     if not any(text.strip() for text in answers.values()):
         raise ValueError("the conversation has no answer (no turn from 'gpt' with text)")
@@ -230,14 +235,14 @@ def _give_to_video(options: Mapping[str, Any], messages: list[dict[str, Any]]) -
         )
     for key in options:
         name = OPTION_ALIASES.get(key, key)
-        other = next((one for one in parts[0] if OPTION_ALIASES.get(one, one) == name), None)
+        other = next((option for option in parts[0] if OPTION_ALIASES.get(option, option) == name), None)
         if other is not None:
             raise ValueError(f"the entry has {key!r}, and its video has {other!r} as well; give one")
         parts[0][key] = options[key]
 
 
 def _with_system(messages: list[dict[str, Any]], system: Any) -> list[dict[str, Any]]:
-    """The conversation behind the entry's system prompt, if it has one."""
+    """Returns the conversation with the entry's system prompt in front, if it has one."""
     if system is None:
         return messages
     if not isinstance(system, str) or not system.strip():
@@ -270,14 +275,14 @@ def _from_chat(
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         for part in parts:
-            kind = str(part.get("type")).removesuffix("_url") if isinstance(part, Mapping) else None
-            if kind in _PART_KEYS:
-                known = ("type", *_PART_KEYS[kind], *_PART_OPTIONS[kind])
-                _check_keys(part, known, f"a {kind} part of message {number}", ignored_keys)
+            part_type = str(part.get("type")).removesuffix("_url") if isinstance(part, Mapping) else None
+            if part_type in _PART_KEYS:
+                known = ("type", *_PART_KEYS[part_type], *_PART_OPTIONS[part_type])
+                _check_keys(part, known, f"a {part_type} part of message {number}", ignored_keys)
         read = [_part(part, f"message {number}", message["role"], left, folders) for part in parts]
-        for part, own in zip(parts, read, strict=True):
-            names = [name for name in _PART_OPTIONS[own["type"]] if name not in ignored_keys]
-            own |= {name: part[name] for name in names if part.get(name) is not None}
+        for part, read_part in zip(parts, read, strict=True):
+            names = [name for name in _PART_OPTIONS[read_part["type"]] if name not in ignored_keys]
+            read_part |= {name: part[name] for name in names if part.get(name) is not None}
         messages.append({"role": message["role"], "content": read})
     for kind, names in left.items():
         if names:
@@ -288,11 +293,11 @@ def _from_chat(
 
 
 def _part(part: Any, where: str, role: str, left: dict[str, list[Any]], folders: MediaFolders) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and isinstance(part.get("text"), str):
+    part_type = part.get("type") if isinstance(part, Mapping) else None
+    if part_type == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     for media in ("video", "image"):
-        if kind not in (media, f"{media}_url"):
+        if part_type not in (media, f"{media}_url"):
             continue
         if role != "user":
             raise ValueError(f"{where} is from {role!r} but holds a {media}")
@@ -312,7 +317,7 @@ def _part(part: Any, where: str, role: str, left: dict[str, list[Any]], folders:
 
 
 def _as_list(entry: Mapping[str, Any], kind: str) -> list[Any]:
-    """What an entry holds under `video` or `videos`: nothing, one name or a list of names."""
+    """Values of an entry under `video` or `videos`: none, a single one or a list."""
     values = [entry[name] for name in (kind, f"{kind}s") if entry.get(name) is not None]
     if len(values) > 1:
         raise ValueError(f"the entry has both {kind!r} and '{kind}s'")

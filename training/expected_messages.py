@@ -1,4 +1,4 @@
-"""Messages of libraries that are expected in a training, and that a user cannot act on."""
+"""Filters for messages of libraries that are expected in a training and need no action of the user."""
 
 import logging
 import re
@@ -27,7 +27,7 @@ class ExpectedMessages(logging.Filter):
         if "of type `llava_onevision` to instantiate a model of type `llava_next_ar`" in text:
             return False  # that is how a base is loaded
         rows = _STATUS.findall(text) if "LOAD REPORT" in text else []
-        # All of the head is missing, not a part of it: its last layer, whatever its size, is there in every head.
+        # The whole head is missing, not a part of it: every head has this last layer, whatever its size.
         is_new = any(key.startswith("autoregressive_module.change.") for key, _ in rows)
         if is_new and all(key.startswith("autoregressive_module.") and status == "MISSING" for key, status in rows):
             record.msg, record.args = _NEW_HEAD, ()
@@ -38,7 +38,7 @@ def quiet_expected_messages() -> None:
     """Install the filters for the rest of the process. Any other message stays."""
     for name in _LOGGERS:
         logger = logging.getLogger(name)
-        if not any(isinstance(own, ExpectedMessages) for own in logger.filters):
+        if not any(isinstance(present, ExpectedMessages) for present in logger.filters):
             logger.addFilter(ExpectedMessages())
     for message, category in _WARNINGS:
         warnings.filterwarnings("ignore", message=re.escape(message), category=category)

@@ -1,5 +1,5 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""What a trainer watches while it trains: steps that would spoil the weights, and an objective out of proportion."""
+"""Monitors of a training: non-finite or exploding steps, and the share of the reconstruction in the loss."""
 
 import json
 import math
@@ -18,15 +18,15 @@ from .samples import SAMPLE_NAME
 
 SAMPLE_NAMES = "sample_names"  # of a batch
 BAD_STEPS = "bad_steps.jsonl"
-# As the user's guide recommends. On the synthetic clips of the study larger shares answer questions about motion better:
-# experiments/study/results/weights.md.
+# The recommendation of the user's guide. On the synthetic clips of the study larger shares give a higher accuracy on questions
+# about motion: experiments/study/results/weights.md.
 RECOMMENDED_SHARE = (0.05, 0.15)
-_MAX_NAMES = 20  # in a message; the ledger has them all
-_MIN_NORMS = 20  # before a gradient can be called unusual
+_MAX_NAMES = 20  # in a message; the ledger lists all
+_MIN_NORMS = 20  # gradient norms before one can count as an explosion
 
 
 class BadStepError(RuntimeError):
-    """An optimizer step that must not be made; the weights are those before it (under DeepSpeed, after it).
+    """A bad optimizer step; the weights are those before it (under DeepSpeed, after it).
 
     Attributes:
         step: the number that the step would have had.
@@ -41,21 +41,22 @@ class BadStepError(RuntimeError):
 
 @dataclass(frozen=True)
 class BadStepPolicy:
-    """What to do about an optimizer step whose gradient is not finite or, on demand, unusually large.
+    """Reaction to an optimizer step whose gradient is not finite or, on demand, unusually large.
 
-    With float16 an infinite gradient is part of the search for the loss scale; there the loss is looked at.
+    With float16 an infinite gradient is part of the search for the loss scale. There the loss is examined instead.
 
-    A step that is skipped leaves weights and optimizer bit for bit as they were, and the logged losses as if it had not
-    been; it counts as a step otherwise, in the learning rate's schedule too.
+    A skipped step changes neither weights, optimizer nor logged losses, bit for bit. It counts as a step, also in the
+    schedule of the learning rate.
 
     Attributes:
-        action: `stop` (raise `BadStepError`) or `skip`. Either way the step goes into `bad_steps.jsonl` in the
-            `output_dir`, with the losses and the names of the samples of each batch.
-        max_skipped_steps: in the whole run; one more stops it.
-        max_consecutive_skips: in a row; one more stops it: weights that are spoiled do not recover.
-        explosion_factor: a step is bad, too, whose gradient norm is over this many times the median of the last
-            `explosion_window` good ones, once there are 20 of them. None looks for what is not finite only.
-        explosion_window: see there.
+        action: `stop` (raise `BadStepError`) or `skip`. Either way `bad_steps.jsonl` in the `output_dir` records the step, with
+            the losses and the names of the samples of each batch.
+        max_skipped_steps: bound for the whole run; the next bad step stops it.
+        max_consecutive_skips: bound for steps in a row; the next bad step stops the run, since weights that are not finite do
+            not recover.
+        explosion_factor: a gradient norm above this factor times the median of the last `explosion_window` good steps makes a
+            step bad, from 20 good steps on. None: only non-finite steps are bad.
+        explosion_window: number of good steps of the median.
 
     Raises:
         ValueError: on an unknown action or a number out of range.
@@ -80,7 +81,7 @@ class BadStepPolicy:
 
 
 class StepGuard:
-    """Judges each optimizer step before it is made. All ranks must give it the same numbers, so that they judge alike."""
+    """Judges each optimizer step before it is made. All ranks must pass the same numbers, to reach the same verdict."""
 
     def __init__(self, policy: BadStepPolicy, output_dir: str) -> None:
         self.policy = policy
@@ -92,10 +93,10 @@ class StepGuard:
         self._losses: list[torch.Tensor] = []
 
     def begin(self, batches: Sequence[dict[str, Any]]) -> list[int]:
-        """Begins a step: takes the names of the samples out of its batches, whose model does not take them.
+        """Begins a step: removes the names of the samples from its batches, since they are not inputs of the model.
 
         Returns:
-            the number of samples of each batch.
+            number of samples of each batch.
         """
         self._names = [batch.pop(SAMPLE_NAMES, None) for batch in batches]
         self._losses = []
@@ -105,16 +106,16 @@ class StepGuard:
         ]
 
     def add(self, loss: torch.Tensor) -> None:
-        """The loss of one batch; stays on the device unless the step turns out to be bad."""
+        """Adds the loss of one batch, which stays on the device unless the step is bad."""
         self._losses.append(loss.detach())
 
     @property
     def loss(self) -> torch.Tensor:
-        """Of the batches of this rank so far, scalar."""
+        """Sum over the batches of this rank so far, scalar."""
         return torch.stack(self._losses).sum() if self._losses else torch.zeros(())
 
     def judge(self, norm: float, loss: float | None = None) -> str | None:
-        """What is wrong with a step, or None. `loss` takes the place of the norm where that may be infinite."""
+        """Returns the fault of a step, or None. `loss` is judged instead of the norm where that may be infinite."""
         problem = None
         if not math.isfinite(norm if loss is None else loss):
             problem = f"the gradient norm is {norm}" if loss is None else f"the loss is {loss}"
@@ -132,10 +133,10 @@ class StepGuard:
         return problem
 
     def act(self, problem: str, *, step: int, norm: float, rank: int, world_size: int) -> str:
-        """Enters a bad step into the ledger and returns what to say about it; every rank must call it.
+        """Records a bad step in the ledger and returns a warning; every rank must call it.
 
         Raises:
-            BadStepError: if the policy is to stop, or has skipped all that it may.
+            BadStepError: if the policy is to stop, or its bounds are reached.
         """
         batches = [
             {"rank": rank, "batch": index, "loss": _number(loss), "samples": names}
@@ -180,9 +181,9 @@ class StepGuard:
 
 
 class NamingCollator:
-    """Puts the names of the samples into the batch that another collator makes.
+    """Wrapper of a collator that adds the names of the samples to its batch.
 
-    A sample's name is its entry `sample_name`, or None. Bad samples, which the other collator leaves out, are not named.
+    The name of a sample is its value under `sample_name`, or None. Bad samples, which the collator leaves out, have none.
     """
 
     def __init__(self, collator: Callable[[Sequence[Any]], dict[str, Any]]) -> None:
@@ -197,7 +198,7 @@ class NamingCollator:
 
 
 class ShareWatch:
-    """Says once when the reconstruction's share of the loss has long been outside of what is recommended.
+    """Warns once when the reconstruction's share of the loss stays outside of the recommended range.
 
     Args:
         window: log entries; the share is that of their losses together.
@@ -212,12 +213,12 @@ class ShareWatch:
             raise ValueError(f"recommended_share is {list(recommended)}, expected two rising numbers from 0 to 1")
         self.recommended = tuple(recommended)
         self._entries: deque[tuple[float, float]] = deque(maxlen=window)
-        self._has_spoken = False
+        self._has_warned = False
 
     def add(self, main_loss: float, total_loss: float) -> str | None:
-        """One log entry's losses -> what to say, or None."""
+        """Adds the losses of a log entry; returns a warning, or None."""
         self._entries.append((main_loss, total_loss))
-        if self._has_spoken or len(self._entries) < self._entries.maxlen:
+        if self._has_warned or len(self._entries) < self._entries.maxlen:
             return None
         main, total = (sum(values) for values in zip(*self._entries, strict=True))
         if not main > 0 or not math.isfinite(total):
@@ -226,17 +227,17 @@ class ShareWatch:
         share = 1 - main / total
         if low <= share <= high:
             return None
-        self._has_spoken = True
-        said = (
+        self._has_warned = True
+        observed = (
             f"the reconstruction loss was {share:.1%} of the total loss over the last {len(self._entries)} log entries; "
             f"{low:.0%} to {high:.0%} are recommended"
         )
         if share <= 0:
-            return f"{said}. Is loss_weight 0, or has no video two frames?"
+            return f"{observed}. Is loss_weight 0, or has no video two frames?"
         goal = (low + high) / 2
         factor = goal / (1 - goal) * (1 - share) / share
         way = "raise" if factor > 1 else "lower"
-        return f"{said}: {way} loss_weight, to {factor:.2g} times what it is, for a share of {goal:.0%}"
+        return f"{observed}: {way} loss_weight, to {factor:.2g} times what it is, for a share of {goal:.0%}"
 
 
 def _name(sample: Any) -> str | None:
@@ -244,12 +245,12 @@ def _name(sample: Any) -> str | None:
 
 
 def _number(value: float) -> float | str:
-    """JSON has no nan."""
+    """A number, or a text for one that JSON lacks, such as nan."""
     return value if math.isfinite(value) else str(value)
 
 
 def _describe(batches: Sequence[dict[str, Any]]) -> str:
-    """The batches that are to blame; all, if none is by its loss alone."""
+    """Lists the batches whose loss is not finite, or all if there are none."""
     blamed = [batch for batch in batches if isinstance(batch["loss"], str)] or batches
     texts = []
     for batch in blamed:

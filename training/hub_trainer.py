@@ -1,9 +1,9 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""`HubTrainer`: a transformers Trainer whose pushes are complete, in one commit, and hold nothing but the model.
+"""`HubTrainer`: a transformers Trainer that pushes a complete model, and nothing else, in one commit.
 
-transformers uploads the whole output folder: logs, and the pickled arguments with the Hub token among them. Weights of
-an older push stay, and with Xet a large folder goes up in several commits. Here a push is what `hub_folder` finds in the
-folder, and no file that is saved holds the token.
+transformers uploads the whole output folder, with logs and the pickled arguments, which hold the Hub token. Weights of an older
+push stay, and with Xet a large folder takes several commits. Here a push holds the files that `hub_folder` finds in the folder,
+and no saved file holds the token.
 """
 
 import copy
@@ -33,10 +33,9 @@ _SNAPSHOT = "_pushing_"  # a folder's name begins so
 
 
 class HubTrainer(Trainer):
-    """Saves complete adapters and pushes complete folders; the rest is Trainer's.
+    """A Trainer that saves complete adapters and pushes complete folders.
 
-    With `hub_strategy` "checkpoint" or "all_checkpoints" the state of the training goes up too, in a folder of its own:
-    that is what these are for.
+    With `hub_strategy` "checkpoint" or "all_checkpoints" the state of the training is pushed too, in a separate folder.
     """
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -46,7 +45,7 @@ class HubTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        # transformers pickles the token with the other arguments, for all who get the folder.
+        # transformers pickles the token with the other arguments, readable for each user of the folder.
         args = copy.copy(self.args)
         args.hub_token = None
         torch.save(args, folder / TRAINING_ARGS_NAME)
@@ -63,7 +62,7 @@ class HubTrainer(Trainer):
         base = self.model.get_base_model()
         if hasattr(base, "save_code"):
             base.save_code(path.parent)
-        elif getattr(base, "_auto_class", None) is not None:  # remote code of a release that had no such method
+        elif getattr(base, "_auto_class", None) is not None:  # remote code of a release without this method
             custom_object_save(base, path.parent)
         config = json.loads(path.read_text(encoding="utf-8"))
         base_path = config["base_model_name_or_path"]
@@ -74,7 +73,7 @@ class HubTrainer(Trainer):
         path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
     def create_model_card(self, *args: Any, tags: str | list[str] | None = None, **kwargs: Any) -> None:
-        """As in transformers, unless there is a card already that no library wrote: that of scripts/train.py says more."""
+        """As in transformers, unless the folder has a card that no library wrote: the card of a training has more content."""
         path = Path(self.args.output_dir) / "README.md"
         is_kept = path.is_file() and not is_library_card(path.read_text(encoding="utf-8"))
         if is_kept or not self.is_world_process_zero():
@@ -124,7 +123,7 @@ class HubTrainer(Trainer):
         return files
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As in Trainer; one commit for the model and, if it is asked for, the state of the training."""
+        """As in Trainer; one commit for the model and, depending on `hub_strategy`, the state of the training."""
         strategy, checkpoint, output = self.args.hub_strategy, Path(checkpoint_folder), Path(self.args.output_dir)
         if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
@@ -133,13 +132,13 @@ class HubTrainer(Trainer):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if not is_busy:
-            self._finish_current_push()  # tells of one that failed
+            self._finish_current_push()  # reports one that failed
             for left_over in output.glob(f"{_SNAPSHOT}*"):  # of a run that was killed
                 shutil.rmtree(left_over, ignore_errors=True)
         snapshot = _snapshot(checkpoint, output)
         try:
             files, replaced = self._files_to_push(snapshot), None
-        except ValueError as error:  # training goes on; FSDP's sharded checkpoints, for one, are not Hub folders
+        except ValueError as error:  # training goes on; sharded checkpoints of FSDP, for example, are not Hub folders
             logger.warning(f"{checkpoint.name} is not pushed: {error}")
             shutil.rmtree(snapshot)
             return
@@ -175,7 +174,7 @@ class HubTrainer(Trainer):
 
 
 def _snapshot(checkpoint: Path, output: Path) -> Path:
-    """The files of a checkpoint under other names, which stay while it goes up, whatever becomes of the checkpoint."""
+    """Links the files of a checkpoint into a new folder, so that they last through the upload if it is deleted."""
     snapshot = Path(tempfile.mkdtemp(prefix=_SNAPSHOT, dir=output))
     for path in (p for p in checkpoint.rglob("*") if p.is_file()):
         target = snapshot / path.relative_to(checkpoint)
@@ -188,7 +187,7 @@ def _snapshot(checkpoint: Path, output: Path) -> Path:
 
 
 def _complete_card(path: Path) -> None:
-    """Names the base in a library's card by its Hub id, if it has one: PEFT writes its folder, which the Hub refuses."""
+    """Names the base in a library's card by its Hub id, if it has one: PEFT writes its folder, which the Hub rejects."""
     card = ModelCard.load(path, ignore_metadata_errors=True)
     card.data.pipeline_tag = card.data.pipeline_tag or PIPELINE_TAG
     card.data.base_model = hub_id(card.data.base_model)

@@ -1,5 +1,5 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Paths that a stranger's data set names, kept within a folder."""
+"""Paths of an untrusted data set, confined to a folder."""
 
 import os
 from pathlib import Path
@@ -8,20 +8,20 @@ from ..processing.media_sources import source_name
 
 
 def path_below(root: str | os.PathLike, name: str, kind: str = "file") -> str:
-    """The real path of what `name` means below `root`.
+    """Returns the real path of a file or folder below `root`.
 
-    Neither `..`, absolute paths nor symbolic links lead out of `root`, nor does a link among the frames of a folder. The
-    path returned holds no link: what is read is what was checked, also if a link is bent afterwards. (Against someone who
-    exchanges folders while they are being read, only the rights of the process help.)
+    Neither `..`, absolute paths nor symbolic links lead out of `root`, nor does a link among the frames of a folder.
+    The path returned holds no link, so that the checked file is read even if a link changes afterwards. (A process that
+    exchanges folders while they are being read is stopped by file permissions alone.)
 
     Args:
         root: a folder.
         name: a path, relative to `root` or absolute.
-        kind: what the file is, for messages.
+        kind: noun for the file in messages.
 
     Raises:
-        ValueError: if it leads out of `root`, naming where it leads.
-        FileNotFoundError: if there is no such file.
+        ValueError: if the path leads out of `root`, naming its target.
+        FileNotFoundError: if the file does not exist.
     """
     root = Path(root).resolve()
     path = Path(os.path.abspath(root / name))

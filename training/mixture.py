@@ -1,7 +1,7 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Several data sets as one, by weight, and the order in which samples are trained on.
+"""Mixtures of data sets by weight, and the order of samples.
 
-Both depend on seed and epoch alone, so that a run that goes on from a checkpoint sees what an uninterrupted one sees.
+Both depend on seed and epoch alone, so that a resumed run sees the samples of an uninterrupted one.
 """
 
 import weakref
@@ -16,16 +16,18 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
 class LlavaVideoMixture(Dataset):
-    """Several `LlavaVideoDataset`s. In each epoch one of n samples and weight w gives `round(w * n)` of them: whole
-    passes, and for the rest a random choice without repetition that is another one in each epoch.
+    """Several `LlavaVideoDataset`s as one.
+
+    In each epoch a data set of n samples and weight w contributes `round(w * n)` samples: whole passes, and for the rest a
+    random choice without repetition, which differs between epochs.
 
     Args:
         datasets: with the same processor.
-        weights: of each.
-        seed: of the choice.
+        weights: one for each data set.
+        seed: of the random choice.
 
     Raises:
-        ValueError: if there are not as many weights as data sets, or a weight leaves a data set without any sample.
+        ValueError: if the numbers of weights and data sets differ, or a weight leaves a data set without samples.
     """
 
     def __init__(self, datasets: Sequence[Any], weights: Sequence[float], *, seed: int = 0) -> None:
@@ -38,7 +40,7 @@ class LlavaVideoMixture(Dataset):
         for dataset, weight, count in zip(datasets, weights, self._counts, strict=True):
             if count < 1:
                 raise ValueError(f"weight {weight} leaves none of the {len(dataset)} samples of {dataset.name}")
-        # In shared memory: workers that live on over epochs must see it change.
+        # In shared memory: workers that persist over epochs must see it change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._rests: tuple[int, list[list[int]]] | None = None
 
@@ -54,7 +56,7 @@ class LlavaVideoMixture(Dataset):
         return self.datasets[number][index]
 
     def locate(self, position: int) -> tuple[int, int]:
-        """(which data set, which of its samples) stands at a position in this epoch."""
+        """Returns (number of the data set, index of its sample) at a position in this epoch."""
         if not 0 <= position < len(self):
             raise IndexError(f"position {position} of a mixture of {len(self)} samples")
         number = 0
@@ -67,8 +69,8 @@ class LlavaVideoMixture(Dataset):
 
     def lengths(self, num_workers: int = 0) -> list[int]:
         """Tokens of the sample at each position in this epoch; see `LlavaVideoDataset.lengths`."""
-        of_each = [dataset.lengths(num_workers) for dataset in self.datasets]
-        return [of_each[number][index] for number, index in map(self.locate, range(len(self)))]
+        lengths = [dataset.lengths(num_workers) for dataset in self.datasets]
+        return [lengths[number][index] for number, index in map(self.locate, range(len(self)))]
 
     def check(self) -> None:
         """See `LlavaVideoDataset.check`."""
@@ -80,8 +82,8 @@ class LlavaVideoMixture(Dataset):
         epoch = int(self._epoch)
         if self._rests is None or self._rests[0] != epoch:
             rests = []
-            for which, (dataset, count) in enumerate(zip(self.datasets, self._counts, strict=True)):
-                order = np.random.default_rng([self.seed, epoch, which]).permutation(len(dataset))
+            for part, (dataset, count) in enumerate(zip(self.datasets, self._counts, strict=True)):
+                order = np.random.default_rng([self.seed, epoch, part]).permutation(len(dataset))
                 rests.append(order[: count % len(dataset)].tolist())
             self._rests = (epoch, rests)
         return self._rests[1][number]
@@ -91,10 +93,10 @@ class EpochSampler(Sampler):
     """A random order for each epoch that depends on seed and epoch alone.
 
     Args:
-        dataset: told of each epoch, if it has `set_epoch`.
+        dataset: its `set_epoch`, if it has one, is called at each epoch.
         seed: of the order.
-        group_size: samples of about the same length come together, in groups of so many; needs `dataset.lengths()`.
-        num_workers: processes that find out the lengths.
+        group_size: size of groups of samples of similar length; needs `dataset.lengths()`. None: no groups.
+        num_workers: processes that compute the lengths.
     """
 
     def __init__(self, dataset: Any, *, seed: int = 0, group_size: int | None = None, num_workers: int = 0) -> None:
@@ -121,14 +123,16 @@ class EpochSampler(Sampler):
 
 
 class FollowEpoch(TrainerCallback):
-    """Sets the epoch of samplers, for as long as they are in use. accelerate does not reach them on several ranks behind
-    the batches that a resumed run skips."""
+    """Sets the epoch of samplers while they are in use.
+
+    On several ranks accelerate does not reach them behind the batches that a resumed run skips.
+    """
 
     def __init__(self) -> None:
         self._samplers: weakref.WeakSet[EpochSampler] = weakref.WeakSet()
 
     def add(self, sampler: EpochSampler) -> None:
-        """Takes on a sampler, to be in the same epoch from now on."""
+        """Registers a sampler."""
         self._samplers.add(sampler)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

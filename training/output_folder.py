@@ -1,5 +1,5 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""The folder of a run: whether a run may start in it, and from which checkpoint it goes on."""
+"""The output folder of a run: conditions for a start, the checkpoint to resume from, the recipe."""
 
 import shutil
 from pathlib import Path
@@ -18,14 +18,14 @@ from .checkpoints import (
 from .guards import BAD_STEPS
 
 RECIPE = "train_config.yaml"  # keys and values of the run
-# A run that differs in one of these is another run; other keys may change when it is resumed.
+# Keys that identify a run; other keys may change when it is resumed.
 _IDENTITY = ("model", "train_data", "trainable")
-_OF_A_RUN = (BAD_STEPS, "bad_samples.jsonl", TRAINER_STATE, RUN_FILE, RECIPE)
+_RUN_FILES = (BAD_STEPS, "bad_samples.jsonl", TRAINER_STATE, RUN_FILE, RECIPE)
 _RESULTS = ("train_results.json", "eval_results.json", "all_results.json")
 
 
 def checkpoint_to_resume(folder: Path, wanted: Any, overwrite: bool, values: dict[str, Any]) -> str | None:
-    """Returns the checkpoint that a run goes on from, or None if it starts anew.
+    """Returns the checkpoint that a run resumes from, or None if it starts anew.
 
     Args:
         folder: output of the run.
@@ -75,7 +75,7 @@ def remove_run(folder: Path) -> list[str]:
     checkpoints = list_checkpoints(folder)
     for path in checkpoints:
         shutil.rmtree(path)
-    for name in (*_OF_A_RUN, *_RESULTS):
+    for name in (*_RUN_FILES, *_RESULTS):
         (folder / name).unlink(missing_ok=True)
     return [path.name for path in checkpoints]
 
@@ -100,6 +100,6 @@ def _check_identity(folder: Path, values: dict[str, Any]) -> None:
 
 
 def _comparable(value: Any) -> Any:
-    """A path may be written in several ways, and one source alone or in a list."""
+    """Returns a list of absolute paths and other values, for comparison: one source may stand alone or in a list."""
     items = value if isinstance(value, list) else [value]
     return [str(Path(item).resolve()) if isinstance(item, str) and Path(item).exists() else item for item in items]

@@ -1,4 +1,4 @@
-"""Checkpoints whose configuration names classes of their author's own, which the installed package does not hold."""
+"""Checkpoints whose configuration names custom classes, which the installed package lacks."""
 
 import json
 import os
@@ -32,19 +32,19 @@ def find_file(source: str, name: str, revision: str | None = None) -> str | None
         return hf_hub_download(source, name, revision=revision)
     except LocalEntryNotFoundError as error:
         cached = try_to_load_from_cache(source, name, revision=revision)
-        if cached is not None:  # a path, or the mark of a file that was looked for and is not there
+        if cached is not None:  # a path, or the mark of a file that the Hub lacks
             return cached if isinstance(cached, str) else None
         raise OSError(
-            f"there is no folder {source} here, and the Hub cannot be asked for its {name} now: {error}"
+            f"{source} is not a folder here, and the Hub cannot be asked for its {name} now: {error}"
         ) from error
     except EntryNotFoundError:
         return None
 
 
 def own_classes(source: str, revision: str | None = None) -> list[str]:
-    """Classes that a checkpoint's `auto_map`s name beside those of this package, such as `my_head.MyModel`.
+    """Returns the classes in a checkpoint's `auto_map`s that are not of this package, such as `my_head.MyModel`.
 
-    Those of the base are among them if the checkpoint is an adapter.
+    For an adapter, those of its base are included.
 
     Raises:
         OSError: if the Hub does not answer, and none of a checkpoint's configurations is in the cache.
@@ -55,15 +55,15 @@ def own_classes(source: str, revision: str | None = None) -> list[str]:
     for name in _FILES_WITH_CLASSES:
         try:
             path = find_file(source, name, revision)
-        except OSError as error:  # without network a model in the cache lacks only what it need not have
+        except OSError as error:  # without network a model in the cache lacks optional files only
             unknown, path = error, None
         num_found += path is not None
         values = _read_json(path) if path is not None else {}
         classes = values.get("auto_map") or {}
         for reference in classes.values() if isinstance(classes, dict) else ():
-            for one in reference if isinstance(reference, (list, tuple)) else [reference]:
-                if isinstance(one, str) and one.rpartition("--")[2] not in AUTO_MAP.values():
-                    found[one] = None
+            for class_name in reference if isinstance(reference, (list, tuple)) else [reference]:
+                if isinstance(class_name, str) and class_name.rpartition("--")[2] not in AUTO_MAP.values():
+                    found[class_name] = None
         base = values.get("base_model_name_or_path") if name == "adapter_config.json" else None
         if base and os.path.abspath(base) != os.path.abspath(source):
             found |= dict.fromkeys(own_classes(base))

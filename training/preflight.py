@@ -1,7 +1,7 @@
-"""`scripts/train.py --check`: what a recipe and its data would do, before an hour on a GPU is spent.
+"""`llava-next-ar train --check`: the effect of a recipe on its data, without training.
 
-Reads the configuration, the processor and a random sample of the data, which it decodes, and needs no weights. Writes
-nothing.
+Reads the configuration, the processor and a random sample of the data: texts and headers of media, and a few of the samples
+decoded. Needs no weights and writes nothing.
 """
 
 import functools
@@ -33,10 +33,10 @@ NUM_EXAMPLES = 2  # of each cause of failure
 
 
 @dataclass
-class SampleFacts:
-    """Statistics of one sample. `problem` is the reason why it cannot be used, None if it can."""
+class SampleStatistics:
+    """Counts of one sample. `problem` is the reason why it cannot be used, None if it can."""
 
-    place: str
+    position: str
     length: int = 0
     targets: int = 0
     frames: int = 0
@@ -48,13 +48,13 @@ class SampleFacts:
 
     @property
     def name(self) -> str:
-        """The entry's own `id`, if it has one, and its place in the data set, counted from 0."""
-        return self.place if self.sample_id is None else f"{self.sample_id!r}, {self.place}"
+        """The entry's own `id`, if it has one, and its position in the data set, counted from 0."""
+        return self.position if self.sample_id is None else f"{self.sample_id!r}, {self.position}"
 
 
 @dataclass
-class Findings:
-    """The report, and what would certainly fail."""
+class PreflightReport:
+    """Lines of the report, and the faults that would certainly end the run."""
 
     lines: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -64,39 +64,78 @@ class Findings:
         return "\n".join([*self.lines, "", *verdict])
 
 
-class _Facts(Dataset):
-    """`SampleFacts` in the place of samples."""
+class _Statistics(Dataset):
+    """`SampleStatistics` in the place of samples: from text and headers, or with `decodes` from the decoded sample."""
 
-    def __init__(self, samples: Sequence[UnreadSample]) -> None:
-        self.samples = samples
+    def __init__(self, samples: Sequence[UnreadSample], decodes: bool) -> None:
+        self.samples, self.decodes = samples, decodes
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, number: int) -> SampleFacts:
+    def __getitem__(self, number: int) -> SampleStatistics:
         sample = self.samples[number]
-        facts = SampleFacts(f"sample {sample.index} of {sample.source}")
+        statistics = SampleStatistics(f"sample {sample.index} of {sample.source}")
         try:
-            encoded = read_sample(sample.reader, "encode", sample.entry, source=sample.source, index=sample.index)
+            encoded = self._decode(sample, statistics) if self.decodes else self._count(sample, statistics)
         except BadSampleError as error:
-            facts.problem, facts.sample_id = _one_line(error.cause), error.sample_id
-            return facts
-        facts.length = len(encoded["input_ids"])
-        facts.targets = int((encoded["labels"] != -100).sum())
-        if "pixel_values_videos" in encoded:
-            facts.videos = len(encoded["pixel_values_videos"])
-            facts.frames = int(encoded["video_frame_mask"].sum())
-        facts.images = int(encoded["batch_num_images"].sum()) if "batch_num_images" in encoded else 0
+            statistics.problem, statistics.sample_id = _one_line(error.cause), error.sample_id
+            return statistics
+        statistics.length, statistics.targets = len(encoded["input_ids"]), int((encoded["labels"] != -100).sum())
         try:
             sample.reader.fit(encoded)
         except ValueError as error:
             entry = sample.entry() if callable(sample.entry) else sample.entry
-            facts.problem, facts.is_too_long = _one_line(f"ValueError: {error}"), True
-            facts.sample_id = entry.get("id")
-        return facts
+            statistics.problem, statistics.is_too_long = _one_line(f"ValueError: {error}"), True
+            statistics.sample_id = entry.get("id")
+        return statistics
+
+    def _count(self, sample: UnreadSample, statistics: SampleStatistics) -> dict[str, torch.Tensor]:
+        text, labels = read_sample(sample.reader, "text", sample.entry, source=sample.source, index=sample.index)
+        statistics.videos, statistics.frames, statistics.images = text.num_videos, text.num_frames, text.num_images
+        return {"input_ids": text.input_ids, "labels": labels}
+
+    def _decode(self, sample: UnreadSample, statistics: SampleStatistics) -> dict[str, torch.Tensor]:
+        encoded = read_sample(sample.reader, "encode", sample.entry, source=sample.source, index=sample.index)
+        if "pixel_values_videos" in encoded:
+            statistics.videos = len(encoded["pixel_values_videos"])
+            statistics.frames = int(encoded["video_frame_mask"].sum())
+        statistics.images = int(encoded["batch_num_images"].sum()) if "batch_num_images" in encoded else 0
+        return encoded
 
 
-def examine(
+def collect_statistics(
+    samples: Sequence[UnreadSample], num_decoded: int, num_workers: int
+) -> tuple[list[SampleStatistics], list[str]]:
+    """Returns statistics of samples, the first `num_decoded` usable ones with media decoded, and lines about these."""
+
+    def collect(samples: Sequence[UnreadSample], decodes: bool) -> list[SampleStatistics]:
+        loader = DataLoader(
+            _Statistics(samples, decodes), batch_size=1, collate_fn=lambda batch: batch[0], num_workers=num_workers
+        )
+        return list(tqdm(loader, total=len(samples), desc="decoding" if decodes else "reading headers"))
+
+    # A processor of remote code may be older than counting: then each sample is decoded.
+    can_count = hasattr(samples[0].reader.processor, "video_text")
+    if not can_count:
+        return collect(samples, decodes=True), [f"samples               {len(samples)} decoded"]
+    statistics = collect(samples, decodes=False)
+    with_media = [
+        number for number, sample in enumerate(statistics) if sample.problem is None and sample.videos + sample.images
+    ]
+    chosen = with_media[:num_decoded]
+    decoded = collect([samples[number] for number in chosen], decodes=True) if chosen else []
+    differing = 0
+    for number, sample in zip(chosen, decoded, strict=True):
+        differing += sample.length not in (0, statistics[number].length)
+        statistics[number] = sample
+    lines = [f"samples               {len(samples)} read, of which {len(decoded)} decoded"]
+    if differing:
+        lines.append(f"    {differing} of these {len(decoded)} have another length than their headers give")
+    return statistics, lines
+
+
+def run_preflight(
     model: Any,
     data: Any,
     processor: Any,
@@ -107,47 +146,45 @@ def examine(
     num_quantized: int = 0,
     makes_mask: bool = False,
     is_sharded: bool = False,
-) -> Findings:
-    """Looks at a sample of the data and at the step that it makes.
+) -> PreflightReport:
+    """Reports the statistics of a sample of the data, and the memory of the step that it makes.
 
     Args:
         model: on the meta device, with what trains set to train.
         data: what `load_training_data` returned, without a ledger.
-        data_args: of the recipe: how many samples are decoded, at most, and what about bad ones.
+        data_args: of the recipe: how many samples are read and decoded at most, and bounds on bad ones.
         compute_dtype: of autocast, or of the weights.
         num_quantized: weights that will be loaded in 4 bits.
         makes_mask: whether the attention of a packed row has a mask of all its tokens.
         is_sharded: whether the devices share the weights.
     """
-    findings = Findings()
+    report = PreflightReport()
     samples = choose_samples(data, data_args.check_samples, training_args.seed)
-    loader = DataLoader(
-        _Facts(samples), batch_size=1, collate_fn=lambda one: one[0], num_workers=training_args.dataloader_num_workers
-    )
-    facts = list(tqdm(loader, total=len(samples), desc="decoding"))
-    usable = [one for one in facts if one.problem is None]
-    findings.lines += [
+    statistics, lines = collect_statistics(samples, data_args.check_decoded, training_args.dataloader_num_workers)
+    usable = [sample for sample in statistics if sample.problem is None]
+    report.lines += [
         *describe_frames(processor),
-        *describe_samples(facts, model, samples[0].reader.max_length),
+        *lines,
+        *describe_samples(statistics, model, samples[0].reader.max_length),
     ]
     num_entries = len(data) if hasattr(data, "__len__") else None
-    describe_problems(facts, findings, data_args, num_entries)
-    findings.lines += describe_steps(data, training_args, data_args.num_processes, len(usable) / len(facts))
-    if usable and not any(one.targets for one in usable) and not data_args.reconstruction_only:
-        findings.failures.append(
+    describe_problems(statistics, report, data_args, num_entries)
+    report.lines += describe_steps(data, training_args, data_args.num_processes, len(usable) / len(statistics))
+    if usable and not any(sample.targets for sample in usable) and not data_args.reconstruction_only:
+        report.failures.append(
             f"none of {len(usable)} samples has a supervised token, so main_loss would stay 0: put answers under "
             "'conversations' (turns from 'gpt') or 'messages', or set reconstruction_only: true if that is meant"
         )
     if usable:
         options = {"compute_dtype": compute_dtype, "num_quantized": num_quantized, "makes_mask": makes_mask}
-        describe_memory(usable, model, training_args, findings, is_sharded, **options)
+        describe_memory(usable, model, training_args, report, is_sharded, **options)
     else:
-        findings.failures.append(f"none of the {len(facts)} samples can be used")
-    return findings
+        report.failures.append(f"none of the {len(statistics)} samples can be used")
+    return report
 
 
 def choose_samples(data: Any, num_samples: int, seed: int) -> list[UnreadSample]:
-    """A random choice without repetition; of a stream, what comes first."""
+    """Returns a random choice without repetition; the first samples of a stream."""
     if not hasattr(data, "__len__"):
         return list(itertools.islice(data, num_samples))
     chosen = np.random.default_rng(seed).permutation(len(data))[:num_samples]
@@ -168,32 +205,32 @@ def choose_samples(data: Any, num_samples: int, seed: int) -> list[UnreadSample]
 
 def describe_frames(processor: Any) -> list[str]:
     layout = processor.frame_token_layout
-    kinds = [0, 1] if layout.is_slow_fast else [0]
-    per_frame = " (slow), ".join(str(layout.tokens_per_frame(kind)) for kind in kinds)
+    frame_types = [0, 1] if layout.is_slow_fast else [0]
+    per_frame = " (slow), ".join(str(layout.tokens_per_frame(frame_type)) for frame_type in frame_types)
     sampling = processor.video_processor.sampling_for()
     settings = inspect.signature(SAMPLING_POLICIES[sampling.policy]).parameters.values()
     names = [setting.name for setting in settings if setting.kind is inspect.Parameter.KEYWORD_ONLY]
     chosen = ", ".join(f"{name} {getattr(sampling, name)}" for name in names if getattr(sampling, name))
     return [
-        f"tokens per frame      {per_frame}{' (fast)' * (len(kinds) > 1)}",
+        f"tokens per frame      {per_frame}{' (fast)' * (len(frame_types) > 1)}",
         f"frames                {sampling.policy}: {chosen}",
     ]
 
 
-def describe_samples(facts: list[SampleFacts], model: Any, max_length: int | None) -> list[str]:
-    read = [one for one in facts if one.length]
+def describe_samples(statistics: list[SampleStatistics], model: Any, max_length: int | None) -> list[str]:
+    read = [sample for sample in statistics if sample.length]
     if not read:
-        return [f"samples               {len(facts)} looked at, none of which can be read"]
-    lengths = np.array([one.length for one in read])
-    frames = [one.frames for one in read if one.videos]
-    targets = [one.targets for one in read]
+        return ["    none of them can be read"]
+    lengths = np.array([sample.length for sample in read])
+    frames = [sample.frames for sample in read if sample.videos]
+    targets = [sample.targets for sample in read]
     context = _base(model).config.text_config.max_position_embeddings
     limits = {"the context (max_position_embeddings)": context}
     if max_length is not None:
         limits["max_length"] = max_length
-    without_video = sum(not one.videos for one in read)
-    without_answer = sum(not one.targets for one in read)
-    lines = [f"samples               {len(facts)} looked at"]
+    without_video = sum(not sample.videos for sample in read)
+    without_answer = sum(not sample.targets for sample in read)
+    lines = []
     if frames:
         lines.append(f"frames per sample     {min(frames)} to {max(frames)}, mean {np.mean(frames):.1f}")
     lines.append(f"tokens per sample     {lengths.min()} to {lengths.max()}, median {np.median(lengths):.0f}")
@@ -211,7 +248,7 @@ def describe_samples(facts: list[SampleFacts], model: Any, max_length: int | Non
 
 
 def histogram(values: np.ndarray) -> list[str]:
-    """One line for each of up to `NUM_BINS` ranges of whole numbers."""
+    """Returns one line for each of up to `NUM_BINS` ranges of integers."""
     low, high = int(values.min()), int(values.max())
     width = max(1, math.ceil((high - low + 1) / NUM_BINS))
     edges = np.arange(low, high + width + 1, width)
@@ -224,35 +261,40 @@ def histogram(values: np.ndarray) -> list[str]:
 
 
 def describe_problems(
-    facts: list[SampleFacts],
-    findings: Findings,
+    statistics: list[SampleStatistics],
+    report: PreflightReport,
     data_args: DataArguments,
     num_entries: int | None,
 ) -> None:
-    """Failures by cause, with examples. Messages that differ in names and numbers alone are one cause."""
+    """Reports bad samples by cause, with examples. Messages that differ in names and numbers alone have one cause."""
     max_bad_samples, max_bad_share = data_args.max_bad_samples, data_args.max_bad_share
     is_skipped = data_args.on_bad_sample == "skip"
-    bad = [one for one in facts if one.problem is not None]
-    findings.lines.append(f"bad samples           {len(bad)} of {len(facts)} ({len(bad) / len(facts):.1%})")
-    by_cause: dict[str, list[SampleFacts]] = {}
-    for one in bad:
-        by_cause.setdefault(_kind_of(one), []).append(one)
-    for cause, some in sorted(by_cause.items(), key=lambda item: -len(item[1])):
-        findings.lines.append(f"    {len(some)} x {cause}")
-        findings.lines += [f"        {one.name}: {one.problem}" for one in some[:NUM_EXAMPLES]]
+    bad = [sample for sample in statistics if sample.problem is not None]
+    report.lines.append(f"bad samples           {len(bad)} of {len(statistics)} ({len(bad) / len(statistics):.1%})")
+    by_cause: dict[str, list[SampleStatistics]] = {}
+    for sample in bad:
+        by_cause.setdefault(_cause_of(sample), []).append(sample)
+    for cause, examples in sorted(by_cause.items(), key=lambda item: -len(item[1])):
+        report.lines.append(f"    {len(examples)} x {cause}")
+        report.lines += [f"        {sample.name}: {sample.problem}" for sample in examples[:NUM_EXAMPLES]]
     if bad and not is_skipped:
-        findings.failures.append(f"{bad[0].name} cannot be used ({bad[0].problem}), and on_bad_sample is raise")
+        report.failures.append(f"{bad[0].name} cannot be used ({bad[0].problem}), and on_bad_sample is raise")
     if max_bad_samples is not None and is_skipped and len(bad) > max_bad_samples:
-        findings.failures.append(f"{len(bad)} bad samples alone are more than max_bad_samples={max_bad_samples}")
+        report.failures.append(f"{len(bad)} bad samples alone are more than max_bad_samples={max_bad_samples}")
     if max_bad_share is not None and num_entries is not None and is_skipped:
         if len(bad) > max_bad_share * num_entries:
-            findings.failures.append(
+            report.failures.append(
                 f"{len(bad)} bad samples alone are more than max_bad_share={max_bad_share} of {num_entries}"
             )
 
 
 def describe_steps(data: Any, training_args: Any, num_processes: int | None, good_share: float) -> list[str]:
-    """Batch size and steps, for `num_processes` (by default those that run) and a share of samples that can be used."""
+    """Returns lines about batch size and steps.
+
+    Args:
+        num_processes: by default those that run.
+        good_share: share of samples that can be used.
+    """
     num_processes = num_processes or training_args.world_size
     per_device, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
     effective = per_device * accumulation * num_processes
@@ -280,26 +322,26 @@ def describe_steps(data: Any, training_args: Any, num_processes: int | None, goo
 
 
 def describe_memory(
-    usable: list[SampleFacts],
+    usable: list[SampleStatistics],
     model: Any,
     training_args: Any,
-    findings: Findings,
+    report: PreflightReport,
     is_sharded: bool,
     *,
     makes_mask: bool,
     **options: Any,
 ) -> None:
-    """The step with the longest of the samples in every row."""
+    """Reports the memory of a step with the longest of the samples in every row."""
     batch_size = training_args.per_device_train_batch_size
     batch = {
         "batch_size": batch_size,
-        "length": max(one.length for one in usable),
-        "num_frames": batch_size * max(one.frames for one in usable),
-        "num_targets": batch_size * max(one.targets for one in usable),
+        "length": max(sample.length for sample in usable),
+        "num_frames": batch_size * max(sample.frames for sample in usable),
+        "num_targets": batch_size * max(sample.targets for sample in usable),
     }
     options["optimizer"] = str(getattr(training_args.optim, "value", training_args.optim))
     options["masked_length"] = batch_size * batch["length"] if makes_mask else 0
-    findings.lines.append(
+    report.lines.append(
         f"memory per device     of a batch of {batch_size} x {batch['length']} tokens, {batch['num_frames']} frames and "
         f"{batch['num_targets']} targets, nothing sharded:"
     )
@@ -308,22 +350,22 @@ def describe_memory(
         parts = step_memory(model, **batch, **options, checkpointing=checkpointing)
         title = f"{'with' if checkpointing else 'without'} checkpointing{' (this recipe)' * (checkpointing == is_on)}"
         shown = ", ".join(f"{name} {_readable(size)}" for name, size in parts.items() if name != "total" and size)
-        findings.lines.append(f"    {title}: {_readable(parts['total'])} = {shown}")
+        report.lines.append(f"    {title}: {_readable(parts['total'])} = {shown}")
         fixed = sum(parts[name] for name in ("weights", "gradients", "optimizer"))
     if torch.cuda.is_available() and training_args.device.type == "cuda":
         available = torch.cuda.get_device_properties(training_args.device).total_memory
         if fixed > available and not is_sharded:
-            findings.failures.append(
+            report.failures.append(
                 f"weights, gradients and optimizer take {_readable(fixed)}, the device has "
                 f"{_readable(available)}: shard them (FSDP, ZeRO), or train adapters"
             )
 
 
-def _kind_of(facts: SampleFacts) -> str:
-    if facts.is_too_long:
+def _cause_of(statistics: SampleStatistics) -> str:
+    if statistics.is_too_long:
         return "too long"
-    # Quoted texts, paths and numbers become dots: what is left is the sentence that the messages have in common.
-    common = re.sub(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|\b\d[\w.]*", "...", facts.problem)
+    # Quoted texts, paths and numbers become dots. The remaining sentence is common to all messages of a cause.
+    common = re.sub(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|\b\d[\w.]*", "...", statistics.problem)
     return common if len(common) <= 160 else f"{common[:160]} ..."
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Lines of a training on the terminal: one for each log entry, with the time that is left."""
+"""Lines of a training on the terminal: one for each log entry, with the remaining time."""
 
 import datetime
 import time
@@ -29,7 +29,7 @@ class ProgressLines(PrinterCallback):
             print(line, flush=True)
 
     def _line(self, state: Any, logs: Mapping[str, Any]) -> str | None:
-        """Returns the line of a log entry, or None if it is neither of training steps nor of an evaluation."""
+        """Returns the line of a log entry of training steps or of an evaluation, None for another entry."""
         if "loss" in logs:
             seconds, done = time.monotonic() - self._start, state.global_step - self._first_step
             left = seconds / max(done, 1) * (state.max_steps - state.global_step)

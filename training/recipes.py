@@ -1,7 +1,7 @@
-"""Recipes of scripts/train.py: YAML files and command lines -> typed, checked arguments.
+"""Recipes of a training: YAML files and command lines -> typed, validated arguments.
 
-Values come from the dataclasses' defaults, then from the recipe, then from the command line. A recipe is a mapping, or
-the prototype's list (`- type: trainer`). Unknown keys are refused with the nearest known one.
+Values come from the defaults of the dataclasses, then from the recipe, then from the command line. A recipe is a
+mapping, or the prototype's list (`- type: trainer`). Unknown keys raise an error that names the nearest known key.
 """
 
 import argparse
@@ -27,10 +27,12 @@ TRAINER_TYPE = "autoregressive_trainer"
 
 @dataclass
 class ModelArguments:
-    """What is trained."""
+    """Model and trained parts."""
 
     model: str | None = field(default=None, metadata={"help": "Checkpoint to start from: a folder or a Hub id."})
-    processor: str | None = field(default=None, metadata={"help": "Where the processor is, if not with the model."})
+    processor: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the processor; by default that of the model."}
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run the code that the checkpoint carries instead of the installed package."}
     )
@@ -45,7 +47,7 @@ class ModelArguments:
         metadata={"help": "False trains the tower too; the head then keeps a frozen copy as its teacher."},
     )
     head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the reconstruction head, if it is to differ."}
+        default=None, metadata={"help": "Learning rate of the reconstruction head; by default that of the model."}
     )
     lora_r: int = field(default=64, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=128, metadata={"help": "Scale of the adapters: lora_alpha / lora_r."})
@@ -66,7 +68,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What it is trained on. An option of the video processor that is not set stays as the checkpoint has it."""
+    """Data. An option of the video processor that is not set keeps the value of the checkpoint."""
 
     train_data: list[str] | None = field(
         default=None,
@@ -79,7 +81,9 @@ class DataArguments:
     streaming: bool = field(
         default=False, metadata={"help": "Read train_data one entry after the other, without end; needs max_steps."}
     )
-    shuffle_buffer: int = field(default=1000, metadata={"help": "Entries of a streamed source that one is drawn of."})
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "Entries of a streamed source among which the next one is drawn."}
+    )
     video_root: str | None = field(default=None, metadata={"help": "Folder of the videos; that of the data if unset."})
     image_root: str | None = field(default=None, metadata={"help": "Folder of the images; video_root if unset."})
     allow_outside_root: bool = field(default=False, metadata={"help": "Accept paths outside of the folder, and URLs."})
@@ -88,36 +92,40 @@ class DataArguments:
         metadata={"help": "Keys of an entry that are not read and may be left out; any other is an error."},
     )
     reconstruction_only: bool = field(
-        default=False, metadata={"help": "Videos without any answer are meant: only the reconstruction is trained."}
+        default=False, metadata={"help": "Accept data without answers: only the reconstruction is trained."}
     )
-    check_data: bool = field(default=True, metadata={"help": "Look through all entries before training starts."})
+    check_data: bool = field(default=True, metadata={"help": "Validate all entries before training starts."})
     check: bool = field(
-        default=False, metadata={"help": "Only say what the recipe and a sample of the data would do; train nothing."}
+        default=False, metadata={"help": "Report on the recipe and a sample of the data without training."}
     )
-    check_samples: int = field(default=200, metadata={"help": "How many samples check decodes."})
+    check_samples: int = field(
+        default=200, metadata={"help": "Samples that check reads: their texts and the headers of their media."}
+    )
+    check_decoded: int = field(default=8, metadata={"help": "Samples among these whose media check decodes."})
     num_processes: int | None = field(
-        default=None, metadata={"help": "With check: processes to count for; by default those that are running."}
+        default=None, metadata={"help": "With check: assumed number of processes; by default those that run."}
     )
     on_bad_sample: str = field(
-        default="raise", metadata={"help": "raise | skip: stop, or leave it out and list it in bad_samples.jsonl."}
+        default="raise",
+        metadata={"help": "raise | skip: stop, or leave the sample out and list it in bad_samples.jsonl."},
     )
     max_bad_samples: int | None = field(
-        default=1000, metadata={"help": "With skip: how many bad samples training goes on with."}
+        default=1000, metadata={"help": "With skip: upper bound on the number of bad samples."}
     )
     max_bad_share: float | None = field(
-        default=0.05, metadata={"help": "With skip: the same as a share of all samples, 0 to 1. Not for streams."}
+        default=0.05, metadata={"help": "With skip: upper bound as a share of all samples, 0 to 1. Not for streams."}
     )
     max_length: int | None = field(default=None, metadata={"help": "Tokens that a sample may have."})
     truncate: bool = field(default=False, metadata={"help": "Cut longer samples (never visual tokens)."})
     packing: bool = field(
         default=False,
-        metadata={"help": "Put the samples of a batch into one row, without padding; they do not see each other."},
+        metadata={"help": "Concatenate the samples of a batch without padding; they do not attend to each other."},
     )
     sampling: str | None = field(
         default=None,
         metadata={
-            "help": f"Policy that chooses frames: {' | '.join(SAMPLING_POLICIES)}. uniform_time and fps_time go by the times "
-            "of frames, for videos whose frame rate varies."
+            "help": f"Policy that chooses frames: {' | '.join(SAMPLING_POLICIES)}. uniform_time and fps_time use the times of "
+            "frames, for videos whose frame rate varies."
         },
     )
     num_frames: int | None = field(default=None, metadata={"help": "Frames of a video."})
@@ -125,11 +133,11 @@ class DataArguments:
     max_frames: int | None = field(
         default=None, metadata={"help": "Limit on the frames that fps or sample_rate give."}
     )
-    sample_rate: int | None = field(default=None, metadata={"help": "Every how many frames one is taken."})
+    sample_rate: int | None = field(default=None, metadata={"help": "Stride between sampled frames."})
     short_clip: str | None = field(
         default=None,
         metadata={
-            "help": f"{' | '.join(SHORT_CLIPS)}: a clip with fewer frames than are asked for gives all it has, or is an error. "
+            "help": f"{' | '.join(SHORT_CLIPS)}: a clip with fewer frames than requested gives all its frames, or is an error. "
             "By default all, but an error with the policy num_frames."
         },
     )
@@ -137,7 +145,7 @@ class DataArguments:
         default=None, metadata={"help": f"{' | '.join(get_args(VideoBackend))}: library that decodes."}
     )
     resize_backend: str | None = field(default=None, metadata={"help": "torch | pil."})
-    allow_partial: bool | None = field(default=None, metadata={"help": "Use what can be read of a damaged video."})
+    allow_partial: bool | None = field(default=None, metadata={"help": "Use the readable frames of a damaged video."})
     add_time_instruction: bool | None = field(
         default=None, metadata={"help": "Write the frame times into the prompt."}
     )
@@ -145,24 +153,25 @@ class DataArguments:
 
 @dataclass
 class GuardArguments:
-    """What happens when something goes wrong."""
+    """Reaction to bad steps, signals and an output folder in use."""
 
     bad_step_action: str = field(
         default=BadStepPolicy.action,
-        metadata={"help": "stop | skip: what to do about a step whose loss or gradient is not finite, or explodes."},
+        metadata={"help": "stop | skip: reaction to a step whose loss or gradient is not finite, or explodes."},
     )
     max_skipped_steps: int = field(
-        default=BadStepPolicy.max_skipped_steps, metadata={"help": "Bad steps of the run that are skipped at most."}
+        default=BadStepPolicy.max_skipped_steps, metadata={"help": "Upper bound on skipped steps of the run."}
     )
     max_consecutive_skips: int = field(
-        default=BadStepPolicy.max_consecutive_skips, metadata={"help": "Bad steps in a row that are skipped at most."}
+        default=BadStepPolicy.max_consecutive_skips, metadata={"help": "Upper bound on skipped steps in a row."}
     )
     explosion_factor: float | None = field(
         default=BadStepPolicy.explosion_factor,
-        metadata={"help": "A gradient norm over this many times the usual one makes a step bad, too."},
+        metadata={"help": "A gradient norm above this factor times the usual norm makes a step bad."},
     )
     explosion_window: int = field(
-        default=BadStepPolicy.explosion_window, metadata={"help": "Steps whose median norm is the usual one."}
+        default=BadStepPolicy.explosion_window,
+        metadata={"help": "Number of steps whose median norm is the usual norm."},
     )
     recommended_share: list[float] = field(
         default_factory=lambda: list(RECOMMENDED_SHARE),
@@ -191,21 +200,19 @@ class GuardArguments:
         )
 
 
-KINDS = (ModelArguments, DataArguments, GuardArguments, TrainingArguments)
-PLAIN_KEYS = {f.name for kind in KINDS for f in fields(kind) if f.init}
+ARGUMENT_CLASSES = (ModelArguments, DataArguments, GuardArguments, TrainingArguments)
+PLAIN_KEYS = {f.name for one_class in ARGUMENT_CLASSES for f in fields(one_class) if f.init}
 HEAD_KEYS = {f.name for f in fields(LlavaNextARAutoregressiveConfig)} & set(
     LlavaNextARAutoregressiveConfig.__annotations__
 )
 CONFIG_KEYS = {f.name for f in fields(LlavaNextARConfig)} - {f.name for f in fields(LlavaOnevisionConfig)}
 CONFIG_KEYS -= {"autoregressive_config"}
 SECTIONS = {"autoregressive_config": HEAD_KEYS, "model_config": CONFIG_KEYS}
-
-
-_TRUE_BY_DEFAULT = {f.name for kind in KINDS for f in fields(kind) if f.default is True}
+_TRUE_BY_DEFAULT = {f.name for one_class in ARGUMENT_CLASSES for f in fields(one_class) if f.default is True}
 
 
 def flatten_recipe(document: Any, source: str) -> dict[str, Any]:
-    """A recipe in either form -> `{"learning_rate": ..., "autoregressive_config.num_hist": ...}`.
+    """Returns the keys and values of a recipe in either form: `{"learning_rate": ..., "autoregressive_config.num_hist": ...}`.
 
     Raises:
         ValueError: on an unknown or ambiguous key (naming the nearest), or a document of neither form.
@@ -246,10 +253,10 @@ def flatten_recipe(document: Any, source: str) -> dict[str, Any]:
 
 
 def resolve_key(key: str, source: str) -> str:
-    """The full name of a key that may have been given without its section.
+    """Returns the full name of a key that may be given without its section.
 
     Raises:
-        ValueError: if there is no such key, or two.
+        ValueError: for an unknown key, or one of two sections.
     """
     key = key.removeprefix("model_config.") if key.startswith("model_config.autoregressive_config.") else key
     if key.startswith("activation_checkpointing"):  # also its `_kwargs`
@@ -262,7 +269,7 @@ def resolve_key(key: str, source: str) -> str:
         if len(full) == 1:
             return full[0]
         if full:
-            raise ValueError(f"{source}: {name} may mean {' or '.join(full)}; give the full name")
+            raise ValueError(f"{source}: {name} stands for {' or for '.join(full)}; give the full name")
     known = {f"{s}.{n}": n for s, names in SECTIONS.items() for n in names} | {n: n for n in PLAIN_KEYS}
     if section in SECTIONS:
         known = {full: n for full, n in known.items() if full.startswith(f"{section}.")}
@@ -272,10 +279,13 @@ def resolve_key(key: str, source: str) -> str:
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a recipe: a path, or the name of a recipe of the package, such as `lora`.
+    """Returns the file of a recipe.
+
+    Args:
+        name: a path, or the name of a recipe of the package, such as `lora`.
 
     Raises:
-        FileNotFoundError: if there is neither, with the names of the package's recipes.
+        FileNotFoundError: if neither exists, with the names of the package's recipes.
     """
     folder = Path(__file__).resolve().parents[1] / "scripts" / "configs"
     for path in (Path(name), folder / f"{name}.yaml"):
@@ -286,7 +296,7 @@ def recipe_path(name: str) -> Path:
 
 
 def read_command_line(argv: list[str]) -> dict[str, Any]:
-    """`--key value`, `--key=value`, `--flag`, `--key a b` -> values as YAML reads them."""
+    """Returns the YAML values of `--key value`, `--key=value`, `--flag` and `--key a b`."""
     document: dict[str, list[str]] = {}
     values: list[str] | None = None
     for token in argv:
@@ -307,13 +317,13 @@ def read_command_line(argv: list[str]) -> dict[str, Any]:
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written, and the default of each option."""
+    """Help with an unwrapped description and the default of each option."""
 
 
 def make_parser(description: str | None = None) -> HfArgumentParser:
-    """One option for each key; a key that is true by default has `--no_<key>` too."""
+    """Returns a parser with one option for each key; a key that is true by default has `--no_<key>` too."""
     parser = HfArgumentParser(
-        KINDS,
+        ARGUMENT_CLASSES,
         description=description,
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
@@ -332,8 +342,12 @@ def _check_ranges(data_args: DataArguments, training_args: TrainingArguments) ->
     for name, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if training_args.dataloader_num_workers < 0:
-        raise ValueError(f"dataloader_num_workers must be at least 0, got {training_args.dataloader_num_workers}")
+    for name, value in (
+        ("dataloader_num_workers", training_args.dataloader_num_workers),
+        ("check_decoded", data_args.check_decoded),
+    ):
+        if value < 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
     if training_args.max_steps <= 0 and not training_args.num_train_epochs > 0:
         raise ValueError(f"num_train_epochs must be above 0 without max_steps, got {training_args.num_train_epochs}")
     if data_args.num_processes is not None and not data_args.check:
@@ -345,10 +359,11 @@ def parse_arguments(
 ) -> tuple[
     ModelArguments, DataArguments, GuardArguments, TrainingArguments, dict[str, dict[str, Any]], dict[str, Any]
 ]:
-    """Recipe and command line -> the four groups of arguments, the configuration's sections, and all values as given.
+    """Returns the four groups of arguments, the configuration's sections, and all values as given.
 
     Raises:
-        ValueError: on an unknown key, a missing one or a value that does not fit.
+        ValueError: on an unknown or missing key, or a value that does not fit.
+        FileNotFoundError: as `recipe_path`.
     """
     given = read_command_line(argv)
     values: dict[str, Any] = {}
@@ -361,7 +376,7 @@ def parse_arguments(
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     words = []
     if "use_cpu" not in values and not torch.accelerator.is_available():
-        words += ["--use_cpu", "true"]  # else TrainingArguments refuses the recipes' bf16, which a CPU has too
+        words += ["--use_cpu", "true"]  # else TrainingArguments rejects the recipes' bf16, which a CPU has too
     for key, value in values.items():
         section, _, name = key.rpartition(".")
         if section:
@@ -384,11 +399,13 @@ def parse_arguments(
     if data_args.streaming and training_args.max_steps <= 0:
         raise ValueError("streaming: true needs max_steps, as a stream has no end")
     if data_args.streaming and training_args.train_sampling_strategy == "group_by_length":
-        raise ValueError("train_sampling_strategy: group_by_length needs all lengths, which a stream does not know")
+        raise ValueError(
+            "train_sampling_strategy: group_by_length needs the lengths of all samples, which a stream lacks"
+        )
     _check_ranges(data_args, training_args)
     if model_args.trainable not in TRAINABLE:
         raise ValueError(f"trainable is {model_args.trainable!r}, expected one of {', '.join(TRAINABLE)}")
-    guard_args.bad_step_policy()  # a value that does not fit is an error now
+    guard_args.bad_step_policy()  # validates its values
     if guard_args.save_on_sigterm and training_args.enable_jit_checkpoint:
         raise ValueError(
             "enable_jit_checkpoint would save in the middle of a step; save_on_sigterm does it at the end of one: "

@@ -11,30 +11,40 @@
 
 Every key of a recipe can be given on the command line too, and wins over the file: `--learning_rate 1e-5`,
 `--autoregressive_config.num_hist 4` or just `--num_hist 4`, `--report_to tensorboard`, `--fsdp_config '{...}'`. Keys
-are those of `ModelArguments`, `DataArguments` and `GuardArguments` in scripts/recipes.py, of transformers'
+are those of `ModelArguments`, `DataArguments` and `GuardArguments` in training/recipes.py, of transformers'
 `TrainingArguments`, of the model's configuration (`model_config.mm_newline_position`) and of its head
-(`autoregressive_config.num_hist`). An unknown key is an error. With `--check` nothing is trained: it reads the recipe,
-decodes a sample of the data and says what the step would need. The prototype's list form (`- type: trainer`, see
+(`autoregressive_config.num_hist`). An unknown key is an error. `--check` trains nothing: it reads the recipe and a sample of
+the data and reports the lengths, the steps and their memory. The prototype's list form (`- type: trainer`, see
 scripts/configs/prototype_basic.yaml) is read as well.
 
 The model may be a checkpoint of this package or of LLaVA-OneVision, which gets a new head. `output_dir` becomes a
-complete Hub folder: model (or adapter), processor, code and card. `--push_to_hub true` pushes it, scripts/push_to_hub.py
+complete Hub folder: model (or adapter), processor, code and card. `--push_to_hub true` pushes it, `llava-next-ar push` does so
 later. A folder that holds a run already is an error, unless that run is resumed (`--resume_from_checkpoint true`) or
 replaced (`--overwrite_output_dir true`).
 
-Exit status: 0 at the end, 1 on an error or a bad step, 143 after SIGTERM, 130 after Ctrl-C. SIGTERM and the first Ctrl-C save
-a checkpoint at the end of the step; a second Ctrl-C ends the run at once. Under `accelerate launch` and `torchrun` these are
-the statuses of the ranks; the launcher itself ends with status 1 and a traceback that names SignalException. A launcher
-kills its ranks 30 seconds after it has passed SIGTERM on. While they save a checkpoint it is stopped, so that a longer save
-is complete. A step that takes longer needs `TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600` (seconds; torch 2.13 has it).
+Exit status:
+
+    0    the run is complete, or `--check` found no fault
+    1    a bad step stopped the run, or `--check` found a fault
+    2    bad input: command line, recipe, data, checkpoint or output folder; one line on standard error names it
+    130  Ctrl-C
+    143  SIGTERM
+
+SIGTERM and the first Ctrl-C save a checkpoint at the end of the step; a second Ctrl-C ends the run at once. Under `accelerate
+launch` and `torchrun` these are the statuses of the ranks; the launcher itself ends with status 1 and a traceback that names
+SignalException. A launcher kills its ranks 30 seconds after it has passed SIGTERM on. While they save a checkpoint it is
+stopped, so that a longer save is complete. A step that takes longer needs `TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600` (seconds;
+torch 2.13 has it) in the environment of the launcher.
 """
 
+import contextlib
 import dataclasses
 import os
 import shutil
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +54,14 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from ..configuration.configuration_llava_next_ar import LlavaNextARConfig
+from ..hub.command_line import BAD_INPUT, stop
 from ..hub.model_card import write_card
 from ..processing.frame_sampling import head_sampling
 from ..processing.llava_conversation import DEFAULT_CHAT_TEMPLATE
 from ..processing.processing_llava_next_ar import LlavaNextARProcessor, layout_options
 from ..processing.video_processing_llava_next_ar import LlavaNextARVideoProcessorKwargs
 from .bad_samples import BadSampleError, BadSampleLedger, TooManyBadSamplesError
-from .checkpoints import UNFINISHED, holds_weights, replace_model
+from .checkpoints import UNFINISHED, ResumeError, holds_weights, replace_model
 from .collator import LlavaVideoCollator
 from .data import any_answers, load_training_data
 from .expected_messages import quiet_expected_messages
@@ -58,7 +69,7 @@ from .guards import BadStepError
 from .merge import merge_adapters
 from .output_folder import checkpoint_to_resume, remove_run, write_recipe
 from .own_code import check_own_code, find_file
-from .preflight import Findings, choose_samples, examine
+from .preflight import PreflightReport, choose_samples, run_preflight
 from .progress import show_progress
 from .recipes import DataArguments, GuardArguments, ModelArguments, make_parser, parse_arguments
 from .termination import StopOnSigterm
@@ -82,18 +93,28 @@ logger = logging.get_logger(__name__)
 VIDEO_OPTIONS = {field.name for field in dataclasses.fields(DataArguments)} & set(
     LlavaNextARVideoProcessorKwargs.__annotations__
 )
-NUM_SAMPLES_WITH_ANSWERS = 500  # that are looked at, without decoding, before a training starts
+NUM_SAMPLES_WITH_ANSWERS = 500  # read before a training starts, without decoding
+BAD_STEP = 1  # exit status; that of bad input is `BAD_INPUT`
+
+
+@contextlib.contextmanager
+def stop_on_bad_input() -> Iterator[None]:
+    """Context whose errors are those of the recipe, the checkpoint or the data."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, TooManyBadSamplesError) as error:
+        stop(error)
 
 
 # ----------------------------------------------------------------------------------------------------------- processor
 
 
 def load_processor(args: ModelArguments, data_args: DataArguments, config: Any) -> Any:
-    """The checkpoint's processor with the model's layout and the recipe's sampling; a new one if it has none.
+    """Returns the checkpoint's processor, or a new one, with the model's layout and the recipe's sampling.
 
     Raises:
         ValueError: on sampling options that contradict each other, or a tokenizer with other placeholders.
-        OSError: if a processor that is there cannot be loaded, or the Hub does not answer.
+        OSError: if an existing processor cannot be loaded, or the Hub does not answer.
     """
     source = args.processor or args.model
     if args.processor is not None:
@@ -101,23 +122,23 @@ def load_processor(args: ModelArguments, data_args: DataArguments, config: Any) 
     options = {name: getattr(data_args, name) for name in VIDEO_OPTIONS if getattr(data_args, name) is not None}
     if not options.keys() & {"sampling", "fps"}:
         options |= head_sampling(config)
-    is_own = isinstance(config, LlavaNextARConfig)
-    # Looked for by name: an error while a processor is loaded says nothing of whether there is one.
+    is_installed = isinstance(config, LlavaNextARConfig)  # not a class of remote code
+    # Found by name: an error while loading does not show that the checkpoint has no processor.
     if any(find_file(source, name) is not None for name in ("processor_config.json", "preprocessor_config.json")):
-        if is_own:
+        if is_installed:
             processor = LlavaNextARProcessor.from_pretrained(source, **options)
         else:
             processor = AutoProcessor.from_pretrained(source, trust_remote_code=True, **options)
-    else:  # only a tokenizer is there
+    else:  # a tokenizer alone
         tokenizer = AutoTokenizer.from_pretrained(source)
         processor = LlavaNextARProcessor.for_config(config, tokenizer, **options)
-    # LLaVA-OneVision's own template marks no answers, and is this one in other words.
+    # LLaVA-OneVision's own template marks no answers, and renders the same text.
     if "generation" not in (processor.chat_template or "") and "<|im_start|>" in processor.tokenizer.get_vocab():
         processor.chat_template = DEFAULT_CHAT_TEMPLATE
     # The recipe may have changed how the model lays out its tokens.
     layout_class = type(processor.frame_token_layout)
     for name, value in layout_options(config).items():
-        is_layout = name == "frame_token_layout"  # a processor of remote code has a class of its own for it
+        is_layout = name == "frame_token_layout"  # a processor of remote code has another class of this name
         setattr(processor, name, layout_class.from_dict(value.to_dict()) if is_layout else value)
     if data_args.add_time_instruction is not None:
         processor.add_time_instruction = data_args.add_time_instruction
@@ -133,7 +154,7 @@ def load_data(
     ledger: BadSampleLedger | None,
     streaming: bool = False,
 ) -> Any:
-    """The data set, the mixture or the stream that the recipe asks for, every entry looked through if it says so."""
+    """Opens the data set, mixture or stream of the recipe; validates every entry with `check_data`."""
     data = load_training_data(
         sources,
         processor,
@@ -154,7 +175,7 @@ def load_data(
 
 
 def warn_without_answers(data: Any, data_args: DataArguments, training_args: TrainingArguments) -> None:
-    """Logs a warning if none of a few samples of the data has an answer, and the recipe does not say so."""
+    """Logs a warning if none of a few samples of the data has an answer, without `reconstruction_only`."""
     if data_args.reconstruction_only or training_args.process_index:
         return
     samples = choose_samples(data, NUM_SAMPLES_WITH_ANSWERS, training_args.seed)
@@ -166,7 +187,7 @@ def warn_without_answers(data: Any, data_args: DataArguments, training_args: Tra
 
 
 def open_ledger(data_args: DataArguments, training_args: TrainingArguments) -> BadSampleLedger | None:
-    """Where bad samples are written down, if training is to go on without them."""
+    """Returns the ledger of bad samples with `on_bad_sample: skip`, else None."""
     if data_args.on_bad_sample == "raise":
         return None
     return BadSampleLedger(
@@ -181,8 +202,8 @@ def open_ledger(data_args: DataArguments, training_args: TrainingArguments) -> B
 
 def check(
     args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments, config: Any, processor: Any
-) -> Findings:
-    """What the recipe would do, by the configuration alone: no weights are read, and nothing is written."""
+) -> PreflightReport:
+    """Reports on a recipe from configuration and data: reads no weights, writes nothing."""
     failures = []
     for attempt in (lambda: check_attention(args, config), lambda: check_reports(training_args)):
         try:
@@ -192,11 +213,11 @@ def check(
     model, num_quantized = model_without_weights(args, config, training_args)
     frozen_dtype = weights_dtype(args, training_args)
     compute_dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else frozen_dtype
-    data_args = dataclasses.replace(data_args, check_data=False)  # the sample is looked through, and no more
+    data_args = dataclasses.replace(data_args, check_data=False)  # the sample alone is validated
     data = load_data(
         data_args.train_data, data_args, training_args, processor, ledger=None, streaming=data_args.streaming
     )
-    findings = examine(
+    report = run_preflight(
         model,
         data,
         processor,
@@ -207,12 +228,12 @@ def check(
         makes_mask=data_args.packing and args.attn_implementation in (None, "sdpa", "eager"),
         is_sharded=bool(sharding_asked_for(training_args)),
     )
-    findings.failures[:0] = failures
-    return findings
+    report.failures[:0] = failures
+    return report
 
 
 def check_reports(training_args: TrainingArguments) -> None:
-    """Makes the callbacks that report the run, and throws them away.
+    """Creates the callbacks that report the run, to validate them.
 
     Raises:
         ValueError: for an unknown name in `report_to`, or one whose package is not installed.
@@ -249,12 +270,12 @@ def describe(model: Any, training_args: TrainingArguments, data: Any) -> str:
 
 
 def check_sharding(training_args: TrainingArguments, accelerator: Any) -> None:
-    """Refuses FSDP and DeepSpeed where accelerate silently does something else, as it does without GPUs."""
-    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    """Raises ValueError for FSDP and DeepSpeed where accelerate would silently run without them, as it does without GPUs."""
+    distributed_type = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     for name in sharding_asked_for(training_args):
-        if kind != name:
-            sys.exit(
-                f"train.py: the launch file or recipe asks for {name}, but accelerate runs {kind} here and would split "
+        if distributed_type != name:
+            raise ValueError(
+                f"the launch file or recipe asks for {name}, but accelerate runs {distributed_type} here and would split "
                 "nothing: it needs GPUs and several processes (scripts/accelerate/cpu.yaml is for processes without GPUs)"
             )
 
@@ -310,13 +331,13 @@ def make_trainer(
 
 
 def train(trainer: AutoregressiveTrainer, checkpoint: str | None) -> None:
-    """Trains. Ends the process if a bad step or a signal stops it, on all ranks alike."""
+    """Trains. Ends the process after a bad step, bad input or a signal, on all ranks alike."""
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    except (BadStepError, BadSampleError, TooManyBadSamplesError) as error:
+    except (BadStepError, BadSampleError, TooManyBadSamplesError, ResumeError) as error:
         trainer.end()
-        # Of an error in a worker of the loader, the text is a traceback that ends with the message.
-        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
+        # The text of an error in a worker of the loader is a traceback that ends with the message.
+        stop(str(error).strip().splitlines()[-1], BAD_STEP if isinstance(error, BadStepError) else BAD_INPUT)
     stopped = max((c.stopped for c in trainer.callback_handler.callbacks if isinstance(c, StopOnSigterm)), default=0)
     if stopped:
         if trainer.is_world_process_zero():
@@ -346,7 +367,7 @@ def save(trainer: AutoregressiveTrainer, merge_lora: bool) -> None:
             trainer.processing_class.save_pretrained(merged)
             replace_model(merged, folder)
     else:
-        if trainer.is_fsdp_enabled:  # whatever checkpoints hold, the final folder loads as it is
+        if trainer.is_fsdp_enabled:  # checkpoints may be sharded; the final folder loads without a conversion
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(_internal_call=True)  # pushed below, with its card
     if is_main:
@@ -357,7 +378,7 @@ def save(trainer: AutoregressiveTrainer, merge_lora: bool) -> None:
 
 
 def next_commands(folder: Path, data_args: DataArguments) -> str:
-    """Returns the commands that a user may want after a training."""
+    """Returns a text with the usual commands after a training."""
     data = (data_args.eval_data or ["<test.json>"])[0]
     commands: tuple[tuple[str, str], ...] = ()
     if not holds_weights(folder):  # DeepSpeed's ZeRO-3 left them split
@@ -372,7 +393,7 @@ def next_commands(folder: Path, data_args: DataArguments) -> str:
         ),
         ("share", f"push {folder} <user>/{folder.resolve().name} --dry-run"),
     )
-    return "\n".join(["next:", *(f"  {what + ':':<16}llava-next-ar {command}" for what, command in commands)])
+    return "\n".join(["next:", *(f"  {task + ':':<16}llava-next-ar {command}" for task, command in commands)])
 
 
 def main(argv: list[str]) -> None:
@@ -380,9 +401,9 @@ def main(argv: list[str]) -> None:
     try:
         run(argv)
     except KeyboardInterrupt:
-        print("\ntrain.py: stopped by Ctrl-C", file=sys.stderr, flush=True)
+        print(f"\n{Path(sys.argv[0]).name}: stopped by Ctrl-C", file=sys.stderr, flush=True)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            os._exit(128 + signal.SIGINT)  # other ranks may wait for this one, and then so would it at its end
+            os._exit(128 + signal.SIGINT)  # the usual exit would wait for other ranks, which may wait for this one
         sys.exit(128 + signal.SIGINT)
 
 
@@ -392,27 +413,25 @@ def run(argv: list[str]) -> None:
         make_parser(__doc__).print_help()
         return
     quiet_expected_messages()
-    try:
+    with stop_on_bad_input():
         args, data_args, guard_args, training_args, sections, values = parse_arguments(argv)
         folder = Path(training_args.output_dir)
         overwrite = guard_args.overwrite_output_dir
         checkpoint = checkpoint_to_resume(folder, training_args.resume_from_checkpoint, overwrite, values)
         check_quantization(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
     is_main = training_args.process_index == 0
     quiet_other_ranks(training_args)
     if training_args.ddp_find_unused_parameters is None:
         training_args.ddp_find_unused_parameters = False  # the model touches every parameter in every batch
-    # What is not finite never gets as far as the log, and the filter waits for the device after every batch.
+    # The guard stops non-finite losses before the log, and this filter waits for the device after every batch.
     training_args.logging_nan_inf_filter = False
     if args.merge_lora and sharding_asked_for(training_args):
-        sys.exit("train.py: merge_lora needs the whole model in each process, which FSDP and DeepSpeed split")
+        stop("merge_lora needs the whole model in each process, which FSDP and DeepSpeed split")
     if args.merge_lora and training_args.push_to_hub:
-        sys.exit("train.py: push_to_hub would upload the adapter; push the merged model with scripts/push_to_hub.py")
+        stop("push_to_hub would upload the adapter; push the merged model with `llava-next-ar push`")
     set_seed(training_args.seed)  # the head of a LLaVA-OneVision checkpoint is new
 
-    try:
+    with stop_on_bad_input():
         config, changed = load_config(args, sections)
         if args.trainable == "lora":
             check_adapter_base(args, changed, training_args)
@@ -421,17 +440,15 @@ def run(argv: list[str]) -> None:
         if data_args.check:
             if not is_main:
                 sys.exit()
-            findings = check(args, data_args, training_args, config, processor)
-            print(findings, flush=True)
-            sys.exit(bool(findings.failures))
+            report = check(args, data_args, training_args, config, processor)
+            print(report, flush=True)
+            sys.exit(bool(report.failures))
         check_reports(training_args)
         data = load_sets(data_args, training_args, processor)
         warn_without_answers(data[0], data_args, training_args)
-    except (ValueError, OSError, ImportError, TooManyBadSamplesError) as error:
-        sys.exit(f"train.py: {' '.join(str(error).split())}")
-    enable_autoregressive = sections["model_config"].get("enable_autoregressive", True)
-    model = choose_trainable(load_model(args, config, training_args), args, training_args)
-    trainer = make_trainer(model, data, args, data_args, guard_args, training_args, processor, enable_autoregressive)
+        model = choose_trainable(load_model(args, config, training_args), args, training_args)
+        has_objective = sections["model_config"].get("enable_autoregressive", True)
+        trainer = make_trainer(model, data, args, data_args, guard_args, training_args, processor, has_objective)
     if is_main:
         print(describe(trainer.model, training_args, trainer.train_dataset), flush=True)
         removed = remove_run(folder) if overwrite else []
@@ -439,7 +456,7 @@ def run(argv: list[str]) -> None:
             print(f"deleted {', '.join(removed)} of the run that {folder} held", flush=True)
         write_recipe(folder, values)
         if checkpoint or training_args.resume_from_checkpoint:
-            print(f"resuming from {checkpoint}" if checkpoint else "there is no checkpoint to resume from", flush=True)
+            print(f"resuming from {checkpoint}" if checkpoint else "found no checkpoint to resume from", flush=True)
     train(trainer, checkpoint)
     save(trainer, merge_lora=args.trainable == "lora" and args.merge_lora)
     if is_main:

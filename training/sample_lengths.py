@@ -1,15 +1,15 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Number of tokens of a sample from its text and the headers of its media, without a pixel."""
+"""Tokens of a sample from its text and the headers of its media, without decoding."""
 
 import io
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..processing.frame_sampling import FrameSampling, SampledFrames
 from ..processing.llava_conversation import prepare_messages
@@ -20,62 +20,115 @@ from ..processing.video_inputs import MediaRequest, is_request, load_images
 
 @dataclass(frozen=True)
 class _Metadata:
-    """Of `VideoMetadata`, what the text of a video depends on."""
+    """The part of `VideoMetadata` that the text of a video depends on."""
 
     total_num_frames: int
     fps: float
     duration: float
 
 
-def count_tokens(
-    processor: Any,
-    messages: list[dict[str, Any]],
-    options: dict[str, Any],
-    count_text: Callable[[list[int]], int] = len,
-) -> int:
-    """The number of tokens that the processor makes of a conversation.
+@dataclass(frozen=True)
+class SampleText:
+    """Tokens of a sample, whose media are not decoded.
+
+    Attributes:
+        input_ids: `[S]` int64, a placeholder for each visual token.
+        is_target: `[S]` bool, the tokens of assistant turns; None unless asked for.
+        num_videos, num_frames, num_images: numbers of media and of sampled frames.
+    """
+
+    input_ids: torch.Tensor
+    is_target: torch.Tensor | None
+    num_videos: int
+    num_frames: int
+    num_images: int
+
+
+def encode_text(
+    processor: Any, messages: list[dict[str, Any]], options: dict[str, Any], with_targets: bool = False
+) -> SampleText:
+    """Encodes a conversation as the processor does, from its text and the headers of its media.
 
     Exact where a file's header gives the true number of frames and rate.
 
     Args:
-        messages: with places of media, or the media.
+        messages: with paths of media, or the media.
         options: of the call of the processor, for its videos.
-        count_text: of the tokens of the text.
+        with_targets: find the tokens of assistant turns.
 
     Raises:
-        ValueError, OSError: for a medium whose header cannot be read, or that the sampling refuses.
+        ValueError, OSError: for a medium whose header cannot be read or that the sampling rejects.
     """
     prompt = processor.apply_chat_template(messages, tokenize=False)
     messages = prepare_messages(messages, "", {"tokenize": True})  # media with options become requests
     media = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
     videos = [_video_text(processor, part["video"], options) for part in media if part["type"] == "video"]
     images = _image_texts(processor, [part["image"] for part in media if part["type"] == "image"])
-    texts = {processor.video_token: iter(videos), processor.image_token: iter(images)}
-    pieces, num_visual = [], 0
+    texts = {processor.video_token: iter([text for text, _ in videos]), processor.image_token: iter(images)}
+    pieces, repeats, shifts = [], [], []  # of the text; of each placeholder; (end in the prompt, characters gained)
+    position = 0
     for piece in re.split("(" + "|".join(map(re.escape, texts)) + ")", prompt):
+        position += len(piece)
         if piece in texts:
             replacement = next(texts[piece])
-            own = replacement.count(piece)
-            num_visual += own
+            number = replacement.count(piece)
+            repeats += [number] * bool(number)
             # One placeholder stays where it is, since the text on both sides of it is encoded by itself.
-            piece = replacement.replace(piece * own, piece, 1) if own else replacement
-            num_visual -= bool(own)
+            written = replacement.replace(piece * number, piece, 1) if number else replacement
+            shifts.append((position, len(written) - len(piece)))
+            piece = written
         pieces.append(piece)
-    text, tokenizer = "".join(pieces), processor.tokenizer
+    tokenizer = processor.tokenizer
     has_start = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-    ids = tokenizer(text, **({"add_special_tokens": False} if has_start else {}))["input_ids"]
-    return count_text(ids) + num_visual
+    encoded = tokenizer(
+        "".join(pieces),
+        return_offsets_mapping=with_targets,
+        **({"add_special_tokens": False} if has_start else {}),
+    )
+    ids = np.asarray(encoded["input_ids"])
+    counts = np.ones(len(ids), dtype=np.int64)
+    counts[np.isin(ids, [processor.video_token_id, processor.image_token_id])] = repeats
+    is_target = None
+    if with_targets:
+        spans = _assistant_spans(processor, messages, shifts)
+        begins, ends = np.asarray(encoded["offset_mapping"]).T
+        is_target = np.zeros(len(ids), dtype=bool)
+        for begin, end in spans:
+            is_target |= (begins < end) & (ends > begin)
+        is_target = torch.from_numpy(is_target.repeat(counts))
+    return SampleText(
+        input_ids=torch.from_numpy(ids.repeat(counts)),
+        is_target=is_target,
+        num_videos=len(videos),
+        num_frames=sum(num_frames for _, num_frames in videos),
+        num_images=len(images),
+    )
 
 
-def _video_text(processor: Any, video: Any, options: dict[str, Any]) -> str:
-    """The text of a video, or of a `MediaRequest` of one."""
+def _assistant_spans(
+    processor: Any, messages: list[dict[str, Any]], shifts: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """(begin, end) of assistant turns, in characters of the prompt whose placeholders have become texts."""
+    template = processor.chat_template
+    template = template["default"] if isinstance(template, dict) else template
+    _, ((*spans,),) = render_jinja_template(
+        [messages], chat_template=template, return_assistant_tokens_mask=True, **processor.tokenizer.special_tokens_map
+    )
+    return [tuple(at + sum(gained for end, gained in shifts if end <= at) for at in span) for span in spans]
+
+
+def _video_text(processor: Any, video: Any, options: dict[str, Any]) -> tuple[str, int]:
+    """The text of a video, or of a `MediaRequest` of one, and its number of frames."""
     video_processor = processor.video_processor
     names = video_processor.valid_kwargs.__annotations__
     given = {name: value for name, value in options.items() if name in names} | options.get("videos_kwargs", {})
-    request = video if is_request(video) else MediaRequest(video, {}, "")
-    request = MediaRequest(_opened(request.source), request.options, request.place)
-    metadata, sampling, _, loading = video_processor.sampling_of_request(request, None, given)
-    clip = _clock(request.source, metadata.fps if metadata else loading.get("fps"), sampling)
+    if is_request(video):
+        request = MediaRequest(_opened(video.source), video.options, video.place)
+        metadata, sampling, _, loading = video_processor.sampling_of_request(request, None, given)
+        clip = _clock(request.source, metadata.fps if metadata else loading.get("fps"), sampling)
+    else:
+        sampling = video_processor.sampling_for(**given)
+        clip = _clock(_opened(video), None, sampling)
     sampled = SampledFrames(np.arange(clip.total)) if sampling is None else sampling.select(*clip[:3])
     fps = clip.fps or IMAGE_FPS
     timestamps = sampled.indices / fps if clip.times is None else clip.times[sampled.indices]
@@ -86,18 +139,18 @@ def _video_text(processor: Any, video: Any, options: dict[str, Any]) -> str:
     }
     if sampled.frame_types is not None:
         processed["video_frame_types"] = torch.tensor([sampled.frame_types])
-    return processor.video_text(processed, 0, given)
+    return processor.video_text(processed, 0, given), len(sampled.indices)
 
 
 def _opened(video: Any) -> Any:
-    """As `SampleReader` hands it to the processor."""
+    """The video as `SampleReader` passes it to the processor."""
     if isinstance(video, str) and video.lower().endswith(".npy"):
         return np.load(video, mmap_mode="r", allow_pickle=False)
     return video
 
 
 class _Clock(NamedTuple):
-    """Of a video: number of frames, frames a second, seconds of each frame, duration; None where it is not looked up."""
+    """Number of frames of a video, frames per second, seconds of each frame, duration; None for values not looked up."""
 
     total: int
     fps: float | None
@@ -106,10 +159,10 @@ class _Clock(NamedTuple):
 
 
 def _clock(video: Any, fps: float | None, sampling: FrameSampling | None) -> _Clock:
-    """Reads what the sampling goes by; `fps` is that of frames without times of their own."""
+    """Reads the values that the sampling needs; `fps` is that of frames without times."""
     needs_times = sampling is not None and sampling.needs_times
     if isinstance(video, (np.ndarray, torch.Tensor)):
-        # As in `read_clip`: the default rate serves for times, but no frame is chosen by it.
+        # As in `read_clip`: times use the default rate, the choice of frames by time does not.
         has_times = needs_times and (fps or sampling.policy != "fps_time")
         return _Clock(len(video), fps, np.arange(len(video)) / (fps or IMAGE_FPS) if has_times else None)
     if not needs_times:
@@ -134,7 +187,7 @@ def _image_texts(processor: Any, images: list[Any]) -> list[str]:
 
 
 def _upright_size(media: Any) -> tuple[int, int]:
-    """(width, height) as transformers sees the image, that is, turned the way the camera was held."""
+    """(width, height) of the image after the EXIF rotation."""
     if is_request(media):
         return media.fitted_size(_upright_size(media.source))
     if isinstance(media, Image.Image):

@@ -1,9 +1,9 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
 """`AutoregressiveSFTTrainer`: TRL's `SFTTrainer` with both losses.
 
-`SFTTrainer` alone trains the language model exactly, and the head not at all: it computes its loss from the hidden states by
-itself and never asks the model for one. Here the losses and what is logged are those of `AutoregressiveTrainer`; the rest,
-such as `peft_config`, activation offloading and the model card, is TRL's.
+`SFTTrainer` alone trains the language model and not the head: it computes its loss from the hidden states, without the
+loss of the model. Here losses and logs are those of `AutoregressiveTrainer`; `peft_config`, activation offloading and
+the model card are TRL's.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from .trainer import AutoregressiveTrainer
 try:
     import datasets
     from trl import SFTTrainer
-except ImportError:  # said when a trainer is made: this file travels with checkpoints that need none
+except ImportError:  # reported when a trainer is made
     datasets, SFTTrainer = None, object
 
 
@@ -28,16 +28,16 @@ class AutoregressiveSFTTrainer(AutoregressiveTrainer, SFTTrainer):
     Args:
         model: the model; with `peft_config`, TRL puts the adapters on it. Name the head (`autoregressive_module`) and the
             projector in its `modules_to_save`.
-        args: `SFTConfig`. What prepares data there (`max_length`, `packing`, `assistant_only_loss`) has no effect: the
-            samples come ready from the data set. Changed in place so that TRL leaves them as they are.
-        train_dataset: usually a `LlavaVideoDataset`; anything with a length whose items are such samples.
-        eval_dataset: the same.
-        data_collator: of such samples; by default a `LlavaVideoCollator` of the processor.
+        args: `SFTConfig`. Its options that prepare data (`max_length`, `packing`, `assistant_only_loss`) have no effect: the
+            data set returns prepared samples. Changed in place, so that TRL does not process them again.
+        train_dataset: usually a `LlavaVideoDataset`; any data set with a length and such samples.
+        eval_dataset: as `train_dataset`.
+        data_collator: by default a `LlavaVideoCollator` of the processor.
         kwargs: further arguments of `AutoregressiveTrainer` and `SFTTrainer`.
 
     Raises:
         ImportError: if TRL or datasets is not installed.
-        ValueError: as `AutoregressiveTrainer`, and if `args` is no `SFTConfig` or asks for another loss.
+        ValueError: as `AutoregressiveTrainer`, and if `args` is not an `SFTConfig` or selects another loss.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class AutoregressiveSFTTrainer(AutoregressiveTrainer, SFTTrainer):
             data_collator=partial(_collate, data_collator),
             **kwargs,
         )
-        # Only TRL's own checks ask for data sets of `datasets`: names, lengths and epochs are those of the real ones.
+        # Only TRL's checks need data sets of `datasets`. Training uses the given ones, with their names, lengths and epochs.
         self.train_dataset, self.eval_dataset, self.data_collator = train_dataset, eval_dataset, data_collator
 
 
 def _as_hf_dataset(samples: Any) -> Any:
-    """TRL takes no data sets but those of `datasets`: one of indices, whose items are read when they are asked for."""
+    """Wraps samples as a `datasets.Dataset` of indices, the type that TRL requires; items are read on access."""
     indices = datasets.Dataset.from_dict({"index": list(range(len(samples)))})
     return indices.with_transform(partial(_read, samples))
 

@@ -1,12 +1,12 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Where entries come from: LLaVA JSON, JSON lines, parquet, and data sets of the `datasets` library.
+"""Sources of entries: LLaVA JSON, JSON lines, parquet, and data sets of the `datasets` library.
 
-`open_entries` gives a sequence, `stream_entries` an iteration without an index. Either way entries stay as they are
-stored (text, or Arrow tables on disk) until one is asked for: DataLoader workers then share the memory of the parent,
-which they would slowly copy if millions of Python objects lay in it, as looking at an object counts its references.
+`open_entries` returns a sequence, `stream_entries` an iterable without an index. Entries stay in their stored form
+(text, or Arrow tables on disk) until they are accessed. So DataLoader workers share the memory of their parent. With
+millions of Python objects each access would copy memory pages, since it changes a reference count.
 
-`datasets` is needed for what is no JSON only. Its own decoding of media is never used: tables are read as they are
-stored, and the bytes or the path handed to our processor. So torchcodec is not needed.
+`datasets` is needed for formats other than JSON. Its decoding of media is not used: tables are read in their stored form, and
+the bytes or the path are passed to the processor. So torchcodec is not needed.
 """
 
 import json
@@ -30,7 +30,7 @@ except ImportError:
 
 JSON_SUFFIXES = (".json", ".jsonl")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_ROWS_AT_A_TIME = 64  # of a stream
+_ROWS_AT_A_TIME = 64  # rows of a batch of a stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +40,11 @@ class DataSource:
     Attributes:
         path: a `.json`, `.jsonl` or `.parquet` file, a folder written by `datasets`' `save_to_disk`, or the id of a data
             set on the Hub.
-        weight: how often its samples come; see `LlavaVideoMixture` and `LlavaVideoStream`.
+        weight: relative frequency of its samples; see `LlavaVideoMixture` and `LlavaVideoStream`.
         name: configuration of a data set on the Hub.
         split: of a data set on the Hub or on disk; by default the only one, or `train`.
         revision: of a data set on the Hub.
-        video_root, image_root: folders that paths are relative to; the common ones if unset.
+        video_root, image_root: folders that paths are relative to; by default those of the data set's arguments.
 
     Raises:
         ValueError: if the weight is not above 0.
@@ -65,7 +65,7 @@ class DataSource:
 
     @classmethod
     def parse(cls, value: "str | os.PathLike | dict[str, Any] | DataSource") -> "DataSource":
-        """A path, or a mapping of this class's attributes, also as JSON text.
+        """Returns a source from a path, or from a mapping of this class's attributes, also as JSON text.
 
         Raises:
             ValueError: on an unknown key, naming the nearest, or a missing path.
@@ -87,20 +87,20 @@ class DataSource:
 
     @property
     def label(self) -> str:
-        """Names it in errors and in the ledger of bad samples."""
+        """Name in errors and in the ledger of bad samples."""
         parts = [self.path, *(f"{key}={getattr(self, key)}" for key in ("name", "split") if getattr(self, key))]
         return " ".join(parts)
 
     @property
     def default_root(self) -> Path:
-        """What paths are relative to if nothing is said: the file's folder; the working folder for the Hub."""
+        """Default folder that paths are relative to: the folder of the file; the working folder for the Hub."""
         path = Path(self.path).absolute()
         return path if path.is_dir() else path.parent if path.is_file() else Path.cwd()
 
 
 def parse_sources(value: Any) -> list[DataSource]:
-    """One source or a list of them. Raises ValueError for none, or for the same twice."""
-    sources = [DataSource.parse(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
+    """Returns a list of sources from one or several. Raises ValueError for none, or for the same twice."""
+    sources = [DataSource.parse(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
     if not sources:
         raise ValueError("no data source is given")
     labels = [source.label for source in sources]
@@ -111,11 +111,11 @@ def parse_sources(value: Any) -> list[DataSource]:
 
 
 def open_entries(source: DataSource) -> Sequence[Any]:
-    """The entries of a source; what is stored in a file is not loaded before it is asked for.
+    """Returns the entries of a source, which are loaded on access.
 
     Raises:
         ValueError: if the file holds no entries.
-        FileNotFoundError: if there is neither such a file nor such a data set.
+        FileNotFoundError: if neither the file nor the data set exists.
     """
     if _is_json(source):
         return JsonEntries(source.path)
@@ -123,7 +123,7 @@ def open_entries(source: DataSource) -> Sequence[Any]:
 
 
 def stream_entries(source: DataSource) -> Iterable[Any]:
-    """The entries of a source in their order, each time it is iterated; nothing of it is kept in memory."""
+    """Returns an iterable of the entries of a source in their order, which keeps none in memory."""
     if _is_json(source):
         return JsonEntries(source.path)
     return _ArrowStream(_load_with_datasets(source, streaming=True))
@@ -142,13 +142,13 @@ class _Entries(Sequence):
 
 
 class JsonEntries(_Entries):
-    """Entries of a JSON list or of JSON lines, as text until one is asked for.
+    """Entries of a JSON list or of JSON lines, kept as text until they are accessed.
 
-    JSON lines stay in the file, of which only the places of the lines are kept; a line that is no JSON is an error when
-    it is asked for. A JSON list is read once and kept as one block of text.
+    JSON lines stay in the file, and only their positions are kept. A line that is not valid JSON is an error on access. A JSON
+    list is read once and kept as one block of text.
 
     Raises:
-        ValueError: if a `.json` file holds no list, or no valid JSON.
+        ValueError: if a `.json` file holds no list, or is not valid JSON.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -163,7 +163,7 @@ class JsonEntries(_Entries):
             with open(self._path, encoding="utf-8") as file:
                 entries = json.load(file)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{self._path} is no valid JSON: {error}") from error
+            raise ValueError(f"{self._path} is not valid JSON: {error}") from error
         if not isinstance(entries, list):
             raise ValueError(f"{self._path} must hold a list of entries, got {type(entries).__name__}")
         texts = [json.dumps(entry).encode() for entry in entries]
@@ -180,13 +180,13 @@ class JsonEntries(_Entries):
         start, end = self._spans[index].tolist()
         if self._text is not None:
             return json.loads(self._text[start:end].tobytes())
-        with open(self._path, "rb") as file:  # in each worker for itself
+        with open(self._path, "rb") as file:  # each worker has its own descriptor
             file.seek(start)
             return json.loads(file.read(end - start))
 
 
 class ArrowEntries(_Entries):
-    """Rows of a `datasets.Dataset`, which are read from disk. Media come as they are stored, undecoded."""
+    """Rows of a `datasets.Dataset`, read from disk. Media are not decoded."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset.with_format("arrow")
@@ -199,10 +199,10 @@ class ArrowEntries(_Entries):
 
 
 class _ArrowStream:
-    """Rows of a `datasets` data set one after the other, undecoded.
+    """Rows of a `datasets` data set one after the other. Media are not decoded.
 
-    By batches of rows: iterated row by row, `datasets` would look at the DataLoader worker that it runs in and give only
-    a part; who gets what is for `LlavaVideoStream` to say.
+    Read in batches of rows. Iterated row by row, `datasets` would return the part of its DataLoader worker alone, and
+    `LlavaVideoStream` distributes samples by itself.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -228,10 +228,10 @@ def _load_with_datasets(source: DataSource, streaming: bool) -> Any:
             raise FileNotFoundError(f"no such file: {path}")
         return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
-        loaded = datasets.load_from_disk(str(path))  # memory-mapped: as good as a stream
+        loaded = datasets.load_from_disk(str(path))  # memory-mapped, so it needs no stream
     elif path.exists():
         raise ValueError(
-            f"{path} is no data set: expected a .json, .jsonl or .parquet file, or a folder written by save_to_disk"
+            f"{path} is not a data set: expected a .json, .jsonl or .parquet file, or a folder written by save_to_disk"
         )
     elif not _HUB_ID.fullmatch(source.path):
         raise FileNotFoundError(f"no such file: {path}")
@@ -247,7 +247,7 @@ def _load_with_datasets(source: DataSource, streaming: bool) -> Any:
 
 
 def _line_spans(path: Path) -> np.ndarray:
-    """`[N, 2]` where the lines that are not empty begin and end."""
+    """Begin and end of the lines that are not empty, `[N, 2]`."""
     if not path.stat().st_size:
         return np.zeros((0, 2), dtype=np.int64)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:

@@ -1,14 +1,14 @@
-"""What a training step needs of a device's memory, from a model on the meta device, without a weight.
+"""Device memory of a training step, from a model on the meta device, without weights.
 
     weights       every parameter in its precision (the frozen copy of a trained tower included), or in four bits
     gradients     every parameter that trains, in its precision
     optimizer     two moments of each such parameter with Adam(W), half a byte to none with others (`OPTIMIZER_BYTES`)
     copies        16-bit copies of float32 matrices, with bf16 or fp16
-    activations   what autograd keeps for the backward pass, counted: the language model, the projector, the head and, if
-                  it trains, the tower run on the meta device, and every tensor that is saved is added up once. Attention is
-                  taken for a fused kernel (queries, keys, values and the result) unless it is eager. As much
-                  as one layer keeps is added for the gradients that pass through it. With activation checkpointing, of
-                  each layer its input, and all of one layer
+    activations   tensors that autograd saves for the backward pass. The language model, the projector, the head and, if it
+                  trains, the tower run on the meta device, and each saved tensor is counted once. Attention counts as a
+                  fused kernel (queries, keys, values and the result) unless it is eager. The size of one layer is added for
+                  the gradients that pass through it. With activation checkpointing, the input of each layer, and all of
+                  one layer
     logits        targets x vocabulary x (two copies in 16 bits, if there are such, and three in float32), of the chunk of
                   targets that `LOGITS_AT_A_TIME` lets exist at a time
     inputs        the pixels of the batch in float32
@@ -17,8 +17,8 @@
     total = weights + gradients + optimizer + copies + max(activations + logits + inputs + mask, the tower as it runs
             frozen, the optimizer's own copy of the gradients)
 
-Not in it: what a framework takes for itself, fragments, buffers of communication. Sharding by FSDP or ZeRO divides the
-first three (ZeRO-2: gradients and optimizer) by the number of devices.
+Not included: memory of the framework, fragmentation, buffers of communication. Sharding by FSDP or ZeRO divides the first three
+(ZeRO-2: gradients and optimizer) by the number of devices.
 """
 
 import copy
@@ -32,7 +32,7 @@ from torch import nn
 
 from ..modeling.loss_functions import LOGITS_AT_A_TIME
 
-# Bytes per trained parameter, for names that begin so; the first that fits. None: as many as two copies of it.
+# Bytes per trained parameter by the beginning of an optimizer's name; the first match counts. Without a match: two copies.
 OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0.1, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion": 4}
 QUANTIZED_BYTES = 0.516  # of a weight in four bits, with a scale of eight bits for each 64 of them
 
@@ -68,7 +68,7 @@ def step_memory(
     is_mixed = compute_dtype != torch.float32
     per_parameter = next((n for name, n in OPTIMIZER_BYTES.items() if optimizer.startswith(name)), None)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    # What is quantized would have the precision of the vocabulary, which is not and does not train either.
+    # Without quantization these weights would have the precision of the vocabulary, which is frozen too.
     saved = round(num_quantized * (base.get_input_embeddings().weight.dtype.itemsize - QUANTIZED_BYTES))
     parts = {
         "weights": sum(map(_bytes, parameters)) - saved,
@@ -138,18 +138,18 @@ def _saved(
     layers: Any = None,
     row_bytes: int = 0,
 ) -> int:
-    """Bytes that autograd keeps of a run on the meta device, parameters aside.
+    """Returns the bytes that autograd saves in a run on the meta device, without parameters.
 
     Args:
-        layers: configuration that says how many layers alike there are: the gradients that pass through one of them are
-            added. With checkpointing, all of one of them is kept, and of each the input, of `row_bytes`.
+        layers: configuration with the number of equal layers. The gradients that pass through one layer are added. With
+            checkpointing, all tensors of one layer count, and the input of each, of `row_bytes`.
     """
-    own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
+    of_module = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if storage._cdata not in of_module:
             kept[storage._cdata] = storage  # held, so that no other storage gets its address
         return tensor
 
@@ -167,7 +167,7 @@ def _saved(
 
 
 def _run_head(model: Any, num_frames: int, patches: int, dtype: torch.dtype) -> torch.Tensor:
-    """The head's predictor on one clip of all frames, and the float32 tensors of its loss."""
+    """Runs the head's predictor on one clip of all frames; returns its loss in float32."""
     head, layout = model.autoregressive_module, model.config.frame_token_layout
     height, width = layout.frame_grid()
     hidden_size = model.config.text_config.hidden_size
@@ -181,7 +181,7 @@ def _run_head(model: Any, num_frames: int, patches: int, dtype: torch.dtype) -> 
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What a fused kernel keeps: its inputs, its result and one number for each query."""
+    """Saved tensors of a fused kernel: its inputs, its result and one number for each query."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -196,7 +196,7 @@ class _FusedAttention(torch.autograd.Function):
 
 @contextmanager
 def _fused_attention() -> Any:
-    """On the meta device torch takes the path that keeps all attention weights, which no real device takes."""
+    """Context with a fused attention: on the meta device torch takes a path that saves all attention weights."""
     with mock.patch.object(
         nn.functional,
         "scaled_dot_product_attention",

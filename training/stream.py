@@ -1,9 +1,9 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Training data without an index: entries as they come.
+"""Training data without an index: streams of entries.
 
-Who reads what: every rank and every worker goes through the same entries in the same order, which costs little, as they
-are text and paths. Of these, each worker takes its own, and accelerate deals batches to ranks. What is dealt are
-`UnreadSample`s, whose videos are decoded only when the collator asks, in the worker of the one rank that trains on them.
+Every rank and worker iterates over the same entries in the same order, which is cheap, as entries are text and paths.
+Each worker takes its share of them, and accelerate distributes batches over ranks. These batches hold `UnreadSample`s.
+The collator decodes their videos, in the worker of the rank that trains on them.
 """
 
 import functools
@@ -26,8 +26,8 @@ class UnreadSample:
     """An entry of a stream, before its media are decoded.
 
     Attributes:
-        source, index: its data set, and its place there.
-        entry: what `SampleReader` reads, or a function that returns it.
+        source, index: name of the data set, and position in it.
+        entry: an entry for `SampleReader`, or a function that returns it.
     """
 
     source: str
@@ -37,10 +37,10 @@ class UnreadSample:
     bad_samples: BadSampleLedger | None
 
     def read_sample(self) -> dict[str, torch.Tensor] | BadSample:
-        """The sample, as `LlavaVideoDataset` gives it.
+        """Returns the sample, as `LlavaVideoDataset` does.
 
         Raises:
-            BadSampleError: if it cannot be used and there is no ledger.
+            BadSampleError: for a bad sample without a ledger.
         """
         try:
             return read_sample(self.reader, "sample", self.entry, source=self.source, index=self.index)
@@ -53,20 +53,19 @@ class UnreadSample:
 class LlavaVideoStream(IterableDataset):
     """Samples from one source or several, without an index: for data sets that are too large to open, or on the Hub.
 
-    Iterating gives `UnreadSample`s, which `LlavaVideoCollator` reads. Their order depends on seed and epoch (and, where
-    several DataLoader workers take turns, on their number) alone, so that a run that goes on from a checkpoint sees what
-    an uninterrupted one sees. A Trainer needs `max_steps`, and `AutoregressiveTrainer` sees to it that batches are not
-    cut up between ranks (a plain Trainer must be told: `accelerator_config={"dispatch_batches": False}`).
+    Iterating yields `UnreadSample`s, which `LlavaVideoCollator` decodes. Their order depends on seed and epoch alone
+    (and on the number of DataLoader workers, which take turns), so that a resumed run sees the samples of an
+    uninterrupted one. A Trainer needs `max_steps`. `AutoregressiveTrainer` keeps batches whole on their way to the
+    ranks; a plain Trainer needs `accelerator_config={"dispatch_batches": False}`.
 
     Args:
-        data: what `DataSource.parse` takes, or a list of it. The next entry comes from a source with a probability
+        data: an argument of `DataSource.parse`, or a list of such. The next entry comes from a source with a probability
             proportional to its weight.
         processor, video_root, image_root, allow_outside_root, max_length, truncate, processor_kwargs, ignored_keys,
             bad_samples: as for `LlavaVideoDataset`. The ledger needs `max_samples`.
-        shuffle_buffer: of so many entries of a source one is drawn; 1 keeps their order.
-        seed: of what is drawn.
-        repeat: start again with a source that has come to its end, in another order, and never end. False gives every
-            entry once.
+        shuffle_buffer: entries of a source among which the next one is drawn; 1 keeps their order.
+        seed: of the order.
+        repeat: restart a source at its end, in another order, without an end. False yields every entry once.
 
     Raises:
         ValueError: for unknown or contradictory options, and while iterating for a source without entries.
@@ -88,9 +87,7 @@ class LlavaVideoStream(IterableDataset):
         if shuffle_buffer < 1:
             raise ValueError(f"shuffle_buffer must be at least 1, got {shuffle_buffer}")
         if bad_samples is not None and bad_samples.max_samples is None:
-            raise ValueError(
-                "a stream does not know its number of entries, so its ledger of bad samples needs max_samples"
-            )
+            raise ValueError("a stream has no number of entries, so its ledger of bad samples needs max_samples")
         self.processor = processor
         self.sources = parse_sources(data)
         self._entries = [stream_entries(source) for source in self.sources]
@@ -109,22 +106,22 @@ class LlavaVideoStream(IterableDataset):
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
         self.repeat = repeat
-        # In shared memory: workers that live on over epochs must see it change.
+        # In shared memory: workers that persist over epochs must see it change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Another order."""
+        """Sets the epoch, which changes the order."""
         self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[UnreadSample]:
         worker = get_worker_info()
-        own, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for position, sample in enumerate(self._all()):
-            if position % num_workers == own:
+            if position % num_workers == worker_id:
                 yield sample
 
     def _all(self) -> Iterator[UnreadSample]:
-        """What all workers together give."""
+        """Iterates over the samples of all workers."""
         generator = np.random.default_rng([self.seed, int(self._epoch)])
         running = {number: self._of_source(number) for number in range(len(self.sources))}
         while running:
@@ -151,7 +148,9 @@ class LlavaVideoStream(IterableDataset):
 
     def _numbered(self, number: int) -> Iterator[tuple[int, Any]]:
         entries = self._entries[number]
-        if isinstance(entries, Sequence):  # an entry that cannot be read is one bad sample, not the end of the stream
+        if isinstance(
+            entries, Sequence
+        ):  # read later: an unreadable entry is one bad sample, not the end of the stream
             return ((index, functools.partial(entries.__getitem__, index)) for index in range(len(entries)))
         return enumerate(entries)
 

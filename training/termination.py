@@ -1,9 +1,9 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Preemption and Ctrl-C: a checkpoint at the end of the step, after which all ranks stop.
+"""Preemption and Ctrl-C: a checkpoint at the end of the step, then a stop of all ranks.
 
-torch's launcher (`torchrun`, `accelerate launch`) passes a signal on to its ranks and kills them 30 seconds later. So the
-first rank of a machine stops the launcher while the checkpoint is being saved, see `hold_launcher`. A step that alone takes
-longer than that needs `TORCH_ELASTIC_SHUTDOWN_TIMEOUT`.
+torch's launcher (`torchrun`, `accelerate launch`) passes a signal on to its ranks and kills them 30 seconds later. So the first
+rank of a machine stops the launcher while the checkpoint is being saved, see `hold_launcher`. A step that takes longer than 30
+seconds needs `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` in the environment of the launcher.
 """
 
 import os
@@ -24,24 +24,24 @@ _SAME_KEY_PRESS = 1.0  # seconds; a launcher passes Ctrl-C on to a process that 
 
 
 class StopOnSigterm(TrainerCallback):
-    """On SIGTERM or Ctrl-C, training saves a checkpoint at the end of the step and stops, on all ranks after the same step.
+    """Callback that saves a checkpoint and stops after SIGTERM or Ctrl-C, at the end of the step, on all ranks alike.
 
-    A second Ctrl-C raises KeyboardInterrupt at once. A further SIGTERM has no effect: launchers repeat it while a
-    checkpoint is being written. An evaluation in progress is finished first. The previous handlers are back when training
-    ends; after an exception too in a `ResumableTrainer`, and by `restore` in any other Trainer. Ctrl-C stays ignored where
-    it is ignored before (`nohup`, `&` in a script).
+    A second Ctrl-C raises KeyboardInterrupt at once. A further SIGTERM has no effect, since launchers repeat it while a
+    checkpoint is being written. An evaluation in progress is finished first. The previous handlers are restored when training
+    ends; in a `ResumableTrainer` after an exception too, in any other Trainer by `restore`. Ctrl-C stays ignored where it was
+    ignored before (`nohup`, `&` in a script).
 
     Works with any Trainer. An `AutoregressiveTrainer` exchanges the requests of the ranks together with the gradient norm;
     with any other one, this callback needs a collective of its own in each step.
 
-    Transformers' own `enable_jit_checkpoint` saves in the middle of a step, where random states and losses have moved on
-    already, and each rank by itself.
+    Transformers' own `enable_jit_checkpoint` saves in the middle of a step, after changes of random states and losses,
+    and on each rank separately.
 
     Attributes:
-        stopped: the signal that stopped the training, 0 if none did. The model is then not at the end of its training.
+        stopped: signal that stopped the training before its end, 0 without one.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)  # the first one wins where ranks differ
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)  # the first wins where ranks differ
 
     def __init__(self) -> None:
         self.stopped = 0
@@ -49,7 +49,7 @@ class StopOnSigterm(TrainerCallback):
         self._agreed: list[float] | None = None
         self._previous: dict[int, Any] = {}
         self._process = os.getpid()
-        self._says_so = False
+        self._reports = False
         self._launcher: subprocess.Popen | None = None
 
     @property
@@ -65,7 +65,7 @@ class StopOnSigterm(TrainerCallback):
         self.stopped, self._agreed = 0, None
         self._requested.clear()
         self._process = os.getpid()
-        self._says_so = state.is_local_process_zero
+        self._reports = state.is_local_process_zero
         # Still installed where a plain Trainer broke off, or starts again with smaller batches. Only the main thread may.
         if self._previous or threading.current_thread() is not threading.main_thread():
             return
@@ -94,7 +94,7 @@ class StopOnSigterm(TrainerCallback):
             if now - self._requested.get(signum, now) > _SAME_KEY_PRESS:
                 self.restore()
                 raise KeyboardInterrupt
-            if signum not in self._requested and self._says_so:
+            if signum not in self._requested and self._reports:
                 # A signal may arrive while a stream is being written to, which no second write may enter.
                 os.write(2, b"\nCtrl-C: saving a checkpoint after this step; press it again to stop at once\n")
         self._requested.setdefault(signum, now)
@@ -115,21 +115,21 @@ class StopOnSigterm(TrainerCallback):
                 self._launcher = hold_launcher()
             self.stopped = int(signum)
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = False  # there may be no time
+            control.should_evaluate = False  # a launcher may kill the process before its end
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stopped:
-            control.should_save = control.should_evaluate = False  # it is saved already
+            control.should_save = control.should_evaluate = False  # the step is saved already
 
 
 def hold_launcher() -> subprocess.Popen | None:
     """Stops torch's launcher (SIGSTOP), if it started this process and would kill it before a checkpoint is saved.
 
-    A launcher whose time is set by `TORCH_ELASTIC_SHUTDOWN_TIMEOUT` is left alone.
+    Does nothing to a launcher with a `TORCH_ELASTIC_SHUTDOWN_TIMEOUT`.
 
     Returns:
-        a process that continues the launcher when its standard input ends: when this process closes it, or dies.
-        None where there is nothing to stop, and on all ranks of a machine but the first.
+        process that continues the launcher when its standard input ends, by a close or by the death of this process; None
+        without a launcher to stop, and on all ranks of a machine but the first.
     """
     is_first_rank = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") == "0"
     if not is_first_rank or SHUTDOWN_TIMEOUT in os.environ or not hasattr(signal, "SIGSTOP"):
@@ -140,7 +140,7 @@ def hold_launcher() -> subprocess.Popen | None:
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # it outlives a signal to this process's group
+        start_new_session=True,  # so that it survives a signal to the group of this process
     )
     os.kill(launcher, signal.SIGSTOP)
     return continuing

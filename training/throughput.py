@@ -1,9 +1,9 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
 """Throughput of training between two log entries: samples, tokens, waiting for data, memory, use of the device.
 
-Counts are made of each batch on its own device and read when a log entry is made, so that no step waits for them. The
-clock runs from the request for a step's data to the end of its optimizer step: evaluations and saves in between do not
-count. Over ranks, counts add up, and the slowest rank gives the time.
+Counts are computed on the device of each batch and read for a log entry, so that no step waits for them. The clock runs
+from the request for a step's data to the end of its optimizer step, without evaluations and saves. Over ranks, counts
+are summed, and the time is that of the slowest rank.
 """
 
 import re
@@ -36,7 +36,7 @@ PEAK_FLOPS = {
     r"\bV100": 1.25e14,
     r"\bT4\b": 6.5e13,
 }
-# What a log entry holds of it: measured, so not the same in two runs.
+# Keys of a log entry. The values are measured, so they differ between runs.
 ENTRIES = (
     *("samples_per_second", "tokens_per_second", "visual_tokens_per_second", "text_tokens_per_second"),
     *("data_wait_share", "peak_memory_gib", "model_flops_utilization"),
@@ -45,7 +45,7 @@ _GIB = 1024**3
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Returns the peak FLOP/s of a device in 16 bits, or None if it is not known."""
+    """Returns the peak FLOP/s of a device in 16 bits, or None if unknown."""
     return next((flops for pattern, flops in PEAK_FLOPS.items() if re.search(pattern, device_name)), None)
 
 
@@ -72,7 +72,7 @@ class StepFlops:
         layout = config.frame_token_layout
         patches = layout.patches_height * layout.patches_width
         language_model, tower, projector = parts.language_model, parts.vision_tower, parts.multi_modal_projector
-        # Gradients pass through a part if it or what it reads is trained.
+        # Gradients pass through a part if it or a part before it is trained.
         passes_tower = _is_trained(tower)
         passes_projector = passes_tower or _is_trained(projector)
         passes_text = passes_projector or _is_trained(language_model) or _is_trained(base.get_input_embeddings())
@@ -86,7 +86,7 @@ class StepFlops:
         if has_head:
             height, width = layout.frame_grid()
             self.per_frame += height * width * _linear_flops(base.autoregressive_module, True)
-            if passes_tower:  # the teacher is a copy of it, or the tower without its adapters
+            if passes_tower:  # the teacher is a copy of the tower, or the tower without its adapters
                 self.per_frame += patches * _linear_flops(tower, False, with_weights=False) + tower_attention
         vocabulary = base.get_output_embeddings().weight
         self.per_target = 2 * text.vocab_size * text.hidden_size * (1 + passes_text + vocabulary.requires_grad)
@@ -103,10 +103,10 @@ def _is_trained(module: nn.Module) -> bool:
 
 
 def _linear_flops(module: nn.Module, is_passed: bool, with_weights: bool = True) -> int:
-    """FLOP of each row that passes the linear layers of a module: forward; gradient of the input; of the weight."""
+    """FLOP per row of the linear layers of a module: forward, gradient of the input, gradient of the weight."""
     flops = 0
     for name, part in module.named_modules():
-        # A frozen copy of the tower is not a layer of the head, nor the original that PEFT keeps of a part one of the part.
+        # A frozen copy of the tower does not count as a layer of the head, nor a module that PEFT has replaced by a copy.
         if isinstance(part, nn.Linear) and not {"teacher", "original_module"} & set(name.split(".")):
             # By its attributes: weights may be packed in 4 bits, or sharded.
             products = 1 + is_passed + (with_weights and part.weight.requires_grad)
@@ -147,7 +147,7 @@ def count_batch(batch: Mapping[str, Any], num_samples: int, visual_token_ids: Se
 
 
 class TimedIterator:
-    """An iterator that adds up the seconds in which its caller waits for it."""
+    """An iterator that sums the seconds for which its caller waits."""
 
     def __init__(self, iterator: Iterator) -> None:
         self.iterator, self.seconds = iterator, 0.0
@@ -164,11 +164,11 @@ class TimedIterator:
 
 
 class ThroughputMeter:
-    """Adds up what the steps of a window take and do.
+    """Sums times and counts of the steps of a window.
 
     Args:
-        flops: of a step by its counts, or None if the model has no such count.
-        peak: FLOP/s of the device, or None if it is not known.
+        flops: FLOP of a step by its counts, or None for a model without such a count.
+        peak: FLOP/s of the device, or None if unknown.
     """
 
     def __init__(self, flops: StepFlops | None, peak: float | None) -> None:
@@ -183,13 +183,13 @@ class ThroughputMeter:
         self._begun = time.perf_counter()
 
     def add_data(self, counts: Sequence[torch.Tensor], waited: float) -> None:
-        """Counts of the batches of the step, and the seconds that they were waited for."""
+        """Adds the counts of the batches of the step, and the seconds of waiting for them."""
         self._waited += waited
         for row in counts:
             self._counts = row if self._counts is None else self._counts + row
 
     def end_step(self) -> None:
-        """Ends the clock of the step, if it has not ended yet."""
+        """Stops the clock of the step, if it runs."""
         if self._begun is not None:
             self._seconds += time.perf_counter() - self._begun
             self._begun = None
@@ -199,9 +199,9 @@ class ThroughputMeter:
 
         Returns:
             `samples_per_second`, `tokens_per_second`, `visual_tokens_per_second`, `text_tokens_per_second`, of all ranks
-            together; `data_wait_share` of the time, of the rank that waits longest; `peak_memory_gib` of the process so
-            far, on the device or, without one, resident, of the rank with the most, if that is known;
-            `model_flops_utilization`, if the peak of the device is known. Empty if no step was timed.
+            together; `data_wait_share` of the time, for the rank that waits longest; `peak_memory_gib` so far, of the device
+            or, without one, of the process, for the rank with the most, if known; `model_flops_utilization`, if the peak of
+            the device is known. Empty if no step was timed.
         """
         device = accelerator.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -229,7 +229,7 @@ class ThroughputMeter:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device's allocator at most so far, or of the process where there is no such device; 0 if unknown."""
+    """Returns the peak in bytes of the device's allocator, without a device that of the process; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "xpu":

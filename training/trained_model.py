@@ -1,4 +1,4 @@
-"""The model that a recipe asks scripts/train.py for: its configuration, its weights, and what of them trains."""
+"""The model of a recipe: its configuration, its weights and its trainable parts."""
 
 import copy
 import os
@@ -20,57 +20,61 @@ from .trainer import HEAD, prepare_for_training
 
 logger = logging.get_logger(__name__)
 
-# Keys of the head that decide on the shape or the meaning of its weights.
+# Keys of the head that determine the shape or the meaning of its weights.
 HEAD_SHAPE = ("embedding_dim", "num_heads", "num_layers")
-# Parts of the model that every choice but `lora` trains: what stands between tower and language model, and the head.
+# Parts between tower and language model, which `full` and `projector_and_head` train.
 BRIDGE = ("multi_modal_projector", "image_newline", "faster_token")
 
 
 def load_config(args: ModelArguments, sections: dict[str, dict[str, Any]]) -> tuple[Any, dict[str, tuple[Any, Any]]]:
-    """The model's configuration with the recipe's keys, and the keys that differ from the checkpoint's: `{key: (old,
-    new)}`.
+    """Returns the model's configuration with the recipe's keys, and the changed keys: `{key: (old, new)}`.
 
     Raises:
-        ValueError: if the checkpoint is of another kind, or has code of its own that is not trusted, or a key does not
-            fit.
+        ValueError: if the checkpoint has another model type or untrusted code, or a key does not fit.
     """
     check_own_code(args.model, args.trust_remote_code)
-    kind = LlavaNextARConfig.get_config_dict(args.model)[0].get("model_type")
-    if kind not in ("llava_next_ar", "llava_onevision"):
-        raise ValueError(f"{args.model} is a {kind} model, expected llava_next_ar or llava_onevision")
+    model_type = LlavaNextARConfig.get_config_dict(args.model)[0].get("model_type")
+    if model_type not in ("llava_next_ar", "llava_onevision"):
+        raise ValueError(f"{args.model} is a {model_type} model, expected llava_next_ar or llava_onevision")
     config_class = LlavaNextARConfig
-    if args.trust_remote_code and kind == "llava_next_ar":
+    if args.trust_remote_code and model_type == "llava_next_ar":
         config_class = type(AutoConfig.from_pretrained(args.model, trust_remote_code=True))
     saved = config_class.from_pretrained(args.model)
     overrides = dict(sections["model_config"])
-    wants_head = overrides.pop("enable_autoregressive", True)
-    if kind == "llava_next_ar" and not wants_head:
-        wants_head = saved.enable_autoregressive  # a head that is not trained is kept, not thrown away
+    has_head = overrides.pop("enable_autoregressive", True)
+    if model_type == "llava_next_ar" and not has_head:
+        has_head = saved.enable_autoregressive  # a head that does not train is kept
     if sections["autoregressive_config"]:
         overrides["autoregressive_config"] = sections["autoregressive_config"]
-    config = config_class.from_pretrained(args.model, enable_autoregressive=wants_head, **overrides)
+    config = config_class.from_pretrained(args.model, enable_autoregressive=has_head, **overrides)
     old, new = ({**c.to_dict(), **c.autoregressive_config.to_dict()} for c in (saved, config))
     changed = {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
-    changed.pop("autoregressive_config", None)  # its keys are in there one by one
+    changed.pop("autoregressive_config", None)  # its keys are listed one by one
     reshaped = {key: changed[key] for key in HEAD_SHAPE if key in changed}
-    if kind == "llava_next_ar" and saved.enable_autoregressive and wants_head and reshaped:
+    if model_type == "llava_next_ar" and saved.enable_autoregressive and has_head and reshaped:
+        if "embedding_dim" in reshaped:
+            old, new = reshaped["embedding_dim"]
+            raise ValueError(
+                f"the head of {args.model} has embedding_dim {old}, the recipe asks for {new}, and its weights fit no other "
+                f"size: set embedding_dim to {old}, or start from a checkpoint without a head"
+            )
         before = ", ".join(f"{key}={old}" for key, (old, _) in reshaped.items())
         after = ", ".join(f"{key}={new}" for key, (_, new) in reshaped.items())
         logger.warning(
-            f"the head of {args.model} was made with {before}, but the recipe asks for {after}: its weights do not serve "
-            "the new shape, and are kept where they fit. To train it on, give its own values, such as "
+            f"the head of {args.model} was made with {before}, but the recipe asks for {after}: its weights do not fit "
+            "the new shape, and are kept where they do. To train it further, give its own values, such as "
             + " ".join(f"--{key} {old}" for key, (old, _) in reshaped.items())
         )
-    if kind == "llava_onevision":
-        changed["model_type"] = (kind, "llava_next_ar")
+    if model_type == "llava_onevision":
+        changed["model_type"] = (model_type, "llava_next_ar")
     return config, changed
 
 
 def check_quantization(args: ModelArguments) -> None:
-    """Refuses `load_in_4bit` where it cannot work.
+    """Validates `load_in_4bit`.
 
     Raises:
-        ValueError: saying what is missing or contradicts it.
+        ValueError: naming a missing requirement or a contradicting key.
     """
     if not args.load_in_4bit:
         return
@@ -82,15 +86,15 @@ def check_quantization(args: ModelArguments) -> None:
             "in its own precision"
         )
     if not torch.cuda.is_available():
-        raise ValueError("load_in_4bit needs an NVIDIA GPU, and there is no CUDA here: use scripts/configs/lora.yaml")
+        raise ValueError("load_in_4bit needs an NVIDIA GPU, and torch finds none here: use scripts/configs/lora.yaml")
     if not is_bitsandbytes_available():
         raise ValueError("load_in_4bit needs bitsandbytes: pip install bitsandbytes")
 
 
 def quantization_config(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """The linear layers of the language model in 4 bits; everything that the adapter's training touches is as it was.
+    """Returns the configuration for 4-bit linear layers in the language model.
 
-    Not so the tower, whose features are the targets, the projector and the head, which train, and the vocabulary.
+    Not quantized are the tower, whose features are the targets; projector and head, which train; and the vocabulary.
     """
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -102,12 +106,12 @@ def quantization_config(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def weights_dtype(args: ModelArguments, training_args: TrainingArguments) -> torch.dtype:
-    """The precision in which the checkpoint is loaded."""
+    """Returns the precision in which the checkpoint is loaded."""
     return getattr(torch, args.dtype or ("bfloat16" if training_args.bf16 else "float32"))
 
 
 def load_model(args: ModelArguments, config: Any, training_args: TrainingArguments) -> Any:
-    """The checkpoint in the precision of its frozen parts.
+    """Loads the checkpoint in the precision of its frozen parts.
 
     Raises:
         ValueError: if the checkpoint lacks weights other than those of the head, or a faster token that would not train.
@@ -137,9 +141,9 @@ def load_model(args: ModelArguments, config: Any, training_args: TrainingArgumen
 
 
 def _join_deepspeed(training_args: TrainingArguments) -> None:
-    """Gives DeepSpeed the process group of the ranks, as accelerate does on GPUs only.
+    """Passes the process group of the ranks to DeepSpeed, as accelerate does on GPUs only.
 
-    ZeRO-3 splits the weights while they load. It takes a process without a group of DeepSpeed's for the only one.
+    ZeRO-3 splits the weights while they load. Without a group of DeepSpeed it would assume a single process.
     """
     if not (training_args.use_cpu and "DEEPSPEED" in sharding_asked_for(training_args)):
         return
@@ -152,10 +156,10 @@ def _join_deepspeed(training_args: TrainingArguments) -> None:
 
 
 def check_teacher(args: ModelArguments, config: Any) -> None:
-    """Refuses a tower that trains under ZeRO-3, unless the checkpoint holds the copy of it that is the head's teacher.
+    """Validates a tower that trains under ZeRO-3: the checkpoint must hold its copy, the head's teacher.
 
     Raises:
-        ValueError: naming ways out.
+        ValueError: without that copy, naming alternatives.
     """
     if args.trainable == "lora" or args.freeze_vision_tower or not is_deepspeed_zero3_enabled():
         return  # adapters on the tower are turned off for the teacher
@@ -176,7 +180,7 @@ def check_attention(args: ModelArguments, config: Any) -> None:
 
 
 def model_without_weights(args: ModelArguments, config: Any, training_args: TrainingArguments) -> tuple[Any, int]:
-    """The model that would be trained, on the meta device, and how many of its weights would be loaded in 4 bits."""
+    """Returns the model of the recipe on the meta device, and the number of its weights that would have 4 bits."""
     dtype = weights_dtype(args, training_args)
     with torch.device("meta"):
         if isinstance(config, LlavaNextARConfig):
@@ -192,9 +196,9 @@ def model_without_weights(args: ModelArguments, config: Any, training_args: Trai
 
 
 def choose_trainable(model: Any, args: ModelArguments, training_args: TrainingArguments) -> Any:
-    """Freezes what is not to train and returns the model, in a PEFT model for `lora`."""
+    """Freezes the parts that do not train and returns the model, in a PEFT model for `lora`."""
     if args.trainable == "lora":
-        # The same adapters however many random numbers loading took, as it does to initialise a head under ZeRO-3.
+        # The same adapters after any number of random draws while loading, such as those of a new head under ZeRO-3.
         set_seed(training_args.seed)
         is_split = "DEEPSPEED" in sharding_asked_for(training_args)
         model = add_adapters(model, args, keep_dtype=is_split)
@@ -206,7 +210,7 @@ def choose_trainable(model: Any, args: ModelArguments, training_args: TrainingAr
             if "vision_tower" in parts:
                 trains = not args.freeze_vision_tower
             parameter.requires_grad_(trains)
-    # Small updates are lost in 16 bits. DeepSpeed keeps a copy in float32 itself and refuses any but its own precision.
+    # Small updates are lost in 16 bits. DeepSpeed keeps a copy in float32 itself and rejects weights of another precision.
     if (training_args.bf16 or training_args.fp16) and "DEEPSPEED" not in sharding_asked_for(training_args):
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -215,9 +219,9 @@ def choose_trainable(model: Any, args: ModelArguments, training_args: TrainingAr
 
 
 def add_adapters(model: Any, args: ModelArguments, keep_dtype: bool = False) -> Any:
-    """LoRA on the language model's linear layers (and the tower's, unless frozen); projector and head train whole.
+    """Adds LoRA to the language model's linear layers (and the tower's, unless frozen); projector and head train whole.
 
-    The newline and faster tokens stay as they are: PEFT saves whole modules only, and they are bare parameters.
+    The newline and faster tokens stay frozen: PEFT saves whole modules only, and they are bare parameters.
 
     Args:
         model: the base.
@@ -246,10 +250,10 @@ def add_adapters(model: Any, args: ModelArguments, keep_dtype: bool = False) -> 
 def check_adapter_base(
     args: ModelArguments, changed: dict[str, tuple[Any, Any]], training_args: TrainingArguments
 ) -> None:
-    """An adapter is loaded on the checkpoint as it is: that must stay, be found, and need no other configuration.
+    """Validates the base of an adapter: it must persist, be found by others, and have the adapter's configuration.
 
     Raises:
-        ValueError: naming the keys that the adapter would lose, or the folder that would be lost or not be found.
+        ValueError: naming the keys that the adapter would lose, or the folder of a base that would be lost or not be found.
     """
     if not args.merge_lora and Path(args.model).resolve() == Path(training_args.output_dir).resolve():
         raise ValueError(
@@ -261,7 +265,7 @@ def check_adapter_base(
             f"others cannot load an adapter whose base is the folder {args.model}: push the base first, and give its id as "
             "model"
         )
-    changed = {key: pair for key, pair in changed.items() if key != "loss_weight"}  # means nothing after training
+    changed = {key: pair for key, pair in changed.items() if key != "loss_weight"}  # has no effect after training
     if changed and not args.merge_lora:
         keys = ", ".join(f"{key} ({old!r} there, {new!r} here)" for key, (old, new) in sorted(changed.items()))
         raise ValueError(
@@ -272,7 +276,7 @@ def check_adapter_base(
 
 
 def sharding_asked_for(training_args: TrainingArguments) -> list[str]:
-    """What the launch file (by the environment) or the recipe asks for: FSDP, DEEPSPEED or nothing."""
+    """Returns the sharding of the launch file (by the environment) or the recipe: FSDP, DEEPSPEED or an empty list."""
     options = {"FSDP": training_args.fsdp, "DEEPSPEED": training_args.deepspeed}
     environment = {name: os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in options}
     return [name for name in options if options[name] or environment[name]]

@@ -1,13 +1,13 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
 """`AutoregressiveTrainer`: a transformers Trainer for a model with two losses.
 
-Travels with a checkpoint and is needed by none. It knows nothing of the model but its outputs: it works on any model
-that returns `loss`, `main_loss` and `autoregressive_loss`.
+It depends on the outputs of the model alone: any model that returns `loss`, `main_loss` and `autoregressive_loss` can
+be trained.
 
-What it adds to Trainer is counting. Trainer divides a sum of token losses by the number of tokens in the whole
-optimizer step (all micro-batches, all ranks), so that gradients do not depend on how the step is split. The same is
-done here for the reconstruction loss, which is a sum over videos: the videos of the step are counted, and the model
-divides by their number. Both are logged the same way, so that what is logged adds up to what is trained.
+Trainer divides a sum of token losses by the number of tokens in the whole optimizer step (all micro-batches, all
+ranks), so that gradients do not depend on the split of the step. This trainer does the same for the reconstruction
+loss, which is a sum over videos: it counts the videos of the step, and the model divides by their number. Both losses
+are logged in the same way, so that the logged components sum to the trained loss.
 """
 
 import copy
@@ -33,16 +33,16 @@ from .throughput import StepFlops, ThroughputMeter, TimedIterator, count_batch, 
 
 logger = logging.get_logger(__name__)
 
-HEAD = "autoregressive_module"  # the attribute under which a model keeps its reconstruction head
+HEAD = "autoregressive_module"  # attribute of a model that holds its reconstruction head
 
 
 def prepare_for_training(model: nn.Module) -> nn.Module:
-    """Sets training mode; freezes what no feature passes through, and creates the teacher if the vision tower trains.
+    """Sets training mode; freezes unused parts, and creates the teacher if the vision tower trains.
 
-    Call it after choosing what trains and before anything wraps the model.
+    To be called after choosing the trainable parts and before wrapping the model.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for name in ("freeze_unused_parts", "create_teacher"):  # a model of another kind may have neither
+    for name in ("freeze_unused_parts", "create_teacher"):  # other models may have neither
         getattr(base, name, lambda: None)()
     return model.train()
 
@@ -55,7 +55,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
     - `main_loss`, `autoregressive_loss` (unweighted; 0 if no video of the window has two frames) and `total_loss` (equal to
       Trainer's `loss`);
     - `autoregressive_share`, of the weighted reconstruction in the total;
-    - `skill`, 1 - mse / copy_mse of the predictions: 0 is what copying the last frame gives;
+    - `skill`, 1 - mse / copy_mse of the predictions: 0 for copying the last frame;
     - the throughput of the window, see `ThroughputMeter.pop`.
 
     Evaluation logs `eval_main_loss` (mean over tokens), `eval_autoregressive_loss` (mean over videos), `eval_skill`, and as
@@ -67,11 +67,10 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
         args: `TrainingArguments`.
         train_dataset: usually a `LlavaVideoDataset`; its processor serves as `processing_class` and for the collator
             unless others are given. With the processor, every checkpoint is a complete Hub folder.
-        enable_autoregressive: train the head. If False, the head is neither run nor trained, if there is one, and only
-            `main_loss` is logged.
-        head_learning_rate: learning rate of the head, if it is to differ.
-        bad_steps: what to do about a step with a loss or gradient that is not finite or explodes; by default, stop.
-            Samples are named by their `sample_name`.
+        enable_autoregressive: train the head. If False, a head is neither run nor trained, and only `main_loss` is logged.
+        head_learning_rate: learning rate of the head; by default that of the model.
+        bad_steps: reaction to a step whose loss or gradient is not finite or explodes; by default, stop. Samples are named by
+            their `sample_name`.
         recommended_share: lowest and highest share of the reconstruction in the loss without a warning.
         kwargs: further arguments of `Trainer`.
 
@@ -105,12 +104,12 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
         args = TrainingArguments("tmp_trainer") if args is None else args  # as in Trainer
         if args.accelerator_config.dispatch_batches:
             raise ValueError("dispatch_batches=True would cut batches into rows, and a batch of videos has none")
-        args.accelerator_config.dispatch_batches = False  # by default, streams would be; any may come to be evaluated
+        args.accelerator_config.dispatch_batches = False  # the default is True for streams, also in evaluations
         if head_learning_rate is not None and (kwargs.get("optimizers") or (None,))[0] is not None:
             raise ValueError("head_learning_rate has no effect on an optimizer that is given; set it there")
         if args.dataloader_pin_memory:
             args.accelerator_config.non_blocking = True  # pixels go to the device while the step before still runs
-        # A model_init is called at once, and again by train().
+        # Trainer calls model_init here, and again in train().
         self.enable_autoregressive = enable_autoregressive
         self.head_learning_rate = head_learning_rate
         self.recommended_share = recommended_share
@@ -138,7 +137,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
         self._reset_run()
 
     def _prepare_model(self, model: nn.Module) -> None:
-        """Checks a model that is to be trained, and freezes its head if that is not to be."""
+        """Validates a model before training, and freezes its head without `enable_autoregressive`."""
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._forward_names = set(inspect.signature(base.forward).parameters)
         head = getattr(base, HEAD, None)
@@ -158,7 +157,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
             head.requires_grad_(False)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """As in Trainer; each model is prepared as one that is given."""
+        """As in Trainer; the model is prepared as one that is passed to the constructor."""
         model = super().call_model_init(trial)
         self._prepare_model(model)
         prepare_for_training(model)
@@ -168,8 +167,8 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer."""
-        # Before Trainer wraps the model for several ranks: DDP would wait in vain for the gradients of parts that no feature
-        # passes through, and FSDP leaves nothing to copy of a tower that it shards.
+        # Before Trainer wraps the model for several ranks: DDP would wait for gradients of unused parts, and a tower that FSDP
+        # has sharded cannot be copied.
         if self.model_init is None:
             prepare_for_training(self.model)
         return super().train(*args, **kwargs)
@@ -179,7 +178,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
         self._reset_run()
 
     def _reset_run(self) -> None:
-        """Makes the state of one run. One that broke off, or ran out of memory, leaves nothing to the next."""
+        """Creates the state of a run, so that none is left of an earlier one that broke off or ran out of memory."""
         self._train_sums = _LossSums()
         self._share_watch = ShareWatch(recommended=self.recommended_share)
         self._guard = StepGuard(self._bad_steps, self.args.output_dir)
@@ -189,7 +188,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
     def _make_meter(self) -> ThroughputMeter:
         try:
             flops = StepFlops(self.model, self.enable_autoregressive)
-        except AttributeError:  # another kind of model
+        except AttributeError:  # another model
             flops = None
         is_16_bit = self.args.bf16 or self.args.fp16 or next(self.model.parameters()).dtype.itemsize == 2
         is_cuda = self.args.device.type == "cuda"
@@ -200,7 +199,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
         return ThroughputMeter(flops, peak)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """As in Trainer, with an order that depends on seed and epoch alone, and lengths that need no decoding."""
+        """As in Trainer, with an order that depends on seed and epoch alone, and lengths from headers."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
         strategy = self.args.train_sampling_strategy
         is_grouped = strategy == "group_by_length" and hasattr(dataset, "lengths")
@@ -224,7 +223,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
-        """As in Trainer: the batches of one optimizer step, and the number of their targets."""
+        """As in Trainer: returns the batches of one optimizer step, and the number of their targets."""
         self._meter.begin_step()
         timed = TimedIterator(epoch_iterator)
         batches, num_items = super().get_batch_samples(timed, num_batches, device)
@@ -245,22 +244,22 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.control.should_log and self._tr_loss.device.type != "cpu":
-            self._tr_loss.item()  # the log reads it anyway; the clock is to stop when the device is done
+            self._tr_loss.item()  # waits for the device before the clock stops; the log reads it anyway
         self._meter.end_step()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        # Called once for each optimizer step, and for each batch of an evaluation: the place to count videos too.
+        # Called once for each optimizer step, and for each batch of an evaluation; counts the videos too.
         num_items = super()._get_num_items_in_batch(batch_samples, device)
         self._num_videos_in_batch = None
         if self.enable_autoregressive and num_items is not None:
             count = torch.tensor(sum(map(_count_videos, batch_samples)), device=device)
-            # Exactly as Trainer treats the number of targets; `num_items` is not None on all ranks or on none.
+            # As Trainer treats the number of targets. On all ranks alike, `num_items` is None or not.
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 count = self.accelerator.gather(count).sum()
             self._num_videos_in_batch = count / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
         if isinstance(num_items, torch.Tensor):
-            num_items = num_items.clamp(min=1)  # a step of videos without any target is no division by zero
+            num_items = num_items.clamp(min=1)  # else a step without targets would divide by zero
         return num_items
 
     # ---- losses -----------------------------------------------------------------------------------------------------
@@ -272,7 +271,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """As in Trainer; tells the model how many videos the step has, and keeps the components for the log."""
+        """As in Trainer; passes the number of videos of the step to the model, and keeps the components for the log."""
         # An evaluation within a step counts its own batches.
         num_videos_in_batch = self._num_videos_in_step if model.training else self._num_videos_in_batch
         options = {
@@ -294,7 +293,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
         main_loss, autoregressive_loss = outputs.get("main_loss", loss), outputs.get("autoregressive_loss")
         if model.training:
             self._guard.add(loss)
-            # Trainer logs the mean over ranks of what is returned here, so the sums are those of the scaled losses.
+            # Trainer logs the mean of the returned loss over ranks, so the sums are those of the scaled losses.
             scale = self._loss_scale(num_items_in_batch)
             loss = loss * scale
             share = 1 if self._is_step_loss(num_items_in_batch) else 1 / self.current_gradient_accumulation_steps
@@ -306,7 +305,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
                 **_squared_errors(outputs),
             )
         else:
-            # Sums, whatever the model divided by: the means over the set must not depend on its batches.
+            # Sums, so that the means over the set do not depend on its batches.
             num_items, num_videos = (inputs["labels"][..., 1:] != -100).sum(), _count_videos(inputs)
             items_divisor = num_items_in_batch if "num_items_in_batch" in options else num_items
             videos_divisor = num_videos_in_batch if "num_videos_in_batch" in options else num_videos
@@ -327,7 +326,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _is_step_loss(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
-        """Whether the loss was divided by a count over the whole optimizer step; else batches are averaged."""
+        """True if the loss is divided by a count over the whole optimizer step; else batches are averaged."""
         return self.model_accepts_loss_kwargs and num_items_in_batch is not None
 
     def _loss_scale(self, num_items_in_batch: torch.Tensor | int | None) -> int:
@@ -343,7 +342,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """As in Trainer; makes no logits where nobody looks at them."""
+        """As in Trainer; computes no logits where the loss alone is used."""
         if prediction_loss_only and "skip_logits" in self._forward_names:
             inputs = {**inputs, "skip_logits": True}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
@@ -397,7 +396,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
     # ---- saving -----------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in Trainer; beside sharded weights goes all else that scripts/consolidate.py makes a complete folder of."""
+        """As in Trainer; saves configuration and processor beside sharded weights, for `llava-next-ar consolidate`."""
         super().save_model(output_dir, _internal_call)
         if not (self.is_fsdp_enabled and self.args.should_save):
             return
@@ -414,23 +413,23 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
 
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
         collator = super()._get_collator_with_removed_columns(data_collator, description)
-        return NamingCollator(collator) if description == "Training" else collator  # names are no inputs of the model
+        return NamingCollator(collator) if description == "Training" else collator  # the guard removes the names again
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """As in Trainer, which calls it before each optimizer step: the moment to refuse it."""
+        """As in Trainer, which calls it before each optimizer step; drops the gradients of a bad step."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         norm, loss = self._exchange_step(grad_norm)
         if self.accelerator.scaler is None and grad_norm is not None:
-            loss = None  # a scaler scales losses, and skips steps, by itself
+            loss = None  # with a scaler the loss is judged: the norm may be infinite while it searches a scale
         problem = self._guard.judge(norm, loss)
         if problem is not None:
-            self._refuse_step(model, problem, norm)
+            self._drop_step(model, problem, norm)
         return grad_norm
 
     def _exchange_step(self, grad_norm: Any) -> tuple[float, float]:
-        """Returns the gradient norm, NaN if it is not known, and the loss of the step, both the same on all ranks.
+        """Returns the gradient norm, NaN if unknown, and the loss of the step, both the same on all ranks.
 
-        Requests to stop travel with them. So a step needs one collective and waits for the device once.
+        Requests to stop are exchanged with them. So a step needs one collective and waits for the device once.
         """
         stopping = [callback for callback in self.callback_handler.callbacks if isinstance(callback, StopOnSigterm)]
         if hasattr(grad_norm, "full_tensor"):
@@ -445,7 +444,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
             requests = requests[len(callback.SIGNALS) :]
         return norm / self.accelerator.num_processes, loss
 
-    def _refuse_step(self, model: nn.Module, problem: str, norm: float) -> None:
+    def _drop_step(self, model: nn.Module, problem: str, norm: float) -> None:
         message = self._guard.act(
             problem,
             step=self.state.global_step + 1,
@@ -455,10 +454,10 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
         )
         if self.is_world_process_zero():
             logger.warning(message)
-        model.zero_grad(set_to_none=True)  # an optimizer does nothing about parameters without a gradient
+        model.zero_grad(set_to_none=True)  # an optimizer skips parameters without a gradient
         tr_loss, self._train_sums = self._before_step
         self._tr_loss.copy_(tr_loss)
-        # Trainer divides what it added up by the steps since the last log entry, and since the start.
+        # Trainer divides its sums by the number of steps since the last log entry, and since the start.
         self._globalstep_last_logged += 1
         self._initial_global_step += 1
 
@@ -475,7 +474,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
     # ---- optimizer --------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As in Trainer; with `head_learning_rate`, the head's parameters get groups of their own."""
+        """As in Trainer; with `head_learning_rate`, the head's parameters form separate groups."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if not is_new or self.head_learning_rate is None:
@@ -497,7 +496,7 @@ class AutoregressiveTrainer(ResumableTrainer, HubTrainer):
 
 
 def _check_objective_trains(head: nn.Module) -> None:
-    """Raises ValueError for a frozen head that still predicts a copy: it passes no gradient on, so nothing trains."""
+    """Raises ValueError for a frozen head that still predicts a copy: it passes no gradient to the language model."""
     parameters = [parameter for name, parameter in head.named_parameters() if ".teacher." not in f".{name}"]
     if any(parameter.requires_grad for parameter in parameters):
         return
@@ -515,7 +514,7 @@ def _check_objective_trains(head: nn.Module) -> None:
 
 
 class _LossSums:
-    """Detached sums of one window of training or one evaluation; stay on the device until they are read."""
+    """Detached sums of one window of training or one evaluation, on the device until they are read."""
 
     NAMES = (
         *("total_loss", "main_loss", "autoregressive_loss", "weighted_loss", "mse", "copy_mse"),
@@ -541,7 +540,7 @@ class _LossSums:
         self._sums = None if state["sums"] is None else torch.tensor(state["sums"], dtype=dtype, device=device)
 
     def pop(self, accelerator: Any) -> dict[str, float]:
-        """The sums over all ranks; every rank must call it. Starts a new window."""
+        """Returns the sums over all ranks and starts a new window; every rank must call it."""
         sums = torch.zeros(len(self.NAMES)) if self._sums is None else self._sums
         dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
         sums = accelerator.reduce(sums.to(device=accelerator.device, dtype=dtype), reduction="sum")
@@ -550,7 +549,7 @@ class _LossSums:
 
 
 def _count_videos(batch: dict[str, Any]) -> int:
-    """Videos with something to predict: two real frames or more."""
+    """Number of videos with at least two real frames, which have a frame to predict."""
     mask, pixels = batch.get("video_frame_mask"), batch.get("pixel_values_videos")
     if mask is not None:
         return int((mask.sum(1) >= 2).sum())
@@ -558,7 +557,7 @@ def _count_videos(batch: dict[str, Any]) -> int:
 
 
 def _squared_errors(outputs: Any) -> dict[str, torch.Tensor]:
-    """Squared errors of predictions and of the copy baseline, means over patches, added up over frames."""
+    """Squared errors of predictions and of the copy baseline, means over patches, summed over frames."""
     reconstruction = outputs.get("reconstruction")
     if reconstruction is None:
         return {}
@@ -568,7 +567,7 @@ def _squared_errors(outputs: Any) -> dict[str, torch.Tensor]:
 
 
 def _skill(sums: dict[str, float]) -> dict[str, float]:
-    """Nothing where nothing in the videos changes: there is no baseline to improve on."""
+    """The skill, absent for static videos: their copy baseline has no error to improve on."""
     return {"skill": 1 - sums["mse"] / sums["copy_mse"]} if sums["copy_mse"] > 0 else {}
 
 

@@ -19,7 +19,7 @@ from transformers.pipelines import SUPPORTED_TASKS
 from llava_next_ar.evaluation.tables import format_results
 from llava_next_ar.hub.hub_folder import weights_sha256
 from llava_next_ar.hub.model_card import CardOptions, build_card
-from llava_next_ar.training.recipes import KINDS
+from llava_next_ar.training.recipes import ARGUMENT_CLASSES
 
 FRAMES = {
     **{"num_videos": 2, "num_frames": 6, "mse": 0.5, "copy_mse": 1.0, "skill": 0.5, "cosine": 0.9},
@@ -81,7 +81,7 @@ def test_no_place_and_no_name_of_the_recipe_goes_into_the_card(folder):
         length_column_name ddp_backend fsdp debug liger_kernel_config
         """.split()
     )
-    keys = {f.name for kind in KINDS for f in dataclasses.fields(kind) if "str" in str(f.type)}
+    keys = {f.name for arguments in ARGUMENT_CLASSES for f in dataclasses.fields(arguments) if "str" in str(f.type)}
     keys |= {"parallelism_config", "autoregressive_config.loss_type"}
     (folder / "train_config.yaml").write_text(yaml.safe_dump(dict.fromkeys(keys, "/home/ann")))
     (recipe,) = re.findall(r"^```yaml\n(.*?)^```", build_card(folder, "a/b").text, re.MULTILINE | re.DOTALL)

@@ -467,5 +467,5 @@ def test_a_limit_below_the_size_of_a_film_refuses_it_by_name(scene, monkeypatch)
     ],
 )
 def test_a_chat_template_stays_in_its_sandbox(processor, template):
-    with pytest.raises(ValueError, match="the chat template refuses the conversation: .*(unsafe|immutable|too big)"):
+    with pytest.raises(ValueError, match="the chat template rejects the conversation: .*(unsafe|immutable|too big)"):
         processor.apply_chat_template([{"role": "user", "content": "Hi."}], chat_template=template)

@@ -5,8 +5,12 @@ import io
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
+from unittest import mock
 
+import av
+import numpy as np
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from tiny import tiny_config
@@ -19,6 +23,7 @@ from llava_next_ar.evaluation.measures import load_checkpoint
 from llava_next_ar.training import own_code, preflight, recipes
 from llava_next_ar.training import run as train
 from llava_next_ar.training.own_code import check_own_code, own_classes
+from llava_next_ar.training.samples import SampleReader
 
 CONFIGS = Path(__file__).resolve().parents[2] / "scripts" / "configs"
 ASKED = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A square."}]
@@ -53,7 +58,7 @@ def work(tmp_path_factory) -> Path:
 
 
 def run(work: Path, *more: str, data: str = "good", check: bool = True, model: str = "base") -> tuple[str, str]:
-    """(how train.py exits, what it prints) in this process."""
+    """(exit status, or the line on standard error that explains status 2; the printed text) of train.py."""
     given = [
         "--model",
         str(work / model),
@@ -67,10 +72,19 @@ def run(work: Path, *more: str, data: str = "good", check: bool = True, model: s
     given += ["--train_data", str(work / f"{data}.json"), "--config", str(CONFIGS / "full.yaml")]
     given += ["--num_frames", "4", *(["--check"] if check else [])]
     given += [] if "--dataloader_num_workers" in more else ["--dataloader_num_workers", "0"]
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as caught:
+    printed, written = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["scripts/train.py"]),
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(written),
+        pytest.raises(SystemExit) as caught,
+    ):
         train.main([*given, *more])
-    return str(caught.value.code), printed.getvalue()
+    if caught.value.code != 2:
+        return str(caught.value.code), printed.getvalue()
+    (line,) = [line for line in written.getvalue().splitlines() if line.startswith("train.py: ")]
+    assert written.getvalue().endswith(f"{line}\n")
+    return line, printed.getvalue()
 
 
 def test_a_check_of_good_data_passes_and_counts_for_n_processes(work, monkeypatch):
@@ -135,6 +149,33 @@ def test_bad_samples_are_readable_and_named_by_their_id(work):
     assert all(f"{name!r}, sample {n} of" in report for n, name in enumerate(("one", "two")))
     _, report = run(work, "--on_bad_sample", "skip", data="bad")
     assert "epochs of 4 samples, of which about 1 can be used" in report
+
+
+def test_headers_are_read_of_all_samples_and_media_are_decoded_of_a_few(work, monkeypatch):
+    decoded = []
+    encode = SampleReader.encode
+    monkeypatch.setattr(SampleReader, "encode", lambda self, entry: decoded.append(entry) or encode(self, entry))
+    code, report = run(work, "--check_decoded", "2")
+    assert code == "False" and "samples               4 read, of which 2 decoded" in report and len(decoded) == 2
+    code, report = run(work, "--check_decoded", "0")
+    assert code == "False" and "samples               4 read, of which 0 decoded" in report and len(decoded) == 2
+    assert run(work, "--check_decoded", "-1")[0].endswith("check_decoded must be at least 0, got -1")
+
+
+def test_a_file_whose_header_alone_can_be_read_is_found_when_it_is_decoded(work):
+    """Its index is whole and its frames are gone, as after a download that broke off."""
+    with av.open(str(work / "front.mp4"), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height = 64, 48
+        for number in range(40):
+            pixels = np.full((48, 64, 3), 6 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        container.mux(stream.encode(None))
+    content = (work / "front.mp4").read_bytes()
+    (work / "front.mp4").write_bytes(content[: content.index(b"mdat") + 100])
+    (work / "cut.json").write_text(json.dumps([{"id": "cut", "conversations": ASKED, "video": "front.mp4"}] * 2))
+    code, report = run(work, "--check_decoded", "1", data="cut")
+    assert code == "True" and "bad samples           1 of 2" in report and "'cut', sample" in report
 
 
 # --------------------------------------------------------------------------------------------------- code of its own
@@ -203,11 +244,11 @@ def test_a_processor_that_cannot_be_loaded_is_not_taken_for_absent(work, monkeyp
         raise LocalEntryNotFoundError("connection reset")
 
     monkeypatch.setattr(own_code, "hf_hub_download", no_answer)
-    with pytest.raises(OSError, match="no folder user/model here, and the Hub cannot be asked for its .*json"):
+    with pytest.raises(OSError, match="user/model is not a folder here, and the Hub cannot be asked for its .*json"):
         own_classes("user/model")
     with pytest.raises(
         OSError,
-        match="no folder user/model here, .* its processor_config.json now",
+        match="user/model is not a folder here, .* its processor_config.json now",
     ):
         train.load_processor(*arguments("user/model"), config)
 

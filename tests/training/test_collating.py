@@ -1,7 +1,9 @@
 """Collating and checking samples walks over their pixels as rarely as it can."""
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 from llava_next_ar.training.collator import LlavaVideoCollator
 
@@ -56,3 +58,19 @@ def test_only_padding_is_filled():
     assert not batch["pixel_values_videos"][1, 5:].any()
     assert batch["video_frame_mask"].sum(1).tolist() == [8, 5]
     assert 16 <= frames < 16.1
+
+
+def collate_and_report(samples: list) -> dict[str, torch.Tensor]:
+    batch = LlavaVideoCollator(0)(samples)
+    return {**batch, "is_shared": torch.tensor(batch["pixel_values_videos"].is_shared())}
+
+
+@pytest.mark.parametrize("lengths", [(8, 8), (8, 5)])
+def test_a_worker_writes_a_batch_where_the_trainer_reads_it(lengths):
+    """Else the batch is copied once more, into shared memory, on its way out of the worker."""
+    samples = [make_sample(length) for length in lengths]
+    (batch,) = DataLoader(samples, batch_size=2, num_workers=1, collate_fn=collate_and_report)
+    expected = LlavaVideoCollator(0)(samples)
+    assert batch.pop("is_shared") and batch.keys() == expected.keys()
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    assert batch["pixel_values_videos"].is_contiguous() and not expected["pixel_values_videos"].is_shared()

@@ -36,7 +36,7 @@ LAUNCH_FILES = sorted((TESTS.parent / "scripts" / "accelerate").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """What two ranks of sharded_runs.py left behind."""
+    """Folder with the results of two ranks of sharded_runs.py."""
     folder = tmp_path_factory.mktemp("sharded")
     command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     processes.run_python(*command, TESTS / "sharded_runs.py", folder, timeout=300)
@@ -55,7 +55,7 @@ def results(runs) -> dict:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_sharded_step_gives_the_gradients_of_one_process(results, case):
-    """Whatever the ranks hold: one that ran a module more often than the other hung both, or mixed up their gradients."""
+    """A rank that ran a module more often than the other one hung both, or mixed up their gradients."""
     result = results[case]
     assert result["gradients"] < 1e-5 and result["loss"] < 1e-5
     assert result["without gradient"] == []
@@ -76,11 +76,11 @@ def test_train_refuses_what_accelerate_silently_does_not_split(name, monkeypatch
     nothing = SimpleNamespace(fsdp=None, deepspeed=None)
     split, plain = SimpleNamespace(distributed_type=name), SimpleNamespace(distributed_type="MULTI_CPU")
     train.check_sharding(nothing, plain)
-    with pytest.raises(SystemExit, match=f"asks for {name}"):
+    with pytest.raises(ValueError, match=f"asks for {name}"):
         train.check_sharding(SimpleNamespace(**{"fsdp": None, "deepspeed": None, name.lower(): "x"}), plain)
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")  # as accelerate launch says it
     train.check_sharding(nothing, split)
-    with pytest.raises(SystemExit, match=f"asks for {name}, but accelerate runs MULTI_CPU here"):
+    with pytest.raises(ValueError, match=f"asks for {name}, but accelerate runs MULTI_CPU here"):
         train.check_sharding(nothing, plain)
 
 

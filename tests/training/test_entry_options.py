@@ -114,6 +114,23 @@ def test_options_of_a_part_are_of_that_part_alone(processor, root):
     assert data.lengths() == [len(data[0]["input_ids"])]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"num_frames": 50}, {"sampling": "uniform_time", "num_frames": 50}, {"fps": FPS, "max_frames": 50}, {"fps": 2}],
+)
+def test_short_clip_of_the_call_holds_for_a_part_that_asks_for_a_number_of_frames(options, processor, root):
+    entry = {"messages": [{"role": "user", "content": [{"type": "video", "path": "a.mp4", **options}]}, ANSWER]}
+    for short_clip in ("all", "error"):
+        data = LlavaVideoDataset([entry], processor, video_root=root, processor_kwargs={"short_clip": short_clip})
+        if short_clip == "error" and options != {"fps": 2}:
+            with pytest.raises(BadSampleError, match="40 frames.* 50|50 .*40"):
+                data[0]
+            with pytest.raises(BadSampleError, match="40 frames.* 50|50 .*40"):
+                data.lengths()
+        else:
+            assert data[0]["video_frame_mask"].sum() == (8 if options == {"fps": 2} else 40)
+
+
 @pytest.mark.parametrize("times", [False, True])
 def test_the_frame_times_in_the_prompt_are_counted(times, processor, root):
     options = {"sampling": "fps_time", "fps": 1} if times else {"num_frames": 13}

@@ -1,4 +1,4 @@
-"""scripts/train.py --check, and the memory that it foretells."""
+"""`llava-next-ar train --check`, and its estimate of memory."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from llava_next_ar.configuration.configuration_llava_next_ar import LlavaNextARC
 from llava_next_ar.modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from llava_next_ar.training import run as train
 from llava_next_ar.training import trained_model
-from llava_next_ar.training.preflight import examine
+from llava_next_ar.training.preflight import run_preflight
 from llava_next_ar.training.recipes import ModelArguments
 from llava_next_ar.training.step_memory import step_memory
 
@@ -60,7 +60,7 @@ def test_what_a_recipe_would_do_is_said_without_weights(work, capsys):
     layout = tiny_config().frame_token_layout
     assert f"tokens per frame      {layout.tokens_per_frame()}\n" in report
     assert "frames                uniform: num_frames 4\n" in report
-    assert "samples               12 looked at\nframes per sample     2 to 4, mean 3.0\n" in report
+    assert "samples               12 read, of which 8 decoded\nframes per sample     2 to 4, mean 3.0\n" in report
     counts = [int(count) for count in re.findall(r"^ +\d+ - +\d+ #* (\d+)$", report, flags=re.MULTILINE)]
     assert sum(counts) == 12
     assert "longer than max_length of 200: 0 of 12" in report
@@ -89,7 +89,7 @@ def test_what_would_fail_is_named_and_the_exit_code_says_so(work, capsys):
     code, report = check(work, capsys, "good.json", "--max_length", "100")
     assert code == 1 and "8 x too long" in report and "longer than max_length of 100: 8 of 12" in report
     code, report = check(work, capsys, "good.json", "--check_samples", "5", "--streaming", "true", "--max_steps", "9")
-    assert code == 0 and "5 looked at" in report and "optimizer steps       9, from a stream" in report
+    assert code == 0 and "5 read, of which" in report and "optimizer steps       9, from a stream" in report
 
 
 def meta_model(trainable: str, tmp_path: Path, config: LlavaNextARConfig | None = None, **options):
@@ -147,9 +147,11 @@ def test_a_packed_row_has_a_mask_where_attention_needs_one(work, capsys, more, h
 
 def test_check_counts_what_will_be_in_four_bits(work, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(train, "check_quantization", lambda args: None)  # there need be no GPU
+    monkeypatch.setattr(train, "check_quantization", lambda args: None)  # no GPU is needed
     monkeypatch.setattr(
-        train, "examine", lambda *args, **more: seen.append(more["num_quantized"]) or examine(*args, **more)
+        train,
+        "run_preflight",
+        lambda *args, **more: seen.append(more["num_quantized"]) or run_preflight(*args, **more),
     )
     for quantized in ("true", "false"):
         check(work, capsys, "good.json", "--trainable", "lora", "--merge_lora", "true", "--load_in_4bit", quantized)

@@ -9,6 +9,7 @@ import processes
 import pytest
 import safetensors.torch
 import torch
+from command_line import ends_with
 from tiny import tiny_model
 from tiny_processor import tiny_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -71,7 +72,7 @@ def test_a_class_of_the_users_own_trains_if_it_is_trusted_and_its_file_goes_alon
     model = my_head.MyModel.from_pretrained(work / "base")
     model.save_pretrained(work / "own")
     AutoProcessor.from_pretrained(work / "base", trust_remote_code=True).save_pretrained(work / "own")
-    with pytest.raises(SystemExit, match=r"code of its own \(my_head.MyModel\).*--trust_remote_code"):
+    with ends_with(r"code of its own \(my_head.MyModel\).*--trust_remote_code"):
         train.main(options(work, "refused", model="own"))
     assert not (work / "refused").exists()
     train.main(options(work, "trained", "--trust_remote_code", "true", model="own"))
@@ -91,7 +92,11 @@ def test_an_adapter_is_merged_later_and_the_losses_stay(tower, work, capsys):
     frozen = ("--freeze_vision_tower", str(not tower).lower(), "--num_frames", "5")
     train.main(options(work, name, "--learning_rate", "0.05", *frozen, "--bf16", "false", config="lora"))
     merge.main([str(work / name), str(work / f"{name}_merged")])
-    assert f"saved to {work / f'{name}_merged'}" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert f"saved to {work / f'{name}_merged'}" in shown.out and "Warning" not in shown.err
+    recipe = (work / name / "train_config.yaml").read_text()
+    assert "trainable: lora" in recipe and (work / f"{name}_merged" / "train_config.yaml").read_text() == recipe
+    assert "lora_r" in (work / f"{name}_merged" / "README.md").read_text()
     adapted = AutoModelForImageTextToText.from_pretrained(work / name, trust_remote_code=True).eval()
     merged = LlavaNextARForConditionalGeneration.from_pretrained(work / f"{name}_merged").eval()
     processor = AutoProcessor.from_pretrained(work / f"{name}_merged", trust_remote_code=True)
@@ -135,7 +140,13 @@ def test_what_cannot_be_merged_is_refused_in_one_line(work, tmp_path, capsys):
     ):
         with pytest.raises(SystemExit) as caught:
             merge.main(given)
-        assert caught.value.code == 1 and message in capsys.readouterr().err
+        assert caught.value.code == 2 and message in capsys.readouterr().err
+    for base, cause in ((tmp_path / "gone", "the folder does not exist"), (tmp_path / "full", "has no config.json")):
+        (tmp_path / "adapter").mkdir(exist_ok=True)
+        config = {"base_model_name_or_path": str(base), "peft_type": "LORA"}
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+        with ends_with(f"the base {base} of .*adapter cannot be read .*{cause}.* with --base\n$"):
+            merge.main([str(tmp_path / "adapter"), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import sys
 import time
@@ -13,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from command_line import ends_with
 from guard_runs import losses_logged
 from tiny import tiny_model, tiny_onevision
 from tiny_processor import tiny_processor
@@ -149,6 +152,24 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(work):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     losses = [[entry["loss"] for entry in history(work / name)] for name in ("whole", "part")]
     assert losses[0] == losses[1] and len(losses[0]) == 4
+    more = ("--resume_from_checkpoint", "true", "--gradient_accumulation_steps", "2")
+    with ends_with("its steps had 2 samples .* these would have 4"):
+        train.main(options(work, "part", *steps, *more))
+
+
+def test_a_checkpoint_without_all_weights_ends_in_one_line(work):
+    shutil.copytree(work / "base", work / "incomplete")
+    weights = safetensors.torch.load_file(work / "incomplete" / "model.safetensors")
+    name = next(name for name in weights if "multi_modal_projector" in name)
+    del weights[name]
+    safetensors.torch.save_file(weights, work / "incomplete" / "model.safetensors", metadata={"format": "pt"})
+    with ends_with(r"incomplete lacks 1 weights of the model, the first of them .*multi_modal_projector.*\n$"):
+        train.main(options(work, "never", model="incomplete"))
+    with ends_with("base has embedding_dim 16, the recipe asks for 32"):
+        train.main(options(work, "never", "--embedding_dim", "32"))
+    with ends_with("Target modules .*no_such_layer"):
+        train.main(options(work, "never", "--lora_target_modules", "no_such_layer", config="lora"))
+    assert not (work / "never").exists()
 
 
 def test_two_processes(work):
@@ -228,9 +249,9 @@ def test_a_resumed_adapter_gives_what_an_uninterrupted_run_gives(work):
 
 
 def test_an_adapter_that_would_not_fit_its_base_is_refused(work):
-    with pytest.raises(SystemExit, match=r"num_hist \(3 there, 2 here\): set merge_lora"):
+    with ends_with(r"num_hist \(3 there, 2 here\): set merge_lora"):
         train.main(options(work, "refused", "--num_hist", "2", config="lora"))
-    with pytest.raises(SystemExit, match="model_type"):
+    with ends_with("model_type"):
         train.main(options(work, "refused", "--num_heads", "2", config="lora", model="onevision"))
 
 
@@ -304,7 +325,10 @@ def test_recipes_name_activation_checkpointing_as_the_installed_transformers_doe
         (["--num_hists", "1"], "unknown key 'num_hists'; did you mean 'autoregressive_config.num_hist'?"),
         (["--autoregressive_config.loss", "1"], "did you mean 'autoregressive_config.loss_type'?"),
         (["--model_config", "{mm_newline: grid}"], "did you mean 'model_config.mm_newline_position'?"),
-        (["--mm_spatial_pool_stride", "2"], "may mean autoregressive_config.mm_spatial_pool_stride or model_config"),
+        (
+            ["--mm_spatial_pool_stride", "2"],
+            "stands for autoregressive_config.mm_spatial_pool_stride or for model_config",
+        ),
         (["--max_steps", "many"], "many"),
         (["--trainable", "some"], "trainable is 'some', expected one of full, projector_and_head, head, lora"),
         (
@@ -315,14 +339,14 @@ def test_recipes_name_activation_checkpointing_as_the_installed_transformers_doe
         (["--streaming", "true"], "streaming: true needs max_steps"),
         (
             ["--streaming", "true", "--max_steps", "5", "--train_sampling_strategy", "group_by_length"],
-            "group_by_length needs all lengths, which a stream does not know",
+            "group_by_length needs the lengths of all samples, which a stream lacks",
         ),
     ],
 )
-def test_mistakes_on_the_command_line(arguments, message, capsys):
-    with pytest.raises(SystemExit) as caught:
+def test_mistakes_on_the_command_line(arguments, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["llava-next-ar train"])
+    with ends_with("^llava-next-ar train: " + ".*" + re.escape(message)):
         train.main([*arguments, *(["--model", "m", "--train_data", "d", "--use_cpu", "true"])])
-    assert message in str(caught.value) and str(caught.value).startswith("train.py: ")
 
 
 @pytest.mark.parametrize(
@@ -339,9 +363,8 @@ def test_mistakes_on_the_command_line(arguments, message, capsys):
 def test_mistakes_in_a_recipe(text, message, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    with pytest.raises(SystemExit) as caught:
+    with ends_with(re.escape(message)):
         train.main(["--config", str(path), "--model", "m", "--train_data", "d"])
-    assert message in str(caught.value)
 
 
 def test_with_skip_bad_samples_are_listed_beside_the_model(work):
@@ -356,7 +379,7 @@ def test_with_skip_bad_samples_are_listed_beside_the_model(work):
         (4, "x9", ["gone.mp4"]),
         (5, None, ["broken.mp4"]),
     ]
-    with pytest.raises(SystemExit, match="1 of 6 .* max_bad_share=0.1 "):
+    with ends_with("1 of 6 .* max_bad_share=0.1 "):
         train.main(options(work, "too_many", *data, "--max_bad_share", "0.1"))
 
 
@@ -375,7 +398,7 @@ def test_several_sources_with_weights(work, streaming):
 def test_a_bad_sample_stops_the_run_before_it_starts(work):
     entries = json.loads((work / "data" / "train.json").read_text())
     (work / "data" / "bad.json").write_text(json.dumps([*entries, {"video": "gone.mp4", "id": "x9"}]))
-    with pytest.raises(SystemExit, match="train.py: sample 4 .*x9.*gone.mp4"):
+    with ends_with("sample 4 .*x9.*gone.mp4"):
         train.main(options(work, "never", "--train_data", str(work / "data" / "bad.json")))
     assert not os.path.exists(work / "never")
 
@@ -446,7 +469,7 @@ def test_a_second_ctrl_c_stops_at_once_and_in_one_line(work, monkeypatch, capfd)
     with pytest.raises(SystemExit) as ended:
         train.main(options(work, "interrupted_twice"))
     said = capfd.readouterr()
-    assert ended.value.code == 130 and "train.py: stopped by Ctrl-C" in said.err and "Traceback" not in said.err
+    assert ended.value.code == 130 and ": stopped by Ctrl-C" in said.err and "Traceback" not in said.err
     assert not list((work / "interrupted_twice").glob("checkpoint-*")) and signal.getsignal(signal.SIGINT) is handler
 
 
@@ -486,7 +509,7 @@ def test_ctrl_c_before_the_training_ends_in_one_line(work, monkeypatch, capsys):
     monkeypatch.setattr(train, "load_model", interrupted)
     with pytest.raises(SystemExit) as ended:
         train.main(options(work, "not_even_begun"))
-    assert ended.value.code == 130 and capsys.readouterr().err.strip() == "train.py: stopped by Ctrl-C"
+    assert ended.value.code == 130 and capsys.readouterr().err.strip().endswith(": stopped by Ctrl-C")
 
 
 def test_a_folder_that_holds_a_run_is_not_started_in_again(work, capsys):
@@ -495,10 +518,10 @@ def test_a_folder_that_holds_a_run_is_not_started_in_again(work, capsys):
     before = (work / "again" / "model.safetensors").read_bytes()
 
     def refusal(*more: str) -> str:
-        with pytest.raises(SystemExit) as caught:
+        with ends_with("") as written:
             train.main(options(work, "again", *steps, *more))
         assert (work / "again" / "model.safetensors").read_bytes() == before
-        return str(caught.value)
+        return written.getvalue()
 
     assert "holds checkpoint-4 and a model of an earlier run" in refusal("--max_steps", "2")
     assert "--resume_from_checkpoint true" in refusal() and "--overwrite_output_dir true" in refusal("--check", "true")
@@ -530,7 +553,7 @@ def test_a_stale_checkpoint_is_not_what_a_run_goes_on_from(work):
 
 def test_a_finished_model_without_checkpoints_is_not_trained_over(work):
     train.main(options(work, "finished"))
-    with pytest.raises(SystemExit, match="holds a model and no checkpoint to resume from"):
+    with ends_with("holds a model and no checkpoint to resume from"):
         train.main(options(work, "finished", "--resume_from_checkpoint", "true"))
 
 
@@ -538,7 +561,7 @@ def test_a_checkpoint_of_the_model_alone_is_refused_before_anything_is_loaded(wo
     steps = ("--save_strategy", "steps", "--save_steps", "1", "--save_only_model", "true")
     train.main(options(work, "model_only", *steps))
     monkeypatch.setattr(train, "load_model", lambda *args: pytest.fail("it was loaded"))
-    with pytest.raises(SystemExit, match="checkpoint-2: it holds the model without the state of the optimizer"):
+    with ends_with("checkpoint-2: it holds the model without the state of the optimizer"):
         train.main(options(work, "model_only", "--resume_from_checkpoint", "true"))
 
 
@@ -598,9 +621,9 @@ def test_a_spoiled_step_ends_the_run_with_the_names_of_its_samples(work, monkeyp
     monkeypatch.setattr(
         train.AutoregressiveTrainer, "compute_loss", lambda *args, **kwargs: loss(*args, **kwargs) * float("nan")
     )
-    with pytest.raises(SystemExit, match=r"step 1: the gradient norm is nan.*train.json \[a.mp4\]"):
+    with ends_with(r"step 1: the gradient norm is nan.*train.json \[a.mp4\]", status=1):
         train.main(options(work, "spoiled"))
-    with pytest.raises(SystemExit, match="1 steps were skipped before"):
+    with ends_with("1 steps were skipped before", status=1):
         train.main(options(work, "spoiled_twice", "--bad_step_action", "skip", "--max_skipped_steps", "1"))
 
 
@@ -608,7 +631,7 @@ def test_a_spoiled_step_ends_the_run_with_the_names_of_its_samples(work, monkeyp
 
 
 def tower_features(model, pixels: torch.Tensor) -> torch.Tensor:
-    """What the projector would read, from whatever the tower now is."""
+    """Inputs of the projector, from the tower in its present state."""
     head = model.autoregressive_module
     with torch.no_grad():
         return head.run_tower(model.model.vision_tower, pixels)
@@ -668,14 +691,14 @@ def test_only_layers_of_the_language_model_are_quantized():
 
 def test_qlora_says_what_it_needs(work, monkeypatch):
     def refusal(*more: str) -> str:
-        with pytest.raises(SystemExit) as caught:
+        with ends_with("") as written:
             train.main(options(work, "refused", *more, config="qlora"))
-        return str(caught.value)
+        return written.getvalue()
 
     assert "needs trainable: lora, got full" in refusal("--trainable", "full")
     assert "rounded weights" in refusal("--merge_lora", "true")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "there is no CUDA here: use scripts/configs/lora.yaml" in refusal()
+    assert "torch finds none here: use scripts/configs/lora.yaml" in refusal()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(trained_model, "is_bitsandbytes_available", lambda: False)
     assert "pip install bitsandbytes" in refusal()

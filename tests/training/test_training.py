@@ -1,4 +1,4 @@
-"""Data and trainer: what is supervised, what is refused, and that losses do not depend on how a step is split."""
+"""Data and trainer: labels, errors, and losses that do not depend on the split of a step."""
 
 import copy
 import json
@@ -544,7 +544,7 @@ def test_refusals(dataset, tmp_path):
 
 
 def test_the_process_group_ends_with_the_trainer(tmp_path):
-    """Where a wrapper was the last to hold it, ranks hung after their last line (pytorch/pytorch#56297)."""
+    """Ranks hung after their last line if a wrapper was the last to hold the group (pytorch/pytorch#56297)."""
     trainer = AutoregressiveTrainer(tiny_model(), arguments(tmp_path))
     threads = psutil.Process().num_threads()
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

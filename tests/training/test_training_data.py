@@ -218,7 +218,7 @@ def test_a_source_that_is_not_there(processor, tmp_path):
     for name in ("gone.json", "gone.parquet", "gone"):
         with pytest.raises(FileNotFoundError, match=name):
             load_training_data(str(tmp_path / name), processor)
-    with pytest.raises(ValueError, match="is no data set: expected a .json"):
+    with pytest.raises(ValueError, match="is not a data set: expected a .json"):
         load_training_data(str(tmp_path), processor)
 
 
@@ -406,7 +406,7 @@ class PutBack(TrainerCallback):
     ],
 )
 def test_a_resumed_stream_opens_no_media_that_were_trained_on(processor, root, tmp_path, num_workers, stop, options):
-    """What was trained on is not even there any more; bad samples are known from the first run."""
+    """The media of trained samples are deleted; the first run has recorded the bad samples."""
     media, away = tmp_path / "media", tmp_path / "away"
     media.mkdir(), away.mkdir()
     is_endless = stop < 12
@@ -529,7 +529,7 @@ def test_videos_without_text_count_as_videos_and_not_as_answers(processor, root,
 
 @pytest.fixture(scope="module")
 def broken(root) -> list[tuple[dict, str, str]]:
-    """Ten kinds of broken entry: (entry, class of the cause, what it says)."""
+    """Ten kinds of broken entry: (entry, class of the cause, message)."""
     write_clip(root / "whole.mp4", 96, container_options={"movflags": "faststart"})
     cut(root / "whole.mp4", root / "data_cut.mp4", 0.8)  # the index is there, some of the data is not
     write_clip(root / "index_last.mp4", 96)

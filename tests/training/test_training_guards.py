@@ -74,7 +74,7 @@ def test_a_skipped_step_leaves_no_trace_but_in_the_log(spoiled):
 def test_the_log_of_a_window_is_of_the_steps_that_were_made(spoiled):
     single = train(spoiled, 4, BadStepPolicy("skip"))["log"]
     (_, window) = train(spoiled, 4, BadStepPolicy("skip"), logging_steps=2)["log"]
-    # Steps 3 and 4, of which 3 was not made: its loss is no 0 in a mean of two.
+    # Steps 3 and 4, of which 3 was not made: its loss does not count as a 0 in a mean of two.
     for name in ("loss", "total_loss", "main_loss"):
         assert window[name] == pytest.approx(single[2][name], rel=1e-6)
 

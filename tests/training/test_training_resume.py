@@ -355,7 +355,7 @@ def test_sigterm_means_what_it_meant_after_an_error_too(tmp_path, monkeypatch):
         patched.setattr(plain, "training_step", break_off)
         with pytest.raises(RuntimeError, match="broken off"):
             plain.train()
-    assert signal.getsignal(signal.SIGTERM) == stop._request  # nobody told it
+    assert signal.getsignal(signal.SIGTERM) == stop._request  # the callback is not notified
     plain.train()  # and is not taken for the one from before
     assert signal.getsignal(signal.SIGTERM) is handler
     stop.restore()

@@ -40,7 +40,7 @@ def num_followers(trainer: AutoregressiveTrainer) -> int:
 
 
 def check_log(trainer: AutoregressiveTrainer) -> None:
-    """What is logged adds up: the sums hold the steps of this run, and all of them."""
+    """Checks that the logged components sum to the loss: all steps of this run, and no others."""
     log = losses_logged(trainer.state.log_history)
     assert [entry["step"] for entry in log] == [2, 4]
     for entry in log:

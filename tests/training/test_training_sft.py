@@ -50,7 +50,7 @@ def make_trainer(model: Any, args: Any, **more: Any) -> Any:
 
 @pytest.fixture
 def warnings(monkeypatch) -> list[str]:
-    """What the model warns of, again and again."""
+    """Warnings of the model, in a list that grows."""
     seen: list[str] = []
     for module in (modeling_llava_next_ar, video_language_model):
         monkeypatch.setattr(module.logger, "warning_once", seen.append)
