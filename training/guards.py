@@ -222,7 +222,7 @@ class ShareWatch:
             return None
         main, total = (sum(values) for values in zip(*self._entries, strict=True))
         if not main > 0 or not math.isfinite(total):
-            return None  # videos without text only: there is no proportion to keep
+            return None  # videos without text only: without a proportion to keep
         low, high = self.recommended
         share = 1 - main / total
         if low <= share <= high:
