@@ -206,7 +206,7 @@ def test_the_example_leads_from_five_files_to_an_answer(workplace, capsys, monke
         command.main(shlex.split(lines[0])[1:])
     assert not ended.value.code
     report = capsys.readouterr().out
-    assert "5 looked at" in report and "memory per device" in report
+    assert "5 read, of which" in report and "memory per device" in report
     command.main(shlex.split(lines[1])[1:])
     assert "autoregressive_module.change.weight" in (
         Path("outputs/run/model.safetensors").read_bytes()[:100_000]

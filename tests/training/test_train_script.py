@@ -167,7 +167,7 @@ def test_a_checkpoint_without_all_weights_ends_in_one_line(work):
         train.main(options(work, "never", model="incomplete"))
     with ends_with("base has embedding_dim 16, the recipe asks for 32"):
         train.main(options(work, "never", "--embedding_dim", "32"))
-    with ends_with("Target modules .*no_such_layer"):
+    with ends_with("(?i)target[ _]modules"):  # PEFT's own words, which differ by release
         train.main(options(work, "never", "--lora_target_modules", "no_such_layer", config="lora"))
     assert not (work / "never").exists()
 
@@ -672,7 +672,7 @@ def test_adapters_on_the_tower_move_its_features_and_never_the_targets(work, mon
 def test_tokens_that_adapters_would_leave_random_are_refused(work):
     more = ("--model_config.add_faster_video", "true", "--model_config.mm_newline_position", "grid")
     more += ("--merge_lora", "true")
-    with pytest.raises(ValueError, match="has no faster_token, .* trainable: lora leaves as it is"):
+    with ends_with("has no faster_token, .* trainable: lora leaves as it is"):
         train.main(options(work, "refused", *more, config="lora"))
 
 
