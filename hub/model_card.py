@@ -209,7 +209,9 @@ def _objective(recipe: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
 
 def _requirements(names: Sequence[str]) -> str:
     """For pip: packages with the ranges that this one asks for."""
-    found = {one.name: one.specifier for one in map(Requirement, importlib.metadata.requires("llava-next-ar"))}
+    requirements = map(Requirement, importlib.metadata.requires("llava-next-ar"))
+    # One with extras, such as transformers[serving], names the package a second time, without its range.
+    found = {requirement.name: requirement.specifier for requirement in requirements if not requirement.extras}
     return " ".join(f'"{name}{found[name]}"' for name in names)
 
 
