@@ -1,7 +1,7 @@
 """Training of a small model on videos with frames and tokens left out.
 
-A model that only knows evenly spaced frames would count it against a rule that it spaces them otherwise. This one is trained on
-random frames of random number, and in half of the batches on a random share of the tokens. So no rule is what it knows best.
+A model trained on evenly spaced frames alone would be at a disadvantage under a rule with another spacing. This one is trained
+on random frames of random number, and in half of the batches on a random share of the tokens. So it favours none of the rules.
 """
 
 from collections.abc import Sequence

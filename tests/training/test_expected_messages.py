@@ -74,7 +74,7 @@ def test_a_recipe_that_reshapes_a_trained_head_is_reported(tmp_path, caplog):
         caplog.clear()
         sections = {"model_config": {}, "autoregressive_config": {"num_heads": num_heads}}
         load_config(ModelArguments(model=str(tmp_path)), sections)
-        assert ("do not serve the new shape" in caplog.text) == (num_heads != saved)
+        assert ("do not fit the new shape" in caplog.text) == (num_heads != saved)
     assert f"num_heads={saved}" in caplog.text and f"--num_heads {saved}" in caplog.text
 
 
