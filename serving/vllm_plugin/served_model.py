@@ -9,6 +9,7 @@ reconstruction head is not loaded. Imports vLLM; see registration.py.
 
 import bisect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from vllm.model_executor.models.transformers.multimodal import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 
 from ...configuration.configuration_llava_next_ar import LlavaNextARConfig
 from ...modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
@@ -131,12 +133,30 @@ class LlavaNextARServedProcessor(MultiModalProcessor):
 
     # -- The prompt
 
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
+    ) -> list[PromptReplacement]:
+        processor = self.info.get_hf_processor(**hf_processor_mm_kwargs)
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        return [
+            replace(update, replacement=_marking(update.content, getattr(processor, f"{update.modality}_token_id")))
+            for update in updates
+        ]
+
     def _apply_prompt_updates(self, token_ids: list[int], mm_prompt_updates: Any) -> tuple[list[int], Any]:
         prompt, placeholders = super()._apply_prompt_updates(token_ids, mm_prompt_updates)
         if not self.info.get_hf_processor().add_time_instruction or not placeholders.get("video"):
             return prompt, placeholders
         found = sorted((one for items in placeholders.values() for one in items), key=lambda one: one.start_idx)
         return join_texts(prompt, found, self.info.get_tokenizer()), placeholders
+
+
+def _marking(content: Any, placeholder_id: int) -> Any:
+    """A replacement of a prompt in which the placeholder takes the features.
+
+    vLLM takes the most frequent token for it, which is one of the time instruction's if a video has few tokens.
+    """
+    return lambda index: PromptUpdateDetails.select_token_id(content(index).full, placeholder_id)
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -152,9 +172,7 @@ class LlavaNextARForVLLM(TransformersMultiModalForCausalLM):
         features = []
         for image, size, count in zip(pixels, kwargs["image_sizes"], kwargs["batch_num_images"], strict=True):
             # `[P, 3, H, W]`, the tiles of one image. `count` images share its prompt: 1 if it is tiled.
-            features += self._get_features(
-                "image", image[None], image_sizes=size[None], batch_num_images=[int(count)]
-            )
+            features += self._get_features("image", image[None], image_sizes=size[None], batch_num_images=[int(count)])
         return features
 
     def _process_video_input(self, **kwargs: Any) -> Any:

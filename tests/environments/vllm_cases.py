@@ -128,7 +128,9 @@ def make_checkpoint(
 # -- Files
 
 
-def write_video(path: Path, num_frames: int, seed: int, *, fps: int = 8, codec: str = "libx264", side: int = 48) -> Path:
+def write_video(
+    path: Path, num_frames: int, seed: int, *, fps: int = 8, codec: str = "libx264", side: int = 48
+) -> Path:
     """Colours that drift, another way for each seed. With the codec `rawvideo` all files have one size."""
     random = np.random.default_rng(seed)
     start, drift = random.uniform(0, 255, (2, side, side, 3)) * [[[[1]]], [[[0.2]]]]
@@ -212,7 +214,9 @@ def for_processor(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         content = message["content"]
         if not isinstance(content, str):
             content = [
-                part if part["type"] == "text" else {"type": kind.removesuffix("_url"), "path": _path(part[kind]["url"])}
+                part
+                if part["type"] == "text"
+                else {"type": kind.removesuffix("_url"), "path": _path(part[kind]["url"])}
                 for part in content
                 for kind in [part["type"]]
             ]
@@ -224,9 +228,9 @@ def _path(url: str) -> str:
     return url2pathname(url.removeprefix("file://"))
 
 
-def generate(model: Any, processor: Any, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
-    """Ids of the answer that transformers gives. `options` are those of the processor."""
-    inputs = processor.apply_chat_template(
+def prompt_inputs(processor: Any, messages: Sequence[dict[str, Any]], **options: Any) -> Any:
+    """Inputs of `generate` for one conversation."""
+    return processor.apply_chat_template(
         for_processor(messages),
         add_generation_prompt=True,
         tokenize=True,
@@ -234,6 +238,11 @@ def generate(model: Any, processor: Any, messages: Sequence[dict[str, Any]], **o
         return_tensors="pt",
         processor_kwargs=options,
     )
+
+
+def generate(model: Any, processor: Any, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
+    """Ids of the answer that transformers gives. `options` are those of the processor."""
+    inputs = prompt_inputs(processor, messages, **options)
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     return output[0, inputs["input_ids"].shape[1] :].tolist()
@@ -246,4 +255,5 @@ def write_case_folder(folder: Path, layout: str, files: dict[str, Path]) -> dict
     expected = {name: generate(model, processor, messages) for name, messages in cases.items()}
     (folder / "conversations.json").write_text(json.dumps(cases))
     (folder / "expected.json").write_text(json.dumps(expected))
+    (folder / "settings.json").write_text(json.dumps({"max_tokens": MAX_NEW_TOKENS}))
     return expected

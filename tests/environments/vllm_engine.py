@@ -1,8 +1,10 @@
-"""What vllm_run.py runs inside the environment of vLLM: answers of the engine, written as JSON.
+"""Tasks of vllm_run.py inside the environment of vLLM: each starts an engine and writes its answers as JSON.
 
-    python tests/environments/vllm_engine.py answers FOLDER     # FOLDER as vllm_cases.py writes it
-    python tests/environments/vllm_engine.py adapter FOLDER     # with the LoRA adapter FOLDER/adapter
+    python tests/environments/vllm_engine.py answers FOLDER...     # as vllm_cases.py writes them
+    python tests/environments/vllm_engine.py adapter FOLDER        # with the LoRA adapter FOLDER/adapter
     python tests/environments/vllm_engine.py throughput FOLDER
+
+Engines run in this process, one after the other; the server of vllm_server.py has processes of its own.
 """
 
 import json
@@ -35,6 +37,14 @@ def start(folder: Path, **options: Any) -> tuple[Any, float]:
     return llm, time.perf_counter() - begin
 
 
+def stop(llm: Any) -> None:
+    """Ends an engine of this process, so that another one can start."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+
+
 def sampling(max_tokens: int, **options: Any) -> Any:
     from vllm import SamplingParams
 
@@ -59,6 +69,7 @@ def answers(folder: Path, max_tokens: int) -> dict[str, Any]:
     again = {name: llm.chat(messages, **options)[0] for name, messages in reversed(cases.items())}
     found["from caches"] = {name: ids_of(output) for name, output in again.items()}
     found["cached tokens"] = {name: output.num_cached_tokens for name, output in again.items()}
+    stop(llm)
     return found
 
 
@@ -101,10 +112,10 @@ def cpu_seconds() -> float:
 
 
 def main() -> None:
-    task, folder = sys.argv[1], Path(sys.argv[2]).resolve()
-    tokens = json.loads((folder / "settings.json").read_text())["max_tokens"]
-    found = {"answers": answers, "adapter": adapter, "throughput": throughput}[task](folder, tokens)
-    (folder / f"{task}.json").write_text(json.dumps(found))
+    task = {"answers": answers, "adapter": adapter, "throughput": throughput}[sys.argv[1]]
+    for folder in (Path(argument).resolve() for argument in sys.argv[2:]):
+        max_tokens = json.loads((folder / "settings.json").read_text())["max_tokens"]
+        (folder / f"{sys.argv[1]}.json").write_text(json.dumps(task(folder, max_tokens)))
 
 
 if __name__ == "__main__":

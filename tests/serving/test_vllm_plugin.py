@@ -16,7 +16,7 @@ from video_clips import write_clip
 
 from llava_next_ar.serving.vllm_plugin import registration
 from llava_next_ar.serving.vllm_plugin.joined_text import join_texts
-from llava_next_ar.serving.vllm_plugin.video_file import VideoFile, array_of_file, open_array
+from llava_next_ar.serving.vllm_plugin.video_file import array_of_file, open_array
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "environments"))
 from vllm_cases import bpe_tokenizer  # noqa: E402
