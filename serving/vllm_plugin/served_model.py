@@ -37,7 +37,12 @@ _LONG_CLIP = {"total_frames": 100_000, "native_fps": 30.0}
 
 
 class LlavaNextARProcessingInfo(MultiModalProcessingInfo):
-    """Sizes for vLLM's memory profile."""
+    """The processor, and sizes for vLLM's memory profile."""
+
+    def get_hf_processor(self, **kwargs: object) -> Any:
+        """The processor of the checkpoint. Options of a request are given in its call alone, which validates them: vLLM
+        would load the processor once more for each set of options."""
+        return super().get_hf_processor()
 
     def get_num_frames_with_most_features(self, seq_len: int, mm_counts: Mapping[str, int]) -> int:
         """Frames of the longest video that the checkpoint's sampling gives and `seq_len` tokens hold."""

@@ -105,7 +105,7 @@ def throughput(folder: Path, max_tokens: int) -> dict[str, Any]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of the engine's, which is its child."""
+    """CPU time of this process and of its children."""
     own = resource.getrusage(resource.RUSAGE_SELF)
     times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
     return own.ru_utime + own.ru_stime + sum(one.user + one.system for one in times)

@@ -230,9 +230,8 @@ def report(results: dict[str, Any]) -> tuple[str, bool]:
         lines += [
             "",
             "| | CPU seconds | wall seconds | CPU, vLLM = 1 | wall, vLLM = 1 | equal ids |",
-            "|---|" * 6 + "|",
+            "|" + "---|" * 6,
         ]
-        lines[-1] = "|" + "---|" * 6
         for name, one in found.items():
             same = sum(a == b for a, b in zip(one["ids"], fastest["ids"], strict=True))
             ok &= same == _NUM_CLIPS

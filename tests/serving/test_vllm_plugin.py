@@ -1,8 +1,10 @@
 """The parts of the vLLM plugin that need no vLLM; `make test-vllm` runs vLLM itself."""
 
+import importlib
 import logging
 import pickle
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,31 @@ def test_the_error_of_a_damaged_file_names_the_cause_and_shows_no_content():
     with pytest.raises(ValueError, match="cannot") as caught:
         processor(text="<video>", videos=[open_array(array_of_file(b"SECRET" * 50))], return_tensors="pt")
     assert "SECRET" not in str(caught.value)
+
+
+@pytest.fixture
+def loader(monkeypatch):
+    """The loader, on a stand-in for the class of vLLM that it inherits from."""
+    for name in ("vllm", "vllm.multimodal", "vllm.multimodal.video"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["vllm.multimodal.video"].VideoLoader = object
+    monkeypatch.delitem(sys.modules, "llava_next_ar.serving.vllm_plugin.file_loader", raising=False)
+    yield importlib.import_module("llava_next_ar.serving.vllm_plugin.file_loader").WholeFileLoader
+    sys.modules.pop("llava_next_ar.serving.vllm_plugin.file_loader")
+
+
+def test_the_loader_hands_on_the_whole_file_for_the_processor_to_sample(loader):
+    array, metadata = loader.load_bytes(b"content", num_frames=32)  # what vLLM passes where nothing is given
+    assert array.tobytes() == b"content" and metadata == {"do_sample_frames": True}
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_frames": 4}, {"num_frames": -1}, {"fps": 2}, {"num_frames": 32, "backend": "x"}]
+)
+def test_a_sampling_by_vllm_is_an_error_that_names_the_other_option(loader, options):
+    wrong = next(name for name, value in options.items() if value != 32)
+    with pytest.raises(ValueError, match=rf"'{wrong}'.*mm_processor_kwargs"):
+        loader.load_bytes(b"content", **options)
 
 
 # -- The prompt
