@@ -193,6 +193,7 @@ def conversations(files: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
         "image, tall": [user(tall, describe)],
         "two images, one known": [user(wide, square, describe)],
         "three images": [user(square, tall, wide, describe)],
+        "one image twice": [user(tall, tall, describe)],
         "image, known from a group": [user(square, describe)],
         "video, short": [user(short, what)],
         "video, long": [user(long, what)],
