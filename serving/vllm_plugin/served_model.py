@@ -32,8 +32,8 @@ from .video_file import open_array
 
 AutoModel.register(LlavaNextARConfig, LlavaNextARForConditionalGeneration, exist_ok=True)
 
-# A clip that is longer than any policy with an upper limit samples from.
-_LONG_CLIP = {"total_frames": 100_000, "native_fps": 30.0}
+# More than an hour, at a frame rate of which every policy can take its own.
+_LONG_CLIP = {"total_frames": 1_000_000, "native_fps": 240.0}
 
 
 class LlavaNextARProcessingInfo(MultiModalProcessingInfo):

@@ -74,11 +74,12 @@ def answers(folder: Path, max_tokens: int) -> dict[str, Any]:
 
 
 def adapter(folder: Path, max_tokens: int) -> dict[str, Any]:
-    """Ids of each case with the adapter, without it, and with it again."""
+    """Ids of each case with the adapter, without it, and with it again; with an option of the processor for all of them."""
     from vllm.lora.request import LoRARequest
 
     cases = json.loads((folder / "conversations.json").read_text())
-    llm, seconds = start(folder, enable_lora=True, max_lora_rank=8)
+    options = json.loads((folder / "settings.json").read_text())["mm_processor_kwargs"]
+    llm, seconds = start(folder, enable_lora=True, max_lora_rank=8, mm_processor_kwargs=options)
     request = LoRARequest("adapter", 1, str(folder / "adapter"))
     options = {"sampling_params": sampling(max_tokens), "use_tqdm": False}
     found: dict[str, Any] = {"seconds to start": seconds}

@@ -46,10 +46,11 @@ class Server:
                 "tiny",
             ),
             *("--dtype", "float32", "--max-model-len", "2048", "--enforce-eager", "--enable-log-requests"),
+            "--trust-request-mm-kwargs",
             *("--allowed-local-media-path", media, "--host", "127.0.0.1", "--port", port),
         )
         begin = time.monotonic()
-        self.program = Program(command, cwd=media, env={**environ, "VLLM_LOGGING_LEVEL": "DEBUG"}, merge=True)
+        self.program = Program(command, cwd=media, env=environ, merge=True)
         try:
             while not self._is_ready():
                 if self.program.process.poll() is not None or time.monotonic() - begin > _SECONDS_TO_START:
@@ -210,11 +211,11 @@ def _needles(content: bytes) -> set[str]:
     encoded = base64.b64encode(content).decode()
     found = set()
     for place in range(10):
-        at = place * len(content) // 10
-        chunk = content[at : at + 12]
+        at = place * len(content) // 30 * 3  # three bytes are four characters of base64
+        chunk = content[at : at + 18]
         if len(set(chunk)) < 8:  # such as zeros, which a log holds anyway
             continue
         numbers = list(chunk)
-        found |= {repr(chunk)[2:-1], chunk.hex(), encoded[at : at + 24], chunk.decode("latin-1")}
+        found |= {repr(chunk)[2:-1], chunk.hex(), encoded[at * 4 // 3 : at * 4 // 3 + 24], chunk.decode("latin-1")}
         found |= {", ".join(map(str, numbers[:6])), " ".join(map(str, numbers[:6]))}
     return found - {""}
