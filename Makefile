@@ -14,9 +14,10 @@ BENCHMARK_ARGS ?=
 VERSIONS_ARGS ?=
 LMMS_EVAL_ARGS ?=
 DEEPSPEED_ARGS ?=
+VLLM_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-versions test-lmms-eval test-deepspeed lint demo benchmark clean
+.PHONY: help setup test test-versions test-lmms-eval test-deepspeed test-vllm lint demo benchmark clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -46,6 +47,9 @@ test-lmms-eval: setup ## run lmms-eval itself on a tiny model, in an environment
 
 test-deepspeed: setup ## train under DeepSpeed ZeRO on the CPU, in an environment of its own (needs a package index)
 	$(BIN)/python tests/environments/deepspeed_run.py $(DEEPSPEED_ARGS)
+
+test-vllm: setup ## serve tiny models with vLLM, in an environment of its own (needs a package index)
+	$(BIN)/python tests/environments/vllm_run.py --torch-pip-args "$(TORCH_PIP_ARGS)" $(VLLM_ARGS)
 
 lint: setup ## check the style, and that static tools see the package's types
 	$(BIN)/python -m ruff check .

@@ -15,7 +15,7 @@ import transformers
 from packaging.specifiers import SpecifierSet
 
 # Before the other imports: an unsupported transformers lacks some of the names, and its own error would not say why.
-MINIMUM_TRANSFORMERS = "5.20.0"  # brought `SubConfigSpec`, without which the configuration could not be typed
+MINIMUM_TRANSFORMERS = "5.19.0"  # the oldest release with which the tests pass
 SUPPORTED_TRANSFORMERS = f">={MINIMUM_TRANSFORMERS},<6"
 if not SpecifierSet(SUPPORTED_TRANSFORMERS).contains(transformers.__version__, prereleases=True):
     raise ImportError(
@@ -26,7 +26,6 @@ if not SpecifierSet(SUPPORTED_TRANSFORMERS).contains(transformers.__version__, p
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers import GenerationConfig, LlavaOnevisionConfig, PreTrainedConfig  # noqa: E402
 from transformers.activations import ACT2FN  # noqa: E402
-from transformers.configuration_utils import SubConfigSpec  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 from transformers.models.auto.modeling_auto import (  # noqa: E402
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -346,10 +345,7 @@ class LlavaNextARConfig(_NamedKeys, LlavaOnevisionConfig):
         "image_outputs",
         "reconstruction",
     ]
-    sub_configs_defaults = {
-        **LlavaOnevisionConfig.sub_configs_defaults,
-        "autoregressive_config": SubConfigSpec(config_class=LlavaNextARAutoregressiveConfig),
-    }
+    sub_configs = {**LlavaOnevisionConfig.sub_configs, "autoregressive_config": LlavaNextARAutoregressiveConfig}
 
     enable_autoregressive: bool = True
     autoregressive_config: dict | PreTrainedConfig | None = None
@@ -374,6 +370,8 @@ class LlavaNextARConfig(_NamedKeys, LlavaOnevisionConfig):
                 raise ValueError(f"{name}.model_type must be a string, got {part['model_type']!r}")
         if isinstance(self.text_config, dict):
             _check_rope(self.text_config)
+        if self.autoregressive_config is None or isinstance(self.autoregressive_config, dict):
+            self.autoregressive_config = LlavaNextARAutoregressiveConfig(**(self.autoregressive_config or {}))
         super().__post_init__(**kwargs)
         self.auto_map = {**AUTO_MAP, **auto_map}
         self._check_consistency()

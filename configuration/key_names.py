@@ -75,11 +75,11 @@ def keep_unknown(target: Any, values: Mapping[str, Any], where: str) -> None:
     """Sets unknown keys of a file as attributes of the object that was built from the known ones.
 
     Raises:
-        ValueError: naming a key that would hide a method or property of the object.
+        ValueError: naming a key that would hide a method, property or table (`sub_configs`) of the object.
     """
     for name, value in values.items():
         member = inspect.getattr_static(type(target), name, None)
-        if callable(member) or isinstance(member, (property, classmethod, staticmethod)):
+        if callable(member) or isinstance(member, (property, classmethod, staticmethod, dict)):
             raise ValueError(f"key {name!r} in {where} is the name of a method or property of {type(target).__name__}")
         setattr(target, name, value)
 

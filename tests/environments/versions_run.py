@@ -57,7 +57,7 @@ class Environment:
 
 
 OLDEST = (
-    "transformers==5.20.0",
+    "transformers==5.19.0",
     "huggingface_hub==1.31.0",
     "peft==0.18.0",
     "accelerate==1.3.0",
@@ -71,6 +71,7 @@ OLDEST = (
 ENVIRONMENTS = (
     Environment("oldest", "3.10", ("torch==2.6.0", *OLDEST)),
     Environment("oldest transformers", "3.11", ("torch==2.13.0", *OLDEST)),
+    Environment("transformers 5.20", "3.11", ("torch==2.13.0", "transformers==5.20.*")),
     Environment("transformers 5.21", "3.11", ("torch==2.13.0", "transformers==5.21.*")),
     Environment("transformers 5.22", "3.11", ("torch==2.13.0", "transformers==5.22.*")),
     Environment("pinned", "3.11", ("-c", "constraints.txt")),
