@@ -12,6 +12,13 @@
     python scripts/inference_uses.py tokens --model uses/model --data uses/test/test.json $published
     python scripts/inference_uses.py prefill --repeats 5 --shares 1 0.7 0.5 0.3 0.2 0.1 $published
 
+    # bounded streams: in a cache of so many frames, on the clips that the model was trained for and on long ones
+    python scripts/synthetic_clips.py --output uses/long --num-train 0 --num-test 32 --seed 7 --num-frames 32 --size 64 \\
+        --question-types direction
+    python scripts/inference_uses.py streams --model uses/model --data uses/test/test.json $published
+    python scripts/inference_uses.py streams --model uses/model --data uses/long/test.json --name long --num-frames 32 \\
+        --num-kept 4 8 16 $published
+
     # raw numbers -> tables.md and accuracy.png beside them
     python scripts/inference_uses.py tables $published
 
@@ -52,6 +59,10 @@ stay keep their positions. Chosen at random, by the difference to the frame befo
 prediction error of each patch. The first frame comes first in all of them, and uses up a share below one over the number of
 frames. Newline tokens stay and do not count.
 
+`streams`: the video is read as a stream in a cache of K frames, which keeps the recent or the most surprising ones. The tables
+hold the departure of its surprise from the unbounded stream, and the accuracy of answers to a question at the end, against K
+frames at even steps and the last K frames.
+
 `prefill`: seconds and memory of the cache over the share, and what the scores cost.
 
 Accuracy is that of the most probable choice, over the questions that not every frame answers. Intervals are 95% bootstrap
@@ -85,6 +96,7 @@ from ...evaluation.settings import (
 from ...evaluation.tables import write_results
 from ...training.data import LlavaVideoDataset
 from .measures import measure_key_frames, measure_tokens
+from .streams import measure_streams
 from .tables import check_choice_matters, write_tables
 from .timing import PrefillSettings, measure_prefill
 from .training import train_with_parts_left_out
@@ -104,11 +116,12 @@ def measure(
     """The raw numbers of a table.
 
     Args:
-        kind: `key_frames`, where budgets are numbers of frames, or `tokens`, where they are shares.
+        kind: `key_frames` or `streams`, where budgets are numbers of frames, or `tokens`, where they are shares.
         model, processor: instead of those that `settings.model` names.
 
     Returns:
-        what the numbers were made with, `questions`, and `conditions`: the fields of each `Condition`.
+        what the numbers were made with, `questions`, and `conditions`: the fields of each `Condition`; of streams also
+        `departures`: the fields of each `Departure`.
 
     Raises:
         ValueError: for a model without a head, a question without choices or with other media than one video, or, of key
@@ -123,7 +136,7 @@ def measure(
         options = {"trust_remote_code": settings.trust_remote_code, "device": settings.device, "dtype": settings.dtype}
         model, processor = load_checkpoint(settings.model, revision=revision, **options)
         identity = model_identity(settings.model, model, revision)
-    if kind == "key_frames" and processor.add_time_instruction:
+    if kind in ("key_frames", "streams") and processor.add_time_instruction:
         raise ValueError(
             "the processor has add_time_instruction on: its prompts say how many frames there are and when, which would not be "
             "true of the key frames; turn it off in the checkpoint's processor"
@@ -140,8 +153,12 @@ def measure(
         "data": {"path": settings.data, "sha256": entries_sha256(dataset.entries[: settings.max_samples])},
         "hardware": hardware(settings.device),
     }
-    measure_all = measure_key_frames if kind == "key_frames" else measure_tokens
-    conditions = measure_all(model, processor, questions, settings, budgets, progress=progress)
+    if kind == "streams":
+        conditions, departures = measure_streams(model, processor, questions, settings, budgets, progress=progress)
+        results["departures"] = [asdict(departure) for departure in departures]
+    else:
+        measure_all = measure_key_frames if kind == "key_frames" else measure_tokens
+        conditions = measure_all(model, processor, questions, settings, budgets, progress=progress)
     results["questions"] = [
         {"id": q.id, "question_type": q.question_type, "video": Path(q.media[0]).name, "num_choices": len(q.choices)}
         for q in questions
@@ -209,12 +226,16 @@ def _make_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--num-frames", type=int, nargs="+", default=[2, 3, 4, 6, 8], help="to draw from, of each video"
     )
+    train.add_argument(
+        "--whole-share", type=float, default=0.55, help="of the steps, the first, that leave nothing out"
+    )
     train.add_argument("--seed", type=int, default=0)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for job, name, kind, budgets in (
         ("key-frames", "--num-kept", int, [2, 3, 4]),
         ("tokens", "--shares", float, [0.7, 0.5, 0.3, 0.2, 0.1]),
+        ("streams", "--num-kept", int, [2, 3, 4, 6]),
     ):
         own = jobs.add_parser(job, help=f"accuracy by {name.strip('-')}", **defaults)
         own.add_argument("--model", required=True, help="checkpoint with a head: a folder or a Hub id")
