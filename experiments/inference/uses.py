@@ -7,23 +7,26 @@
         --question-types direction color
 
     # one command for each table; each writes raw numbers
-    published="--results scripts/study_results/inference"
+    published="--results experiments/study/results/inference"
     python scripts/inference_uses.py key-frames --model uses/model --data uses/test/test.json $published
     python scripts/inference_uses.py tokens --model uses/model --data uses/test/test.json $published
     python scripts/inference_uses.py prefill --repeats 5 --shares 1 0.7 0.5 0.3 0.2 0.1 $published
 
-    # bounded streams: in a cache of so many frames, on the clips that the model was trained for and on long ones
-    python scripts/synthetic_clips.py --output uses/long --num-train 0 --num-test 32 --seed 7 --num-frames 32 --size 64 \\
-        --question-types direction
-    python scripts/inference_uses.py streams --model uses/model --data uses/test/test.json $published
-    python scripts/inference_uses.py streams --model uses/model --data uses/long/test.json --name long --num-frames 32 \\
-        --num-kept 4 8 16 $published
+    # bounded streams: a model that has seen parts of clips, on clips of the demo's length and on long ones
+    python scripts/inference_uses.py train --model demo_output/model --data demo_output/clips/train_mix.json \\
+        --output uses/stream_model --steps 200 --learning-rate 1e-3 --whole-share 0
+    clips="scripts/synthetic_clips.py --num-train 0 --seed 7 --size 64 --question-types direction"
+    python $clips --output uses/steady --num-test 64 --num-frames 8
+    python $clips --output uses/long --num-test 32 --num-frames 32
+    streams="scripts/inference_uses.py streams --model uses/stream_model $published"
+    python $streams --data uses/steady/test.json --name steady --num-kept 3 4 6
+    python $streams --data uses/long/test.json --name long --num-frames 32 --num-kept 4 8 16 --batch-size 8
 
     # raw numbers -> tables.md and accuracy.png beside them
     python scripts/inference_uses.py tables $published
 
 The same where only a short moment tells the answer, in clips in which the rest stands still, moves steadily, or moves faster
-and slower in turn; numbers go to scripts/study_results/inference_glimpse/:
+and slower in turn; numbers go to experiments/study/results/inference_glimpse/:
 
     clips="scripts/synthetic_clips.py --num-frames 32 --size 48"
     python $clips --output glimpse/clips --num-train 960 --num-test 240 --question-types glimpse busy_glimpse surging_glimpse
@@ -43,12 +46,12 @@ and slower in turn; numbers go to scripts/study_results/inference_glimpse/:
 
     for name in still busy surging; do
         options="--model glimpse/model --data glimpse/$name/test.json --name $name"
-        options="$options --results scripts/study_results/inference_glimpse"
+        options="$options --results experiments/study/results/inference_glimpse"
         python scripts/inference_uses.py key-frames $options --num-kept 2 4 8 16
         python scripts/inference_uses.py tokens $options
         python scripts/evaluate.py --model glimpse/model --data glimpse/$name/test.json  # skill
     done
-    python scripts/inference_uses.py tables --results scripts/study_results/inference_glimpse --name still busy surging
+    python scripts/inference_uses.py tables --results experiments/study/results/inference_glimpse --name still busy surging
 
 `key-frames`: of a dense sampling, K frames are shown. Chosen evenly, at random, or by a score of each frame: surprise or
 prediction error of the head, the difference of features or of pixels to the frame before. A score chooses in two ways: `top`

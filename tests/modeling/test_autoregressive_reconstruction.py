@@ -81,7 +81,7 @@ def dense_predictor(module, hidden_states, clips, timestamps, visibilities) -> t
         # The frame after the last has no time; its gap is taken to be the last one, and one second where there is none.
         gaps = torch.cat([seconds.diff(), seconds.diff()[-1:]]) if len(seconds) > 1 else torch.ones(1)
         batch = module.token_layout.batch([len(times)], [clip.frame_types])
-        places.append(module._place_features(batch, seconds, gaps))
+        places.append(module._position_features(batch, seconds, gaps))
     x = module._embed(hidden_states, torch.cat(places))
     for block in module.blocks:
         heads = block.attention.num_heads
