@@ -168,23 +168,23 @@ def _imagine(
         last_frame = last_frame + _change(head, last_frame, predictions[-1])
         stream.read(last_frame.to(seen.dtype), last_frame, time[None], None if frame_type is None else [frame_type])
 
-    types = [prediction.frame_type for prediction in predictions]
-    on_grid = {target_type: head.targets(features, target_type) for target_type in set(types)}
+    on_grid = {
+        frame_type: head.targets(features, frame_type) for frame_type in {frame.frame_type for frame in predictions}
+    }
+    clips = [on_grid[frame.frame_type] for frame in predictions]  # [T, P', Dv] on the grid of each imagined frame
     index = range(num_seen, num_seen + num_frames)
     return ImaginedFrames(
         frame_index=torch.tensor(index, device=features.device),
         seconds=torch.tensor([frame.seconds for frame in predictions], dtype=torch.float32, device=features.device),
         grids=[frame.grid for frame in predictions],
         predictions=[frame.prediction for frame in predictions],
-        copies=[on_grid[target_type][num_seen - 1] for target_type in types],
+        copies=[clip[num_seen - 1] for clip in clips],
         extrapolations=[
-            straight_line(on_grid[target_type][:num_seen], seen_times.tolist(), time)
-            for target_type, time in zip(types, times.tolist(), strict=True)
+            straight_line(clip[:num_seen], seen_times.tolist(), time)
+            for clip, time in zip(clips, times.tolist(), strict=True)
         ],
-        targets=[on_grid[target_type][frame] for target_type, frame in zip(types, index, strict=True)]
-        if hold_back
-        else None,
-        candidates=[on_grid[target_type] for target_type in types] if hold_back else None,
+        targets=[clip[frame] for clip, frame in zip(clips, index, strict=True)] if hold_back else None,
+        candidates=clips if hold_back else None,
     )
 
 

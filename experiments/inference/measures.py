@@ -62,7 +62,7 @@ class Condition:
     """For each of these, 1 if one of them shows the question's moment, None if the question has none."""
 
 
-class Conditions(dict):
+class _Conditions(dict):
     """By way and budget; made when first asked for."""
 
     def __missing__(self, key: tuple[str, float | None]) -> Condition:
@@ -70,7 +70,7 @@ class Conditions(dict):
         return self[key]
 
 
-def batches(
+def _batches(
     questions: Sequence[Question], processor: Any, settings: EvaluationSettings, description: str, progress: bool
 ) -> Iterator[tuple[list[Question], list[dict[str, torch.Tensor]]]]:
     """Questions with their samples, decoded in workers, so many at a time; a bar counts those that are done."""
@@ -183,13 +183,13 @@ def measure_key_frames(
         `all`, then every way at every budget.
     """
     collate = PromptCollator(processor)
-    conditions = Conditions()
+    conditions = _Conditions()
 
     def answer(samples: Sequence[dict[str, torch.Tensor]], some: Sequence[Question]) -> list[int]:
         batch, _ = collate(samples)
         return [int(record["likelihood"]) for record in measure_batch(model, processor, batch, some, settings)]
 
-    for some, samples in batches(questions, processor, settings, "key frames", progress):
+    for some, samples in _batches(questions, processor, settings, "key frames", progress):
         batch, _ = collate(samples)
         surprises = surprise_of_batch(model, _on_device(batch, model))
         scores = [
@@ -252,8 +252,8 @@ def measure_tokens(
         `all`, then every way at every budget.
     """
     collate = PromptCollator(processor)
-    conditions = Conditions()
-    for some, samples in batches(questions, processor, settings, "tokens", progress):
+    conditions = _Conditions()
+    for some, samples in _batches(questions, processor, settings, "tokens", progress):
         batch, _ = collate(samples)
         batch = _on_device(batch, model)
         surprises = surprise_of_batch(model, batch)

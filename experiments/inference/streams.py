@@ -13,6 +13,7 @@ ablation of `stream recent`, `stream growing`, has no contiguous positions: kept
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,15 @@ from ...evaluation.measures import answer_tokens, choice_log_likelihoods, measur
 from ...evaluation.questions import PromptCollator, Question
 from ...evaluation.settings import EvaluationSettings
 from ...modeling.frame_surprise import SurpriseStream, VideoSurprise
-from .measures import Condition, Conditions, batches, shows_moment
+from .measures import Condition, _batches, shows_moment
 from .selection import keep_frames, uniform_frames
+from .tables import Answers, _text, accuracy_rows, as_markdown, hit_rows, knowledge_rows, mean_over_clips
 
 STREAM_RULES = ("recent", "surprise")
+_NOTE = """\
+A bounded stream reads each frame once and keeps a cache of so many frames. Frames at even steps (`uniform`) and the last frames
+(`recent`) are read again without the others, for which all frames must be stored. Differences of surprise are relative to its
+mean."""
 
 
 class GrowingPositions(SurpriseStream):
@@ -48,11 +54,9 @@ class GrowingPositions(SurpriseStream):
 
 
 @dataclass
-class Departure:
-    """Differences between a bounded stream and the unbounded one."""
+class StreamCondition(Condition):
+    """Answers of one way at one budget, and for streams the departure from the unbounded stream."""
 
-    way: str
-    budget: int
     difference: list[float] = field(default_factory=list)
     """For each video, mean absolute difference of the surprise of a frame over the mean surprise."""
     correlation: list[float | None] = field(default_factory=list)
@@ -81,14 +85,16 @@ def read_stream(
     return stream, stream.read(sample["pixel_values_videos"][0], sample["video_timestamps"][0], types)
 
 
-def add_departure(departure: Departure, bounded: VideoSurprise, unbounded: VideoSurprise) -> None:
+def add_departure(condition: StreamCondition, bounded: VideoSurprise, unbounded: VideoSurprise) -> None:
     """Appends the differences of one video."""
     values, reference = bounded.frames.numpy(), unbounded.frames.numpy()
-    departure.difference.append(float(np.abs(values - reference).mean() / reference.mean()))
+    condition.difference.append(float(np.abs(values - reference).mean() / reference.mean()))
     is_constant = min(values.std(), reference.std()) < 1e-9
-    departure.correlation.append(None if is_constant else float(np.corrcoef(values, reference)[0, 1]))
-    errors = [float(torch.stack([patches.mean() for patches in own.errors]).mean()) for own in (bounded, unbounded)]
-    departure.error.append(errors[0] / errors[1])
+    condition.correlation.append(None if is_constant else float(np.corrcoef(values, reference)[0, 1]))
+    errors = [
+        float(torch.stack([patches.mean() for patches in video.errors]).mean()) for video in (bounded, unbounded)
+    ]
+    condition.error.append(errors[0] / errors[1])
 
 
 @torch.inference_mode()
@@ -110,7 +116,7 @@ def measure_streams(
     num_kept: Sequence[int],
     *,
     progress: bool = True,
-) -> tuple[list[Condition], list[Departure]]:
+) -> list[StreamCondition]:
     """Answers and surprise of each way at each budget.
 
     Args:
@@ -119,34 +125,30 @@ def measure_streams(
         num_kept: budgets in frames.
 
     Returns:
-        The conditions, `all` first, and the departures of the ways that begin with `stream`.
+        `all`, then each way at each budget; `stream growing` has no answers.
     """
-    collate, conditions = PromptCollator(processor), Conditions()
-    ways = (*STREAM_RULES, "growing")
-    departures = {(way, number): Departure(f"stream {way}", number) for number in num_kept for way in ways}
+    collate, conditions = PromptCollator(processor), {("all", None): StreamCondition("all", None)}
     layout, token = model.config.frame_token_layout, model.config.video_token_id
 
     def answer(samples: Sequence[dict[str, torch.Tensor]], asked: Sequence[Question]) -> list[int]:
         batch, _ = collate(samples)
         return [int(record["likelihood"]) for record in measure_batch(model, processor, batch, asked, settings)]
 
-    for asked, samples in batches(questions, processor, settings, "streams", progress):
+    for asked, samples in _batches(questions, processor, settings, "streams", progress):
         conditions["all", None].right += answer(samples, asked)
         unbounded = [read_stream(model, sample, None)[1] for sample in samples]
         for number in num_kept:
-            for rule in STREAM_RULES:
-                condition = conditions[f"stream {rule}", number]
+            for rule in (*STREAM_RULES, "growing"):
+                way = f"stream {rule}"
+                condition = conditions.setdefault((way, number), StreamCondition(way, number))
                 for sample, question, reference in zip(samples, asked, unbounded, strict=True):
                     stream, surprise = read_stream(model, sample, number, rule)
-                    add_departure(departures[rule, number], surprise, reference)
-                    condition.right.append(answer_stream(model, processor, stream, sample, question))
-                    _add_frames(condition, question, sample, stream.kept_frames)
-            for sample, reference in zip(samples, unbounded, strict=True):
-                add_departure(
-                    departures["growing", number], read_stream(model, sample, number, "growing")[1], reference
-                )
+                    add_departure(condition, surprise, reference)
+                    if rule != "growing":
+                        condition.right.append(answer_stream(model, processor, stream, sample, question))
+                        _add_frames(condition, question, sample, stream.kept_frames)
             for way in ("uniform", "recent"):
-                condition, kept = conditions[way, number], []
+                condition, kept = conditions.setdefault((way, number), StreamCondition(way, number)), []
                 for sample, question in zip(samples, asked, strict=True):
                     length = sample["pixel_values_videos"].shape[1]
                     last = list(range(max(0, length - number), length))
@@ -154,9 +156,38 @@ def measure_streams(
                     kept.append(keep_frames(sample, frames, layout, token))
                     _add_frames(condition, question, sample, frames)
                 condition.right += answer(kept, asked)
-    return list(conditions.values()), list(departures.values())
+    return list(conditions.values())
 
 
 def _add_frames(condition: Condition, question: Question, sample: dict[str, torch.Tensor], frames: list[int]) -> None:
     condition.frames.append(frames)
     condition.hits.append(shows_moment(question, sample["video_timestamps"][0], frames))
+
+
+def departure_rows(results: dict[str, Any]) -> list[list[str]]:
+    """Departure of each bounded stream from the unbounded one: means over videos, with intervals."""
+    settings = EvaluationSettings(**results["settings"])
+    videos = [question["video"] for question in results["questions"]]
+    rows = [["kept", "frames", "difference of surprise", "correlation", "prediction error, of the unbounded"]]
+    for condition in results["conditions"]:
+        if condition["difference"]:
+            pairs = [(r, video) for r, video in zip(condition["correlation"], videos, strict=True) if r is not None]
+            values = [(condition["difference"], videos), tuple(zip(*pairs, strict=True)), (condition["error"], videos)]
+            cells = [_text(mean_over_clips(*value, settings)) if value else "-" for value in values]
+            way = condition["way"].removeprefix("stream ").replace("growing", "recent, growing positions")
+            rows.append([way, str(condition["budget"]), *cells])
+    return rows
+
+
+def write_stream_tables(results: dict[str, Any], path: Path) -> None:
+    """Writes the tables of one results file as Markdown."""
+    answered = [condition for condition in results["conditions"] if condition["right"]]
+    answers = Answers({**results, "conditions": answered}, "key_frames")
+    tables = [knowledge_rows(answers), accuracy_rows(answers), *([hit_rows(answers)] if answers.has_moments else [])]
+    parts = [
+        "# Bounded streams",
+        f"`{results['command']}`",
+        *map(as_markdown, [*tables, departure_rows(results)]),
+        _NOTE,
+    ]
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -14,11 +14,10 @@ from ..temporal.questions import QUESTION_TYPES
 
 Value = tuple[float, list[float] | None]  # a mean and its 95% interval
 _COLOURS = {"uniform": "#888888", "random": "#cccccc", "surprise": "#2563a8", "error": "#8ab4e8", "change": "#d2691e",
-            "pixels": "#4d9078", "stream": "#2563a8", "recent": "#d2691e"}  # fmt: skip
+            "pixels": "#4d9078"}  # fmt: skip
 _NAMES = {
     "key_frames": {"change": "feature difference", "pixels": "pixel difference", "error": "prediction error"},
     "tokens": {"change": "EVS", "error": "prediction error"},
-    "streams": {"stream": "bounded stream", "uniform": "frames at even steps", "recent": "last frames"},
 }
 _COSTS = {
     "key_frames": """\
@@ -28,16 +27,13 @@ frames alone.""",
     "tokens": """\
 EVS takes the embeddings alone. Surprise and prediction error take a pass of all tokens first: see the time of the prefill.
 A share below one over the number of frames leaves the first frame alone, the same in every row.""",
-    "streams": """\
-A bounded stream reads each frame once and keeps a cache of so many frames. Frames at even steps and the last frames are read
-again without the others, for which all frames must be stored. Differences of surprise are relative to its mean.""",
     "prefill": """\
 Seconds from the vision features to the first answer token. The scores are found once for a video: from so many questions
 on, each with a prefill of its own, surprise costs less than dropping nothing. Where the cache of the video is kept from one
 question to the next, the scoring pass has filled that of all tokens already, and only memory is left to save.""",
 }
 # The cheap way that every other one is compared with.
-BASELINE = {"key_frames": "uniform", "tokens": "change", "streams": "uniform"}
+BASELINE = {"key_frames": "uniform", "tokens": "change"}
 
 
 def any_frame_tells(question_type: str) -> bool:
@@ -67,8 +63,8 @@ class Answers:
     """The answers of one results file.
 
     Args:
-        results: what `key-frames`, `tokens` or `streams` wrote.
-        kind: `key_frames`, `tokens` or `streams`.
+        results: what `key-frames` or `tokens` wrote.
+        kind: `key_frames` or `tokens`.
 
     Raises:
         ValueError: if there is no question that counts, or if a condition has not one answer for each question.
@@ -149,7 +145,7 @@ def knowledge_rows(answers: Answers) -> list[list[str]]:
 def accuracy_rows(answers: Answers) -> list[list[str]]:
     """For each way a row, for each budget its accuracy and how it differs from the cheap way."""
     baseline = BASELINE[answers.kind]
-    unit = "of the tokens" if answers.kind == "tokens" else "frames"
+    unit = "frames" if answers.kind == "key_frames" else "of the tokens"
     heads = [
         f"{budget:g} {unit}{extra}" for budget in answers.budgets for extra in ("", f" - {answers.label(baseline)}")
     ]
@@ -173,20 +169,6 @@ def gain_rows(answers: Answers, other: str) -> list[list[str]]:
         if score in ("surprise", "error"):
             pairs = (answers.difference(way, f"{other} {rule}", budget) for budget in answers.budgets)
             rows.append([answers.label(way), *(_text(pair, "+") for pair in pairs)])
-    return rows
-
-
-def departure_rows(results: dict[str, Any]) -> list[list[str]]:
-    """Departure of bounded streams from the unbounded one: for each way and budget, means over videos."""
-    settings = EvaluationSettings(**results["settings"])
-    videos = [question["video"] for question in results["questions"]]
-    rows = [["kept", "frames", "difference of surprise", "correlation", "prediction error, of the unbounded"]]
-    for departure in results["departures"]:
-        pairs = [(r, video) for r, video in zip(departure["correlation"], videos, strict=True) if r is not None]
-        values = [(departure["difference"], videos), tuple(zip(*pairs, strict=True)), (departure["error"], videos)]
-        cells = [_text(mean_over_clips(*value, settings)) if value else "-" for value in values]
-        way = departure["way"].removeprefix("stream ").replace("growing", "recent, growing positions")
-        rows.append([way, str(departure["budget"]), *cells])
     return rows
 
 
@@ -265,15 +247,14 @@ def write_tables(results: Path, shown: Sequence[str] = ("test",)) -> str:
     """Writes `tables.md` and `accuracy.png` beside the raw numbers; returns the text.
 
     Args:
-        results: folder with `key_frames_<name>.json`, `tokens_<name>.json`, `streams_<name>.json` and `prefill.json`, or
-            some of them.
+        results: folder with `key_frames_<name>.json`, `tokens_<name>.json` and `prefill.json`, or some of them.
         shown: names of the data whose numbers go into the plot; tables are made of all.
 
     Raises:
         FileNotFoundError: if there is none of them.
     """
     parts, drawn = [], {}
-    titles = {"key_frames": "Key frames", "tokens": "Fewer visual tokens", "streams": "Bounded streams"}
+    titles = {"key_frames": "Key frames", "tokens": "Fewer visual tokens"}
     for kind, title in titles.items():
         for path in sorted(results.glob(f"{kind}_*.json")):
             try:
@@ -281,15 +262,12 @@ def write_tables(results: Path, shown: Sequence[str] = ("test",)) -> str:
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
             name = path.stem.removeprefix(f"{kind}_")
-            if name in shown and kind != "streams":
+            if name in shown:
                 drawn.setdefault(name, []).append(answers)
             parts += [f"## {title}, data `{name}`", f"`{answers.results['command']}`"]
             parts += [as_markdown(knowledge_rows(answers)), as_markdown(accuracy_rows(answers))]
             if kind == "key_frames":
                 parts += [as_markdown(gain_rows(answers, other)) for other in ("change", "pixels")]
-            if kind == "streams":
-                parts += [as_markdown(departure_rows(answers.results))]
-            if kind != "tokens":
                 parts += [as_markdown(hit_rows(answers))] if answers.has_moments else []
             parts += [_COSTS[kind]]
     prefill = results / "prefill.json"
@@ -298,7 +276,7 @@ def write_tables(results: Path, shown: Sequence[str] = ("test",)) -> str:
         parts += ["## Time and memory of the prefill", f"`{raw['command']}`", as_markdown(prefill_rows(raw))]
         parts += [_COSTS["prefill"]]
     if not parts:
-        raise FileNotFoundError(f"{results} holds no results: run key-frames, tokens, streams or prefill first")
+        raise FileNotFoundError(f"{results} holds no results: run key-frames, tokens or prefill first")
     text = "\n\n".join(["# What the head buys at inference", *parts]) + "\n"
     (results / "tables.md").write_text(text, encoding="utf-8")
     if drawn:

@@ -7,18 +7,18 @@
         --question-types direction color
 
     # one command for each table; each writes raw numbers
-    published="--results experiments/study/results/inference"
+    published="--results scripts/study_results/inference"
     python scripts/inference_uses.py key-frames --model uses/model --data uses/test/test.json $published
     python scripts/inference_uses.py tokens --model uses/model --data uses/test/test.json $published
     python scripts/inference_uses.py prefill --repeats 5 --shares 1 0.7 0.5 0.3 0.2 0.1 $published
 
-    # bounded streams: a model that has seen parts of clips, on clips of the demo's length and on long ones
+    # bounded streams: a model that has seen parts of clips, on clips of the demo's length and on long ones; tables beside
     python scripts/inference_uses.py train --model demo_output/model --data demo_output/clips/train_mix.json \\
         --output uses/stream_model --steps 200 --learning-rate 1e-3 --whole-share 0
     clips="scripts/synthetic_clips.py --num-train 0 --seed 7 --size 64 --question-types direction"
     python $clips --output uses/steady --num-test 64 --num-frames 8
     python $clips --output uses/long --num-test 32 --num-frames 32
-    streams="scripts/inference_uses.py streams --model uses/stream_model $published"
+    streams="scripts/inference_uses.py streams --model uses/stream_model --results experiments/study/results/inference"
     python $streams --data uses/steady/test.json --name steady --num-kept 3 4 6
     python $streams --data uses/long/test.json --name long --num-frames 32 --num-kept 4 8 16 --batch-size 8
 
@@ -26,7 +26,7 @@
     python scripts/inference_uses.py tables $published
 
 The same where only a short moment tells the answer, in clips in which the rest stands still, moves steadily, or moves faster
-and slower in turn; numbers go to experiments/study/results/inference_glimpse/:
+and slower in turn; numbers go to scripts/study_results/inference_glimpse/:
 
     clips="scripts/synthetic_clips.py --num-frames 32 --size 48"
     python $clips --output glimpse/clips --num-train 960 --num-test 240 --question-types glimpse busy_glimpse surging_glimpse
@@ -46,12 +46,12 @@ and slower in turn; numbers go to experiments/study/results/inference_glimpse/:
 
     for name in still busy surging; do
         options="--model glimpse/model --data glimpse/$name/test.json --name $name"
-        options="$options --results experiments/study/results/inference_glimpse"
+        options="$options --results scripts/study_results/inference_glimpse"
         python scripts/inference_uses.py key-frames $options --num-kept 2 4 8 16
         python scripts/inference_uses.py tokens $options
         python scripts/evaluate.py --model glimpse/model --data glimpse/$name/test.json  # skill
     done
-    python scripts/inference_uses.py tables --results experiments/study/results/inference_glimpse --name still busy surging
+    python scripts/inference_uses.py tables --results scripts/study_results/inference_glimpse --name still busy surging
 
 `key-frames`: of a dense sampling, K frames are shown. Chosen evenly, at random, or by a score of each frame: surprise or
 prediction error of the head, the difference of features or of pixels to the frame before. A score chooses in two ways: `top`
@@ -62,9 +62,8 @@ stay keep their positions. Chosen at random, by the difference to the frame befo
 prediction error of each patch. The first frame comes first in all of them, and uses up a share below one over the number of
 frames. Newline tokens stay and do not count.
 
-`streams`: the video is read as a stream in a cache of K frames, which keeps the recent or the most surprising ones. The tables
-hold the departure of its surprise from the unbounded stream, and the accuracy of answers to a question at the end, against K
-frames at even steps and the last K frames.
+`streams`: the video is read as a stream in a cache of K frames (streams.py). The departure of its surprise from the
+unbounded stream, and answers to a question at the end, against K frames at even steps and the last K frames.
 
 `prefill`: seconds and memory of the cache over the share, and what the scores cost.
 
@@ -99,7 +98,7 @@ from ...evaluation.settings import (
 from ...evaluation.tables import write_results
 from ...training.data import LlavaVideoDataset
 from .measures import measure_key_frames, measure_tokens
-from .streams import measure_streams
+from .streams import measure_streams, write_stream_tables
 from .tables import check_choice_matters, write_tables
 from .timing import PrefillSettings, measure_prefill
 from .training import train_with_parts_left_out
@@ -123,8 +122,7 @@ def measure(
         model, processor: instead of those that `settings.model` names.
 
     Returns:
-        what the numbers were made with, `questions`, and `conditions`: the fields of each `Condition`; of streams also
-        `departures`: the fields of each `Departure`.
+        what the numbers were made with, `questions`, and `conditions`: the fields of each `Condition`.
 
     Raises:
         ValueError: for a model without a head, a question without choices or with other media than one video, or, of key
@@ -139,7 +137,7 @@ def measure(
         options = {"trust_remote_code": settings.trust_remote_code, "device": settings.device, "dtype": settings.dtype}
         model, processor = load_checkpoint(settings.model, revision=revision, **options)
         identity = model_identity(settings.model, model, revision)
-    if kind in ("key_frames", "streams") and processor.add_time_instruction:
+    if kind != "tokens" and processor.add_time_instruction:
         raise ValueError(
             "the processor has add_time_instruction on: its prompts say how many frames there are and when, which would not be "
             "true of the key frames; turn it off in the checkpoint's processor"
@@ -156,12 +154,8 @@ def measure(
         "data": {"path": settings.data, "sha256": entries_sha256(dataset.entries[: settings.max_samples])},
         "hardware": hardware(settings.device),
     }
-    if kind == "streams":
-        conditions, departures = measure_streams(model, processor, questions, settings, budgets, progress=progress)
-        results["departures"] = [asdict(departure) for departure in departures]
-    else:
-        measure_all = measure_key_frames if kind == "key_frames" else measure_tokens
-        conditions = measure_all(model, processor, questions, settings, budgets, progress=progress)
+    measure_all = {"key_frames": measure_key_frames, "tokens": measure_tokens, "streams": measure_streams}[kind]
+    conditions = measure_all(model, processor, questions, settings, budgets, progress=progress)
     results["questions"] = [
         {"id": q.id, "question_type": q.question_type, "video": Path(q.media[0]).name, "num_choices": len(q.choices)}
         for q in questions
@@ -200,10 +194,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             budgets, name = options.pop("budgets"), options.pop("name")
             kind = job.replace("-", "_")
             settings = EvaluationSettings(**options)
-            _write(
-                {"command": command, **measure(kind, settings, budgets)},
-                results / f"{kind}_{name}.json",
-            )
+            numbers = {"command": command, **measure(kind, settings, budgets)}
+            _write(numbers, results / f"{kind}_{name}.json")
+            if kind == "streams":
+                write_stream_tables(numbers, results / f"streams_{name}.md")
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 

@@ -36,13 +36,11 @@ from llava_next_ar.experiments.inference.selection import (
     spread_key_frames,
     uniform_frames,
 )
-from llava_next_ar.experiments.inference.streams import Departure, add_departure
 from llava_next_ar.experiments.inference.tables import (
     Answers,
     accuracy_rows,
     any_frame_tells,
     as_markdown,
-    departure_rows,
     gain_rows,
     hit_rows,
     knowledge_rows,
@@ -454,28 +452,6 @@ def test_key_frames_are_compared_with_feature_difference_and_with_when_it_was_se
 # -- Time and memory
 
 
-def surprise_of(values: list[float], error: float) -> VideoSurprise:
-    frames = torch.tensor(values)
-    patches = [torch.full((1, 2), error)] * len(values)
-    return VideoSurprise(torch.arange(1, len(values) + 1), frames, frames, patches, patches, patches, frames)
-
-
-def test_departures_of_streams_from_fixed_numbers():
-    departure = Departure("stream recent", 2)
-    add_departure(departure, surprise_of([1.0, 2.0, 3.0], 0.6), surprise_of([1.0, 3.0, 5.0], 0.4))
-    add_departure(departure, surprise_of([1.0, 2.0], 0.4), surprise_of([1.0, 1.0], 0.4))
-    assert departure.difference == pytest.approx([1 / 3, 0.5])
-    assert departure.correlation == [pytest.approx(1.0), None] and departure.error == pytest.approx([1.5, 1.0])
-    results = {
-        "settings": {"model": "m", "data": "d.json", "bootstrap_samples": 200},
-        "questions": [{"video": "a.mp4"}, {"video": "b.mp4"}],
-        "departures": [vars(departure)],
-    }
-    head, row = departure_rows(results)
-    assert row[:2] == ["recent", "2"] and len(row) == len(head)
-    assert row[2].startswith("0.417 [0.333, 0.500") and row[3].startswith("1.000") and row[4].startswith("1.250")
-
-
 def test_prefill_counts_what_is_kept():
     sizes = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "num_key_value_heads": 2}
     settings = PrefillSettings(**sizes, vision_size=16, image_size=32, num_frames=4, num_text_tokens=7, repeats=2)
@@ -544,29 +520,15 @@ def test_the_commands_from_training_to_tables(folder, tmp_path, capsys):
     data, model, results = str(folder / "clips" / "test.json"), str(tmp_path / "model"), str(tmp_path / "results")
     options = ["--model", model, "--data", data, "--results", results, "--device", "cpu"]
     train = ["train", "--model", str(folder / "base"), "--data", data, "--output", model]
-    inference_uses.main(
-        [*train, "--steps", "2", "--batch-size", "4", "--num-frames", "2", "3", "--whole-share", "0.5"]
-    )
+    inference_uses.main([*train, "--steps", "2", "--batch-size", "4", "--num-frames", "2", "3"])
     log = json.loads((tmp_path / "model" / "trainer_state.json").read_text())
     assert log["global_step"] == 2 and "skill" in log["log_history"][0]
     inference_uses.main(["key-frames", *options, "--num-kept", "3"])
     inference_uses.main(["tokens", *options, "--shares", "0.5", "0.5", "--max-samples", "4", "--batch-size", "2"])
-    inference_uses.main(["streams", *options, "--num-kept", "2", str(NUM_FRAMES), "--max-samples", "4"])
     capsys.readouterr()
     inference_uses.main(["tables", "--results", results])
     printed = capsys.readouterr().out
     assert "key-frames --model" in printed and "0.5 of the tokens - EVS" in printed and "3 frames - uniform" in printed
-    assert "## Bounded streams" in printed and "bounded stream, surprise" in printed
-    streams = json.loads((tmp_path / "results" / "streams_test.json").read_text())
-    for condition in streams["conditions"]:  # with all frames in the cache, the answers are those of the whole video
-        if condition["budget"] == NUM_FRAMES:
-            assert condition["right"] == streams["conditions"][0]["right"], condition["way"]
-    shown = {c["way"]: c["frames"] for c in streams["conditions"] if c["budget"] == 2}
-    assert shown["stream recent"] == [[0, NUM_FRAMES - 1]] * 4
-    assert shown["recent"] == [[NUM_FRAMES - 2, NUM_FRAMES - 1]] * 4
-    for departure in streams["departures"]:
-        is_whole = departure["budget"] == NUM_FRAMES
-        assert (max(departure["difference"]) < 1e-4) == is_whole
     raw = json.loads((tmp_path / "results" / "key_frames_test.json").read_text())
     assert len(raw["questions"]) == 8 and raw["settings"]["batch_size"] == 32
     for job in ("key-frames", "prefill"):
