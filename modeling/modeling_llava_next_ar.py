@@ -589,5 +589,5 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         # The logits of one position are the least that can be asked for.
         outputs = self(**inputs, return_reconstruction=True, logits_to_keep=1, use_cache=False)
         if outputs.reconstruction is None:
-            raise ValueError("there is nothing to predict: at least one video needs two frames or more")
+            raise ValueError("there is nothing to predict: this takes at least one video with two frames or more")
         return outputs.reconstruction

@@ -6,6 +6,7 @@ import pytest
 import torch
 from demo_folder import NUM_FRAMES, make_demo_folder
 
+from llava_next_ar.evaluation.measures import load_checkpoint
 from llava_next_ar.experiments.inference import uses as inference_uses
 from llava_next_ar.experiments.inference.streams import StreamCondition, add_departure, departure_rows, split_prompt
 from llava_next_ar.modeling.frame_surprise import VideoSurprise
@@ -40,6 +41,9 @@ def test_a_prompt_is_split_at_its_video():
 
 def test_the_command_measures_streams(tmp_path):
     folder = make_demo_folder(tmp_path / "made")
+    model, _ = load_checkpoint(str(folder / "base"))
+    torch.nn.init.normal_(model.autoregressive_module.change.weight, std=0.2)  # or each prediction is a copy
+    model.save_pretrained(folder / "base")
     results = tmp_path / "results"
     options = [
         "--model",
