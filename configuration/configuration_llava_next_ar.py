@@ -38,7 +38,7 @@ from .frame_token_layout import FrameTokenLayout, NewlinePosition, PoolMode  # n
 from .image_token_layout import ImageTokenLayout, UnpadRounding  # noqa: E402
 from .key_names import keep_unknown, refuse_misspelt, refuse_unknown, warn_unknown  # noqa: E402
 
-# Where `transformers serve` looks a type up. Our own class in the first would be taken for one that hears sound too.
+# Tables in which `transformers serve` looks a type up. A class of ours in the first one would announce audio as well.
 MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("llava_next_ar", "LlavaOnevisionForConditionalGeneration")
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.setdefault("llava_next_ar", "LlavaNextARForConditionalGeneration")
 
@@ -60,7 +60,7 @@ _TRANSFORMERS_KEYS = {
 # Keys of released LLaVA-OneVision checkpoints that transformers no longer reads.
 _ONEVISION_LEGACY_KEYS = {"ignore_index", "use_image_newline_parameter"}
 
-# What transformers builds the parts from. It takes any value here, and fails on it much later, or never ends.
+# Sizes that transformers does not validate: with a wrong one it fails much later, or never ends.
 _PART_SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("vocab_size", "num_channels", "image_size", "patch_size"),
@@ -76,16 +76,16 @@ def _check_range(where: str, name: str, value: float, low: float, high: float = 
 
 
 def _check_rope(text_config: dict[str, Any]) -> None:
-    """Before transformers reads it: it takes the type for a key of its table without a look."""
+    """Validates rotary parameters before transformers reads them, which looks the type up in a table without a check."""
     rope = text_config.get("rope_parameters")
     if not isinstance(rope, dict):
         return
     per_layer_type = [value for value in rope.values() if isinstance(value, dict) and "rope_type" in value]
     for parameters in per_layer_type or [rope]:
-        kind, theta = parameters.get("rope_type", "default"), parameters.get("rope_theta", 1.0)
-        if not isinstance(kind, str) or kind not in {"default", *ROPE_INIT_FUNCTIONS}:
+        rope_type, theta = parameters.get("rope_type", "default"), parameters.get("rope_theta", 1.0)
+        if not isinstance(rope_type, str) or rope_type not in {"default", *ROPE_INIT_FUNCTIONS}:
             known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
-            raise ValueError(f"text_config.rope_parameters: rope_type must be one of {known}, got {kind!r}")
+            raise ValueError(f"text_config.rope_parameters: rope_type must be one of {known}, got {rope_type!r}")
         if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < _MAX_ROPE_THETA:
             raise ValueError(
                 f"text_config.rope_parameters: rope_theta must be above 0 and below {_MAX_ROPE_THETA}, got {theta!r}"
@@ -93,7 +93,7 @@ def _check_rope(text_config: dict[str, Any]) -> None:
 
 
 def _check_part(where: str, part: PreTrainedConfig) -> None:
-    """Refuses a vision tower or language model that cannot be built."""
+    """Raises ValueError for a vision tower or language model that cannot be built."""
     values = part.to_dict()
     for name in _PART_SIZES:
         size = values.get(name)
@@ -120,13 +120,13 @@ def _check_activation(name: str, value: Any) -> None:
 
 
 class _NamedKeys:
-    """Keyword arguments are checked by name; unknown keys of a file are kept."""
+    """Validates keyword arguments by name, and keeps unknown keys of a file."""
 
-    _place: str  # of the keys, as messages name it
+    _location: str  # of the keys, for messages
 
     @classmethod
-    def _own_keys(cls) -> set[str]:
-        """Keys that have a meaning here, without those that every configuration of transformers has."""
+    def _declared_keys(cls) -> set[str]:
+        """Keys of this class, without those that every configuration of transformers has."""
         return {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
 
     @classmethod
@@ -136,15 +136,16 @@ class _NamedKeys:
 
     @classmethod
     def _unknown_keys(cls, names: Iterable[str]) -> list[str]:
-        known = cls._own_keys() | cls._inherited_keys()
+        known = cls._declared_keys() | cls._inherited_keys()
         return [name for name in names if name not in known and not name.startswith("_")]
 
     @classmethod
     def _names(cls) -> dict[str, Any]:
-        """Arguments of the functions of key_names.py: these keys, and those of the head or model beside them."""
+        """Arguments of the functions of key_names.py: the keys of this class, and those of the head or model beside it."""
         is_head = issubclass(cls, LlavaNextARAutoregressiveConfig)
-        other = LlavaNextARConfig if is_head else LlavaNextARAutoregressiveConfig
-        return {"known": cls._own_keys(), "where": cls._place, "elsewhere": {other._place: other._own_keys()}}
+        partner = LlavaNextARConfig if is_head else LlavaNextARAutoregressiveConfig
+        elsewhere = {partner._location: partner._declared_keys()}
+        return {"known": cls._declared_keys(), "where": cls._location, "elsewhere": elsewhere}
 
     @classmethod
     def check_keywords(cls, names: Iterable[str]) -> None:
@@ -156,14 +157,14 @@ class _NamedKeys:
         """As in transformers: unknown keys of `config_dict`, the content of a file, are kept, with a warning.
 
         Raises:
-            ValueError: on a value or contradiction that construction refuses, or a misspelt keyword argument. Other
+            ValueError: on a value or contradiction that construction rejects, or a misspelt keyword argument. Other
                 keyword arguments are left to the model or tokenizer that is loaded with this configuration.
         """
         refuse_misspelt(cls._unknown_keys(kwargs), **cls._names())
         unknown = {name: kwargs.pop(name, config_dict[name]) for name in cls._unknown_keys(config_dict)}
         known = {name: value for name, value in config_dict.items() if name not in unknown}
         loaded = super().from_dict(known, **kwargs)
-        keep_unknown(loaded[0] if isinstance(loaded, tuple) else loaded, unknown, cls._place)
+        keep_unknown(loaded[0] if isinstance(loaded, tuple) else loaded, unknown, cls._location)
         warn_unknown(unknown, **cls._names())
         return loaded
 
@@ -187,7 +188,7 @@ class LlavaNextARAutoregressiveConfig(_NamedKeys, PreTrainedConfig):
         num_heads (`int`, defaults to 8): attention heads of the predictor.
         num_layers (`int`, defaults to 3): transformer layers of the predictor.
         use_frame_causal_mask (`bool`, defaults to `True`): `False` lets a patch see every frame of the clip, the
-            target included. The objective then means nothing; it exists for the ablation.
+            target included. Then the loss measures no prediction; it exists for the ablation.
         loss_type (`str`, defaults to `"mse"`): `mse | smooth_l1 | cosine`.
         target_norm (`bool`, defaults to `True`): normalise each target patch to zero mean and unit variance over its
             features (per-patch normalisation as in MAE, arXiv 2111.06377).
@@ -204,12 +205,12 @@ class LlavaNextARAutoregressiveConfig(_NamedKeys, PreTrainedConfig):
         ValueError: on an unknown keyword argument (naming the nearest key), or a value out of range (naming key, value
             and range).
         huggingface_hub.errors.StrictDataclassFieldValidationError: on a value of the wrong type or not among the names
-            allowed (naming key, value and what is allowed). It is no ValueError.
+            allowed (naming key, value and the allowed ones). Not a subclass of ValueError.
     """
 
     model_type = "llava_next_ar_head"
     base_config_key = "autoregressive_config"
-    _place = "autoregressive_config"
+    _location = "autoregressive_config"
 
     embedding_dim: int | None = None
     num_hist: int = 3
@@ -237,7 +238,7 @@ class LlavaNextARAutoregressiveConfig(_NamedKeys, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def check_ranges(self) -> None:
-        """Refuses values out of range, also those assigned after construction.
+        """Validates ranges, also of values assigned after construction.
 
         Raises:
             ValueError: naming key, value and range.
@@ -256,13 +257,13 @@ class LlavaNextARAutoregressiveConfig(_NamedKeys, PreTrainedConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The head's own keys and unknown ones; what every transformers config carries besides means nothing to it."""
-        left_out = self._inherited_keys() - self._own_keys() - {"model_type", "transformers_version"}
+        """Keys of the head and unknown ones, without those that every transformers configuration has."""
+        left_out = self._inherited_keys() - self._declared_keys() - {"model_type", "transformers_version"}
         values = super().to_dict().items()
         return {name: value for name, value in values if name not in left_out and not name.startswith("_")}
 
     def target_layout(self, token_layout: FrameTokenLayout) -> FrameTokenLayout:
-        """How the targets are pooled, given how the tokens are."""
+        """The layout by which targets are pooled, for a layout of the tokens."""
         defaults = (2, "average", False, 10)
         given = (
             self.mm_spatial_pool_stride,
@@ -298,8 +299,8 @@ class LlavaNextARAutoregressiveConfig(_NamedKeys, PreTrainedConfig):
 class LlavaNextARConfig(_NamedKeys, LlavaOnevisionConfig):
     r"""Configuration of `LlavaNextARForConditionalGeneration`.
 
-    A LLaVA-OneVision configuration (file, dict or Hub id) is a valid one: the added keys default to what OneVision
-    does.
+    A LLaVA-OneVision configuration (file, dict or Hub id) is a valid one: the defaults of the added keys are those of
+    OneVision.
 
     Args:
         enable_autoregressive (`bool`, defaults to `True`): build the reconstruction head.
@@ -320,7 +321,7 @@ class LlavaNextARConfig(_NamedKeys, LlavaOnevisionConfig):
         ValueError: on an unknown keyword argument (naming the nearest key), a value out of range or a contradiction
             (naming both values).
         huggingface_hub.errors.StrictDataclassFieldValidationError: on a value of the wrong type or not among the names
-            allowed (naming key, value and what is allowed). It is no ValueError.
+            allowed (naming key, value and the allowed ones). Not a subclass of ValueError.
 
     Example:
 
@@ -333,7 +334,7 @@ class LlavaNextARConfig(_NamedKeys, LlavaOnevisionConfig):
 
     model_type = "llava_next_ar"
     _auto_class = "AutoConfig"
-    _place = "the model configuration"
+    _location = "the model configuration"
     keys_to_ignore_at_inference = [
         "cache",  # since transformers 5.24, which renamed past_key_values and the two *_hidden_states
         "past_key_values",
@@ -416,9 +417,9 @@ class LlavaNextARConfig(_NamedKeys, LlavaOnevisionConfig):
             raise ValueError(f"impossible targets in autoregressive_config: {error}") from error
 
     def check(self) -> None:
-        """Refuses values that were assigned after construction and that construction would refuse.
+        """Validates values that were assigned after construction.
 
-        Attributes that mean nothing are saved, too, as in transformers; a warning names them.
+        Unknown attributes are saved, too, as in transformers; a warning names them.
 
         Raises:
             ValueError, huggingface_hub.errors.StrictDataclassClassValidationError: see the class.
@@ -429,8 +430,8 @@ class LlavaNextARConfig(_NamedKeys, LlavaOnevisionConfig):
             warn_unknown(part._unknown_keys(vars(part)), **part._names())
 
     @classmethod
-    def _own_keys(cls) -> set[str]:
-        return super()._own_keys() | set(cls.attribute_map)
+    def _declared_keys(cls) -> set[str]:
+        return super()._declared_keys() | set(cls.attribute_map)
 
     @classmethod
     def _inherited_keys(cls) -> set[str]:
@@ -441,7 +442,7 @@ class LlavaNextARConfig(_NamedKeys, LlavaOnevisionConfig):
         """As in transformers: unknown keys of `config_dict` are kept with a warning, those of the head in it, too.
 
         Raises:
-            ValueError: on a value or contradiction that construction refuses, or a misspelt keyword argument, in an
+            ValueError: on a value or contradiction that construction rejects, or a misspelt keyword argument, in an
                 `autoregressive_config` given by keyword, too.
         """
         config_dict, kwargs = dict(config_dict), dict(kwargs)
@@ -465,7 +466,7 @@ class LlavaNextARConfig(_NamedKeys, LlavaOnevisionConfig):
 
     @property
     def frame_token_layout(self) -> FrameTokenLayout:
-        """The token layout of videos that these keys describe."""
+        """The token layout of videos."""
         return FrameTokenLayout.for_vision_config(
             self.vision_config,
             pool_stride=self.mm_spatial_pool_stride,
@@ -477,7 +478,7 @@ class LlavaNextARConfig(_NamedKeys, LlavaOnevisionConfig):
 
     @property
     def image_token_layout(self) -> ImageTokenLayout:
-        """The token layout of images that these keys describe."""
+        """The token layout of images."""
         side = self.vision_config.image_size // self.vision_config.patch_size
         return ImageTokenLayout(
             patches_height=side,

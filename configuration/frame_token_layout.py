@@ -1,10 +1,9 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
 """Mapping between the tokens of a sequence and the patches of video frames.
 
-`FrameTokenLayout` is the single place that knows how a video becomes tokens. Three parties ask it and therefore cannot
-disagree: the processor (how many placeholders to write), the model (how to assemble projected features) and the
-reconstruction head (which hidden state belongs to which patch of which frame). The layouts are those of LLaVA-NeXT
-(https://github.com/LLaVA-VL/LLaVA-NeXT, `llava/model/llava_arch.py`).
+`FrameTokenLayout` alone defines the tokens of a video. Three parts use it: the processor for the number of placeholders, the
+model to assemble projected features, and the reconstruction head to find the hidden states of the patches of each frame. The
+layouts are those of LLaVA-NeXT (https://github.com/LLaVA-VL/LLaVA-NeXT, `llava/model/llava_arch.py`).
 
 Shape letters: T frames, P = patches_height * patches_width patches of the vision tower in row-major order, D features,
 h x w the grid of a pooled frame, L tokens of one video.
@@ -33,7 +32,7 @@ class FrameType(IntEnum):
 
 
 class TokenKind(IntEnum):
-    """What a token of a video stands for."""
+    """Content of a token of a video."""
 
     PATCH = 0
     NEWLINE = 1
@@ -90,19 +89,19 @@ def pool_patches(features: torch.Tensor, grid: tuple[int, int], stride: int, mod
 
 @lru_cache(maxsize=16)
 def _unpooling(grid: tuple[int, int], stride: int, mode: PoolMode) -> torch.Tensor:
-    """`[P, h * w]` float32: gives the value of a pooled patch to the patches that it stands for, and pooling gives it back."""
+    """Right inverse of pooling, `[P, h * w]` float32: copies the value of a pooled patch to the patches of its window."""
     with torch.inference_mode(False), torch.device("cpu"):  # as in `_video_tokens`
         target = pooled_grid(grid, stride, mode)
         owners = []  # of the rows and of the columns
         for side, pooled in zip(grid, target, strict=True):
-            places = torch.arange(side)
-            # Windows are as large as the stride, and the remainder, which pooling drops, goes with the last of them.
-            window = (places // stride).clamp(max=pooled - 1)
-            owners.append(places * pooled // side if mode == "bilinear" else window)
+            positions = torch.arange(side)
+            # Windows are as large as the stride. Pooling drops the remainder, which goes with the last window.
+            window = (positions // stride).clamp(max=pooled - 1)
+            owners.append(positions * pooled // side if mode == "bilinear" else window)
         owner = (owners[0][:, None] * target[1] + owners[1]).flatten()  # [P]
         spread = nn.functional.one_hot(owner, target[0] * target[1]).double()
         if mode == "bilinear":
-            # Where the stride does not divide the grid, it reads across owners: the least change that makes up for that.
+            # Where the stride does not divide the grid, interpolation reads across windows; the correction of least norm.
             pooling = pool_patches(torch.eye(len(owner)).double()[None], grid, stride, mode)[0]  # [h * w, P]
             missing = torch.eye(len(pooling)) - pooling @ spread
             if missing.abs().max() > 1e-6:
@@ -117,8 +116,8 @@ class VideoTokens:
     Attributes:
         kind: `[L]` int64, a `TokenKind` each.
         frame: `[L]` int64, the frame a token belongs to; -1 for the one newline that closes a whole video.
-        row, column: `[L]` int64, place in the frame's pooled grid; -1 where the token is no patch (a row's newline
-            keeps its row).
+        row, column: `[L]` int64, position in the frame's pooled grid; -1 where the token is not a patch (the newline of a
+            row keeps its row).
         frame_types: a `FrameType` for each frame.
         frame_grids: pooled `(h, w)` of each frame.
     """
@@ -158,7 +157,7 @@ class VideoTokens:
 
 @torch.compiler.disable  # numbers of the host, not of the graph
 def tensor_on(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """An array as a tensor on a device. The host does not wait for what the device is doing."""
+    """Copies an array to a device as a tensor. The host does not wait for the device."""
     with torch.inference_mode(False), torch.device("cpu"):  # usable in training and while a model is built, too
         tensor = torch.from_numpy(array)
         # Only from pinned memory does a copy wait for its turn on the device instead of on the host.
@@ -167,7 +166,7 @@ def tensor_on(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 @dataclass(eq=False)
 class DeviceTensors:
-    """Constant arrays with one copy for each device that uses them: a training step that needs one again copies nothing."""
+    """Constant arrays with one copy per device, which later training steps reuse."""
 
     arrays: tuple[np.ndarray, ...]
     _copies: dict[torch.device, tuple[torch.Tensor, ...]] = field(default_factory=dict, repr=False)
@@ -185,7 +184,7 @@ class DeviceTensors:
 
 @dataclass(frozen=True, eq=False)
 class VideoBatch:
-    """The tokens of all videos of a batch, one video behind the other. Built by `FrameTokenLayout.batch`.
+    """The tokens of all videos of a batch, concatenated. Built by `FrameTokenLayout.batch`.
 
     Shape letters: N videos, F frames, L tokens and n patch tokens of all videos together.
 
@@ -198,9 +197,9 @@ class VideoBatch:
         num_newlines, num_faster: how many of the L tokens are newlines and faster tokens.
         is_in_order: all patches come first, then all newlines, then all faster tokens.
         frames: index arrays over frames: numbers of the slow frames, numbers of the fast ones.
-        tokens: index arrays over tokens: `[L]` where in [patches of slow frames, patches of fast frames, newlines, faster
-            tokens] each token is found; `[n]` which tokens are patches; `[N]` the first token of each video.
-        places: `[n]` the frame of each patch token; `[n, 2]` float32 its place in the frame, from 0 to 1.
+        tokens: index arrays over tokens: `[L]` index of each token in [patches of slow frames, patches of fast frames,
+            newlines, faster tokens]; `[n]` indices of the patch tokens; `[N]` the first token of each video.
+        places: `[n]` the frame of each patch token; `[n, 2]` float32 its position in the frame, from 0 to 1.
     """
 
     layout: "FrameTokenLayout"
@@ -262,13 +261,13 @@ class VideoBatch:
             parts.append(vector.to(features).expand(count, -1))
         if self.is_in_order:
             return torch.cat(parts)
-        # A permutation: every row is read once, so that the gradient is a copy, too, in whatever order it is made.
+        # A permutation: every row is read once, so that the gradient is a copy in any order.
         return torch.cat(parts).index_select(0, self.tokens.on(features.device)[0])
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrameTokenLayout:
-    """How the frames of a video are laid out as tokens. Frozen, hashable, validated at construction.
+    """Number, order and pooling of the tokens of a video. Frozen, hashable, validated at construction.
 
     Args:
         patches_height, patches_width: patch grid of the vision tower.
@@ -281,7 +280,7 @@ class FrameTokenLayout:
         faster_token_stride: frame t is slow if `t % faster_token_stride == 0`, unless types are given explicitly.
 
     Raises:
-        ValueError: naming the value and what is allowed.
+        ValueError: naming the value and the allowed ones.
     """
 
     patches_height: int
@@ -317,7 +316,7 @@ class FrameTokenLayout:
 
     @property
     def is_slow_fast(self) -> bool:
-        """Whether frames differ in resolution: as in LLaVA-NeXT, `add_faster_video` is ignored outside of `grid`."""
+        """True if frames differ in resolution: as in LLaVA-NeXT, `add_faster_video` is ignored outside of `grid`."""
         return self.add_faster_video and self.newline_position == "grid"
 
     def frame_types(
@@ -325,11 +324,11 @@ class FrameTokenLayout:
     ) -> tuple[FrameType, ...]:
         """The type of each frame; `explicit` (slow 0, fast 1) wins over `faster_token_stride`.
 
-        Without slow and fast frames in the layout every frame is pooled alike, whatever `explicit` says. Frames that
+        Without slow and fast frames in the layout every frame is pooled alike, with any `explicit`. Frames that
         continue a video are counted from `first_frame`.
 
         Raises:
-            ValueError: if there is no frame, or `explicit` has another length or an unknown value.
+            ValueError: if `num_frames` is below 1, or `explicit` has another length or an unknown value.
         """
         if num_frames < 1:
             raise ValueError(f"a video needs at least one frame, got {num_frames}")
@@ -378,7 +377,7 @@ class FrameTokenLayout:
     def unpool(self, pooled: torch.Tensor, frame_type: FrameType = FrameType.SLOW) -> torch.Tensor:
         """Spreads `[h * w, D]` over all patches, to `[P, D]`.
 
-        Added to the features of a frame, it adds `pooled` to what `pool` makes of them: in all modes, and also where the
+        Added to the features of a frame, it adds `pooled` to their pooled features: in all modes, and also where the
         stride does not divide the grid.
         """
         stride = self._stride(frame_type)
@@ -397,7 +396,7 @@ class FrameTokenLayout:
             ValueError: as `frame_types`.
         """
         explicit = [None] * len(num_frames) if frame_types is None else frame_types
-        types = (self.frame_types(count, own) for count, own in zip(num_frames, explicit, strict=True))
+        types = (self.frame_types(count, given) for count, given in zip(num_frames, explicit, strict=True))
         return _video_batch(self, tuple(types))
 
     def assemble(
@@ -446,10 +445,10 @@ class FrameTokenLayout:
         return cls(**named)
 
     def check_same(self, other: "FrameTokenLayout", mine: str = "the model", theirs: str = "the processor") -> None:
-        """Refuses another layout.
+        """Compares with another layout.
 
         Raises:
-            ValueError: naming every key that differs and both values.
+            ValueError: if a key differs, naming each such key and both values.
         """
         other_values = other.to_dict()
         different = [
@@ -508,14 +507,14 @@ def _video_batch(layout: FrameTokenLayout, frame_types: tuple[tuple[FrameType, .
     )
     frame = np.where(frame < 0, -1, frame + np.repeat(first_frame, num_tokens))
     is_fast = np.array(all_types) == FrameType.FAST
-    # Parts of what `assemble` puts together: slow patches, fast patches, newlines, faster tokens.
+    # Parts that `assemble` concatenates: slow patches, fast patches, newlines, faster tokens.
     is_patch = kind == TokenKind.PATCH
     part = np.select([is_patch & ~is_fast[frame], is_patch, kind == TokenKind.NEWLINE], [0, 1, 2], 3)
     source = np.empty_like(part)
     source[np.argsort(part, kind="stable")] = np.arange(len(part))
     patches = np.flatnonzero(is_patch)
     grids = np.array([layout.frame_grid(frame_type) for frame_type in all_types], dtype=np.float32)
-    place = (np.stack([row[patches], column[patches]], axis=1) + np.float32(0.5)).astype(np.float32)
+    center = (np.stack([row[patches], column[patches]], axis=1) + np.float32(0.5)).astype(np.float32)
     return VideoBatch(
         layout=layout,
         videos=videos,
@@ -528,12 +527,12 @@ def _video_batch(layout: FrameTokenLayout, frame_types: tuple[tuple[FrameType, .
         is_in_order=bool((np.diff(part) >= 0).all()),
         frames=DeviceTensors((np.flatnonzero(~is_fast), np.flatnonzero(is_fast))),
         tokens=DeviceTensors((source, patches, np.cumsum((0, *num_tokens))[:-1])),
-        places=DeviceTensors((frame[patches], place / grids[frame[patches]])),
+        places=DeviceTensors((frame[patches], center / grids[frame[patches]])),
     )
 
 
 def split_video_positions(video_token_mask: torch.Tensor, num_tokens: list[int]) -> list[torch.Tensor]:
-    """Where each video of a batch sits in the flattened sequences.
+    """Positions of each video of a batch in the flattened sequences.
 
     Args:
         video_token_mask: `[B, S]` bool, True at video placeholders.

@@ -1,9 +1,9 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""How many tokens an image gets and in what order, computed in one place for processor and model.
+"""Number and order of the tokens of an image, for processor and model.
 
-An image is seen whole (the base view) and, at any resolution, in tiles besides: the image is fitted into the best of
-`grid_pinpoints`, padded and cut. The tiles' patches are put back together into one grid, what was padding is cut off,
-the grid is shrunk to a limit, and every row is closed by the learned `image_newline`.
+An image is encoded whole (the base view) and, at any resolution, in tiles besides: the image is fitted into the best of
+`grid_pinpoints`, padded and cut. The patches of the tiles are put back together into one grid, the padding is cut off, the
+grid is shrunk to a limit, and each row is closed by the learned `image_newline`.
 
 transformers and the original LLaVA-NeXT project round the padding differently, which can move the cut by a row of
 patches: see `unpadded_grid`.
@@ -26,11 +26,11 @@ _MERGE_FLAGS = ("unpad", "nobase", "maxpool2x2")
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTokenLayout:
-    """How the patches of an image become tokens. Frozen, validated at construction. All sizes are (height, width).
+    """Mapping from the patches of an image to tokens. Frozen, validated at construction. All sizes are (height, width).
 
     Args:
         patches_height, patches_width: patch grid of the vision tower.
-        tile_size: side in pixels of what the tower sees.
+        tile_size: side of the tower's input in pixels.
         grid_pinpoints: the resolutions that an image may be fitted into.
         aspect_ratio: `anyres` for as many tokens as the tiles have patches, `anyres_max_N` for at most about those of
             N tiles; `pad` and `square` for images of one view, where five views mean 2x2 tiles.
@@ -39,7 +39,7 @@ class ImageTokenLayout:
         unpad_rounding: see `unpadded_grid`.
 
     Raises:
-        ValueError: naming the value, under its name in a configuration, and what is allowed.
+        ValueError: naming the value, under its name in a configuration, and the allowed ones.
     """
 
     patches_height: int
@@ -55,8 +55,8 @@ class ImageTokenLayout:
             raise ValueError(
                 f"vision_aspect_ratio must be anyres, anyres_max_N, pad or square, got {self.aspect_ratio!r}"
             )
-        kind, *flags = str(self.merge_type).split("_")
-        if self.merge_type != "flat" and (kind != "spatial" or set(flags) - set(_MERGE_FLAGS)):
+        order, *flags = str(self.merge_type).split("_")
+        if self.merge_type != "flat" and (order != "spatial" or set(flags) - set(_MERGE_FLAGS)):
             raise ValueError(
                 f"mm_patch_merge_type must be flat or spatial, with _{', _'.join(_MERGE_FLAGS)}, got "
                 f"{self.merge_type!r}"
@@ -75,16 +75,16 @@ class ImageTokenLayout:
 
     @property
     def is_anyres(self) -> bool:
-        """Whether the image's size decides on the tiles."""
+        """True if the number of tiles depends on the size of the image."""
         return self.aspect_ratio.startswith("anyres")
 
     @property
     def num_base_tokens(self) -> int:
-        """Tokens of an image that is seen in one view only, as one of several in a prompt is."""
+        """Tokens of an image of one view, as with several images in a prompt."""
         return self.patches_height * self.patches_width + ("unpad" in self.merge_type)
 
     def tiles(self, image_size: Sequence[int]) -> tuple[int, int]:
-        """Rows and columns of tiles that an image of this size is cut into.
+        """Rows and columns of tiles of an image of this size.
 
         Raises:
             ValueError: if the image would be fitted into less than one tile.
@@ -100,7 +100,7 @@ class ImageTokenLayout:
         return height // self.tile_size, width // self.tile_size
 
     def num_tokens(self, image_size: Sequence[int]) -> int:
-        """Tokens that a tiled image takes in the sequence, known before any model runs."""
+        """Number of tokens of a tiled image in the sequence."""
         rows, columns = self.tiles(image_size)
         base = self.patches_height * self.patches_width
         if self.merge_type == "flat":
@@ -119,7 +119,7 @@ class ImageTokenLayout:
         return rows * self.patches_height, columns * self.patches_width
 
     def _shown_grid(self, image_size: Sequence[int]) -> tuple[int, int]:
-        """The grid of all tiles together, as it is shown to the language model."""
+        """The grid of all tiles together, as the language model reads it."""
         height, width = self._merged_grid(image_size)
         if "maxpool2x2" in self.merge_type:
             return height // 2, width // 2
@@ -178,7 +178,7 @@ class ImageTokenLayout:
         return tokens if "nobase" in self.merge_type else torch.cat([features[0], tokens])
 
     def _cut_and_shrink(self, merged: torch.Tensor, image_size: Sequence[int]) -> torch.Tensor:
-        """`[D, H, W]` with padding to `[D, h, w]` as shown."""
+        """Cuts the padding off `[D, H, W]`, and resizes to the grid `[D, h, w]` of the language model."""
         height, width = unpadded_grid(merged.shape[1:], image_size, self.unpad_rounding)
         top, left = (merged.shape[1] - height) // 2, (merged.shape[2] - width) // 2
         merged = merged[:, top : top + height, left : left + width]
@@ -189,28 +189,28 @@ class ImageTokenLayout:
 
 
 def unpadded_grid(grid: Sequence[int], image_size: Sequence[int], rounding: UnpadRounding) -> tuple[int, int]:
-    """The part of a padded grid that shows the image: as much is cut on either side as fits into the padding.
+    """Size of the part of a padded grid that shows the image; equally much is cut on both sides.
 
-    The scaled side of the image is often a whole number but for a rounding error: 47 * (12 / 188) is 3 or
-    2.9999999999999996, depending on the order of operations. transformers rounds to 7 digits before it cuts off the
-    decimals (`round`), the original project does not (`truncate`), and weights trained with the one saw its grids.
+    The scaled side of the image is often an integer but for a rounding error: 47 * (12 / 188) is 3 or 2.9999999999999996,
+    depending on the order of operations. transformers rounds to 7 digits before it truncates (`round`), the original project
+    does not (`truncate`). Weights need the rounding that they were trained with.
 
     Args:
         grid: (h, w) in patches, padding included.
         image_size: (height, width) of the image in pixels.
-        rounding: which of the two.
+        rounding: `round` or `truncate`.
     """
     height, width = grid
     image_height, image_width = image_size
     digits = 7 if rounding == "round" else None
 
-    def whole(value: float) -> int:
+    def truncated(value: float) -> int:
         return int(value if digits is None else round(value, digits))
 
     if image_width / image_height > width / height:
-        padding = (height - whole(image_height * (width / image_width))) // 2
+        padding = (height - truncated(image_height * (width / image_width))) // 2
         return height - 2 * padding, width
-    padding = (width - whole(image_width * (height / image_height))) // 2
+    padding = (width - truncated(image_width * (height / image_height))) // 2
     return height, width - 2 * padding
 
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
 """Unknown names: an error in keyword arguments, kept with a warning in the files of a checkpoint.
 
-A misspelt keyword is a mistake of the caller, who can correct it. A file is written by many tools, which leave keys of
-their own in it; as in transformers these are kept and saved again. Both messages name the nearest known name.
+A misspelt keyword is a mistake of the caller. A file may hold keys of other tools, which are kept and saved again, as in
+transformers. Both messages name the nearest known name.
 """
 
 import difflib
@@ -22,10 +22,10 @@ def nearest_name(name: str, known: Iterable[str], cutoff: float = 0.0) -> str | 
     """The known name that is most similar, by letters in their order or by shared words; None below `cutoff` (0 to 1)."""
     words = set(name.split("_"))
 
-    def similarity(other: str) -> tuple[float, float]:
-        by_letters = difflib.SequenceMatcher(None, name, other).ratio()
-        other_words = set(other.split("_"))
-        by_words = 2 * len(words & other_words) / (len(words) + len(other_words))
+    def similarity(candidate: str) -> tuple[float, float]:
+        by_letters = difflib.SequenceMatcher(None, name, candidate).ratio()
+        candidate_words = set(candidate.split("_"))
+        by_words = 2 * len(words & candidate_words) / (len(words) + len(candidate_words))
         return max(by_letters, by_words), by_letters
 
     best = max(sorted(known), key=similarity, default=None)
@@ -35,13 +35,13 @@ def nearest_name(name: str, known: Iterable[str], cutoff: float = 0.0) -> str | 
 def refuse_unknown(
     names: Iterable[str], known: Collection[str], where: str, elsewhere: Mapping[str, Collection[str]] | None = None
 ) -> None:
-    """Raises for keywords that are not known.
+    """Raises ValueError for unknown keywords.
 
     Args:
-        names: keywords that were given.
-        known: all that may be given.
+        names: keywords of the call.
+        known: all valid keywords.
         where: the object or file, as the message names it.
-        elsewhere: names that may be given in another place, by that place.
+        elsewhere: valid keywords of other objects, by the name of the object.
 
     Raises:
         ValueError: naming the first unknown one, and the nearest known one, or all known ones if none is near.
@@ -55,8 +55,8 @@ def refuse_unknown(
 def refuse_misspelt(
     names: Iterable[str], known: Collection[str], where: str, elsewhere: Mapping[str, Collection[str]] | None = None
 ) -> None:
-    """As `refuse_unknown`, for those that are nearly known. Others may be addressed to another object that is loaded."""
-    candidates = [*known, *(other for others in (elsewhere or {}).values() for other in others)]
+    """As `refuse_unknown`, for names close to a known one alone. The rest may be meant for another object that is loaded."""
+    candidates = [*known, *(name for names in (elsewhere or {}).values() for name in names)]
     misspelt = [name for name in names if nearest_name(name, candidates, _MISSPELT)]
     refuse_unknown(misspelt, known, where, elsewhere)
 
@@ -86,9 +86,9 @@ def keep_unknown(target: Any, values: Mapping[str, Any], where: str) -> None:
 
 def _hint(name: str, known: Collection[str], elsewhere: Mapping[str, Collection[str]] | None) -> str:
     """A suggestion, or an empty text if no name is near."""
-    places = {other: place for place, others in (elsewhere or {}).items() for other in others}
-    places |= dict.fromkeys(known, "")
-    nearest = nearest_name(name, places, _SIMILAR)
+    locations = {candidate: location for location, names in (elsewhere or {}).items() for candidate in names}
+    locations |= dict.fromkeys(known, "")
+    nearest = nearest_name(name, locations, _SIMILAR)
     if nearest is None:
         return ""
-    return f"{nearest!r} belongs in {places[nearest]}" if places[nearest] else f"did you mean {nearest!r}?"
+    return f"{nearest!r} belongs in {locations[nearest]}" if locations[nearest] else f"did you mean {nearest!r}?"

@@ -1,7 +1,7 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""What the oldest supported transformers lacks. No other module asks what its release can do.
+"""Replacements for names that the oldest supported transformers lacks. No other module depends on the release.
 
-Each entry names the release that brought it, and goes away when `MINIMUM_TRANSFORMERS` is raised to that.
+Each entry names the release that brought it, and is deleted when `MINIMUM_TRANSFORMERS` reaches that release.
 """
 
 import inspect
@@ -48,15 +48,15 @@ __all__ = [
 
 
 def hidden_states_to_keep(layer: int | list[int]) -> bool | int | list[int]:
-    """The `output_hidden_states` of a vision tower of which `layer` is read: that layer, or all if it must be."""
+    """Value of `output_hidden_states` with which a vision tower returns `layer`: that layer, or True for all."""
     return layer if _CAN_SELECT_HIDDEN_STATES else True
 
 
 def check_prefill(generation_config: GenerationConfig) -> None:
-    """Refuses a prefill in chunks where `generate` would give each chunk the features of the first: wrong tokens, silently.
+    """Validates `prefill_chunk_size`: earlier releases give each chunk the features of the first one, without an error.
 
     Raises:
-        ValueError: if there is a `prefill_chunk_size` that this release cannot do.
+        ValueError: if a `prefill_chunk_size` is set that this release cannot apply.
     """
     if generation_config.prefill_chunk_size is not None and not _CAN_PREFILL_IN_CHUNKS:
         raise ValueError(

@@ -1,14 +1,14 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
 """The reconstruction head: from the frames read so far, predict the frozen vision features of the next frame.
 
-What makes the objective mean something:
+Decisions behind the objective:
 - the predictor reads the language model's hidden states at the video positions (never the target's features), attends
   frame-causally, and sees time in seconds, since sampling is not uniform;
 - prediction = this frame's features + a learned change that starts at zero, so training starts exactly at the
   copy-last-frame baseline and every gain is a gain over it;
 - the target comes from a frozen teacher, without gradient.
 
-Relatives: frame-causal prediction of frozen patch features in DINO-WM (arXiv 2411.04983), a latent next-frame head in
+Related work: frame-causal prediction of frozen patch features in DINO-WM (arXiv 2411.04983), a latent next-frame head in
 Cambrian-S (arXiv 2511.04670), reconstruction of latents in ROSS (arXiv 2410.09575).
 
 Shape letters: V clips, F frames of all clips together, T frames of one clip, M predicted frames (all but the first of
@@ -73,25 +73,24 @@ class AutoregressiveReconstructionModule(nn.Module):
     saved with the checkpoint under `autoregressive_module.teacher.*`, and `autoregressive_config.separate_teacher` is set
     so that it is found again on reload.
 
-    **Extending.** A subclass may replace the loss (`patch_loss`) and the predictor (`block_class`), and is put to use by
-    a subclass of the model that names it (`LlavaNextARForConditionalGeneration.head_class`). What makes the objective
-    mean something stays as it is: targets, copy baseline, zero start, and which frames a patch may see.
+    **Extending.** A subclass may replace the loss (`patch_loss`) and the predictor (`block_class`). A subclass of the model
+    names it as its `head_class`. Targets, copy baseline, zero start and the visibility of frames stay the same.
 
     Args:
         config: the head's configuration, `embedding_dim` resolved.
         hidden_size: width of the language model's hidden states.
         vision_dim: width of the vision features (Dv).
-        token_layout: how frames became tokens.
+        token_layout: layout of the tokens of a video.
         vision_feature_layer, vision_feature_select_strategy: the features that the projector reads.
         vision_tower: the tower for `compute_autoregressive_loss`, which is given frames; not a submodule of this one.
     """
 
     # Built `config.num_layers` times as `block_class(embedding_dim, num_heads)`, with the `forward` of
-    # `FramePredictorBlock`. What it makes of a frame may depend on the frames in `visible`, and on no other.
+    # `FramePredictorBlock`. Its output for a frame may depend on the frames in `visible` alone.
     block_class: type[nn.Module] = FramePredictorBlock
 
-    # The first and the last power of ten, and how many wavelengths between them. In seconds, from faster than any frame rate
-    # to longer than most clips; and in units of the frame's side.
+    # First and last power of ten, and number of wavelengths. In seconds, from faster than any frame rate to longer than most
+    # clips; and in units of the frame's side.
     TIME_WAVELENGTHS = (math.log10(0.1), math.log10(1000.0), 16)
     POSITION_WAVELENGTHS = (math.log10(2.0), math.log10(0.0625), 8)
 
@@ -114,8 +113,8 @@ class AutoregressiveReconstructionModule(nn.Module):
         dim = config.embedding_dim
         self.input_norm = nn.LayerNorm(hidden_size)
         self.input_projection = nn.Linear(hidden_size, dim)
-        num_place_features = 4 * self.POSITION_WAVELENGTHS[-1] + 4 * self.TIME_WAVELENGTHS[-1]
-        self.place_projection = nn.Linear(num_place_features, dim)
+        num_position_features = 4 * self.POSITION_WAVELENGTHS[-1] + 4 * self.TIME_WAVELENGTHS[-1]
+        self.place_projection = nn.Linear(num_position_features, dim)
         self.blocks = nn.ModuleList(self.block_class(dim, config.num_heads) for _ in range(config.num_layers))
         self.output_norm = nn.LayerNorm(dim)
         self.change = ZeroInitializedLinear(dim, vision_dim)
@@ -132,7 +131,7 @@ class AutoregressiveReconstructionModule(nn.Module):
     # ---- teacher ---------------------------------------------------------------------------------------------------
 
     def is_own_teacher(self, vision_tower: nn.Module) -> bool:
-        """Whether what is predicted are the very features that the projector reads."""
+        """True if the targets are the very features that the projector reads."""
         return self.teacher is None and not adapter_layers(vision_tower)
 
     def create_teacher(self, vision_tower: nn.Module) -> None:
@@ -185,7 +184,7 @@ class AutoregressiveReconstructionModule(nn.Module):
         Args:
             vision_tower: the model's own tower.
             pixel_values: `[F, 3, H, W]`.
-            tower_features: what the tower just gave for these frames; saves the shared teacher its pass.
+            tower_features: output of the tower for these frames; saves the shared teacher its pass.
 
         Raises:
             RuntimeError: if the tower trains but no copy was made before, or trains beside its adapters.
@@ -196,7 +195,7 @@ class AutoregressiveReconstructionModule(nn.Module):
         if self.training and tower_trains(vision_tower, adapters):
             raise RuntimeError(
                 "the vision tower has adapters, and weights of its own train as well (bias='all' is a usual cause): with "
-                "the adapters off it would be no fixed teacher"
+                "the adapters off it would not be a fixed teacher"
                 if adapters
                 else "the vision tower trains, but its frozen copy, the teacher, was not made: call create_teacher after "
                 "unfreezing the tower and before the first step"
@@ -210,24 +209,24 @@ class AutoregressiveReconstructionModule(nn.Module):
 
     # ---- prediction ------------------------------------------------------------------------------------------------
 
-    def _place_features(self, batch: VideoBatch, seconds: torch.Tensor, gaps: torch.Tensor) -> torch.Tensor:
-        """Where and when each patch is: `[num_patches, features]` float32, in the order of the hidden states.
+    def _position_features(self, batch: VideoBatch, seconds: torch.Tensor, gaps: torch.Tensor) -> torch.Tensor:
+        """Position and time of each patch: `[num_patches, features]` float32, in the order of the hidden states.
 
         `seconds` `[F]` since the first frame of the clip, and `gaps` `[F]` to the frame after, which is to be predicted.
         """
-        frame, place = batch.places.on(seconds.device)
-        place_waves, time_waves = (
+        frame, center = batch.places.on(seconds.device)
+        position_waves, time_waves = (
             torch.logspace(*powers, device=seconds.device)
             for powers in (self.POSITION_WAVELENGTHS, self.TIME_WAVELENGTHS)
         )
         times = sinusoids(torch.stack([seconds, gaps], dim=1), time_waves).flatten(1)
-        return torch.cat([sinusoids(place, place_waves).flatten(1), times.index_select(0, frame)], dim=1)
+        return torch.cat([sinusoids(center, position_waves).flatten(1), times.index_select(0, frame)], dim=1)
 
-    def _embed(self, hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """`[num_patches, hidden]` and their `_place_features` -> input of the first block, `[num_patches, E]`."""
+    def _embed(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """`[num_patches, hidden]` and their `_position_features` -> input of the first block, `[num_patches, E]`."""
         dtype = self.input_norm.weight.dtype  # of a quantized projection, the weights have another one
         x = self.input_projection(self.input_norm(hidden_states.to(dtype)))
-        return x + self.place_projection(places.to(dtype))
+        return x + self.place_projection(positions.to(dtype))
 
     @torch.compiler.disable  # numbers of the host, not of the graph
     def _plan(self, batch: VideoBatch, frame_types: Sequence[Sequence[int] | None] | None) -> PredictionPlan:
@@ -255,7 +254,7 @@ class AutoregressiveReconstructionModule(nn.Module):
         gaps = seconds.index_select(0, gap_to) - seconds.index_select(0, gap_from)
         if plan.has_lone_frames:
             gaps = gaps.masked_fill(is_alone, 1.0)
-        x = self._embed(hidden_states, self._place_features(batch, seconds, gaps))
+        x = self._embed(hidden_states, self._position_features(batch, seconds, gaps))
         visible, key_mask, slots = plan.attention.on(device)
         if plan.is_ragged:
             x = x.new_zeros(plan.num_frames * plan.num_patches, x.shape[-1]).index_copy(0, slots, x)
@@ -265,10 +264,10 @@ class AutoregressiveReconstructionModule(nn.Module):
         return self.output_norm(x)
 
     def open_memory(self) -> PredictorMemory:
-        """What `step` keeps of the frames of one clip.
+        """Creates the state of `step` for one clip.
 
         Raises:
-            ValueError: if frames see later ones (`use_frame_causal_mask` off): then nothing can be said frame by frame.
+            ValueError: if frames attend to later ones (`use_frame_causal_mask` off): a stream cannot be predicted then.
         """
         if not self.config.use_frame_causal_mask:
             raise ValueError("use_frame_causal_mask is off: this head reads the frames that it should predict")
@@ -283,19 +282,19 @@ class AutoregressiveReconstructionModule(nn.Module):
         frame_type: int | None,
         memory: PredictorMemory,
     ) -> torch.Tensor:
-        """One frame further than the frames that went through `memory`: what `forward` would make of it.
+        """Predictor states of the frame after those in `memory`, equal to the states in `forward`.
 
         Args:
             hidden_states: `[h * w, hidden_size]` of the frame.
             frame: its token map, as a clip of one frame.
             seconds, gap: float32 scalars: seconds since the first frame, and until the frame that is to be predicted.
-            frame_type: what `frame_types` of `forward` says of it.
+            frame_type: entry of `frame_types` in `forward`.
 
         Returns:
             `[h * w, E]`, for `predict`.
         """
         batch = self.token_layout.batch([1], [frame.frame_types])
-        x = self._embed(hidden_states, self._place_features(batch, seconds[None], gap[None]))
+        x = self._embed(hidden_states, self._position_features(batch, seconds[None], gap[None]))
         return self.output_norm(memory.run(self.blocks, x, frame_type if self.config.use_fast_slow_frames else None))
 
     def predict(self, states: torch.Tensor, copies: torch.Tensor) -> torch.Tensor:
@@ -325,7 +324,7 @@ class AutoregressiveReconstructionModule(nn.Module):
             timestamps: for each clip `[T]` seconds, or integers of nanoseconds; frames are taken to be one second apart if
                 None.
             frame_types: for each clip slow (0) or fast (1) for each frame, where the video processor chose them. A layout
-                with slow and fast tokens knows its own; without either, no frame is told apart from the others.
+                with slow and fast tokens has its own; without either, all frames have one type.
 
         Returns:
             The predictions with the loss of each clip, or None if no clip has two frames.
@@ -340,26 +339,29 @@ class AutoregressiveReconstructionModule(nn.Module):
             torch.arange(plan.num_frames, device=device).float() if timestamps is None else torch.cat(list(timestamps))
         )
         states = self._predictor_states(hidden_states, batch, plan, times)
-        on_grid = {kind: self.targets(vision_features, kind) for kind in {group.frame_type for group in plan.groups}}
+        on_grid = {
+            frame_type: self.targets(vision_features, frame_type)
+            for frame_type in {group.frame_type for group in plan.groups}
+        }
 
         predictions, targets, copies, losses = [], [], [], []
         for group, sources in zip(plan.groups, plan.sources.on(device), strict=True):
             copies.append(on_grid[group.frame_type].index_select(0, sources))
             targets.append(on_grid[group.frame_type].index_select(0, sources + 1))
-            of_sources = states.index_select(0, sources)[:, : math.prod(group.source)]
-            predictions.append(self.predict(resample_states(of_sources, group.source, group.target), copies[-1]))
+            source_states = states.index_select(0, sources)[:, : math.prod(group.source)]
+            predictions.append(self.predict(resample_states(source_states, group.source, group.target), copies[-1]))
             losses.append(self._frame_loss(predictions[-1], targets[-1], group.target))
 
         order, patch_mask, frame_video, frame_index, grids, slots, video_index, num_predicted = plan.frames.on(device)
         predictions, targets, copies, frame_loss = (
             in_order(values, order) for values in (predictions, targets, copies, losses)
         )
-        of_videos = frame_loss.new_zeros(len(plan.num_predicted) * max(plan.num_predicted)).index_copy(
+        video_losses = frame_loss.new_zeros(len(plan.num_predicted) * max(plan.num_predicted)).index_copy(
             0, slots, frame_loss
         )
-        of_clips = {kind: frames.split(lengths) for kind, frames in on_grid.items()}
+        clip_targets = {frame_type: frames.split(lengths) for frame_type, frames in on_grid.items()}
         return Reconstruction(
-            loss_per_video=of_videos.view(len(plan.num_predicted), -1).sum(1) / num_predicted,
+            loss_per_video=video_losses.view(len(plan.num_predicted), -1).sum(1) / num_predicted,
             video_index=video_index,
             predictions=predictions,
             targets=targets,
@@ -367,7 +369,7 @@ class AutoregressiveReconstructionModule(nn.Module):
             patch_mask=patch_mask,
             frame_video=frame_video,
             frame_index=frame_index,
-            candidates=tuple(of_clips[kind][clip] for clip, kind in plan.videos),
+            candidates=tuple(clip_targets[frame_type][clip] for clip, frame_type in plan.videos),
             grids=grids,
         )
 
@@ -402,14 +404,14 @@ class AutoregressiveReconstructionModule(nn.Module):
         vision_tower: nn.Module | None = None,
         wrapper: nn.Module | None = None,
     ) -> torch.Tensor:
-        """A zero that came through the whole head, for batches without video.
+        """Computes a zero whose gradient reaches the whole head, for batches without video.
 
         Distributed training waits for the gradient of every parameter, and sharded training for every rank to run the
         same modules, forward and backward; so the head runs, on a clip of two empty frames.
 
         Args:
-            zero: a zero that came through the language model; a frozen head too then passes a gradient on to it.
-            vision_tower: given, the teacher runs before the head, as it does for a video, if that is a pass of its own.
+            zero: a zero from the language model; a frozen head too then passes a gradient on to it.
+            vision_tower: given, a teacher with a pass of its own runs before the head, as it does for a video.
             wrapper: the module to call in place of this one, as PEFT's around it: ZeRO-3 compares its calls over ranks too.
         """
         clip = self.token_layout.video(2)
@@ -439,7 +441,7 @@ class AutoregressiveReconstructionModule(nn.Module):
         Args:
             hidden_states: `[B, L, hidden_size]` of the language model.
             video_frames: `[B, T, 3, H, W]`, as the vision tower takes them.
-            position_map: `[B, num_tokens]` int64, where in the sequence each token of the video is. Needed unless the
+            position_map: `[B, num_tokens]` int64, positions of the video's tokens in the sequence. Needed unless the
                 sequence is exactly the video.
             timestamps: `[B, T]` seconds, or integers of nanoseconds; one second apart if None.
             frame_types: `[B, T]` slow (0) or fast (1), where the video processor chose them.

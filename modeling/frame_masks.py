@@ -1,7 +1,7 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Attention between frames: who may see whom, as a dense token mask, as a list of frames, or as a picture.
+"""Frame-level attention masks, as a dense token mask, as a list of frames, or as a picture.
 
-Shape letters: T frames, L tokens of all frames together, K the largest number of frames that any frame sees.
+Shape letters: T frames, L tokens of all frames together, K the largest number of frames that a frame attends to.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from ..configuration.frame_token_layout import FrameType
 class FrameLevelMaskGenerator:
     """Attention masks between frames. `True` means "may attend"; rows are queries, columns are keys.
 
-    Every mask is made in one way: first which frame may see which frame (`frame_visibility`), then either as a dense token
-    mask (`expand`, what the `create_*` methods return) or as a list of visible frames (`visible_frames`, what the head
-    uses, at a cost linear in the number of frames).
+    `is_visible` defines the rule and `frame_visibility` applies it to all pairs of frames. `expand` makes a dense token mask of
+    it, the result of the `create_*` methods. `visible_frames` makes lists of frames of it, which the head uses at a cost
+    linear in the number of frames.
     """
 
     @staticmethod
@@ -27,17 +27,17 @@ class FrameLevelMaskGenerator:
         frame_types: Sequence[int] | None = None,
         causal: bool = True,
     ) -> torch.Tensor:
-        """`[T, T]` bool: frame t sees itself and earlier frames.
+        """Frame-level mask `[T, T]` bool: frame t attends to itself and to earlier frames.
 
         Args:
             num_frames: T.
-            window_size: only the last `window_size` frames, the own one included; all earlier ones if None.
-            frame_types: with slow (0) and fast (1) frames, slow ones stay visible outside of the window too: they are the
-                long memory of the clip.
-            causal: `False` lets every frame see every frame.
+            window_size: number of visible frames, the own one included; all earlier ones if None.
+            frame_types: with slow (0) and fast (1) frames, slow ones stay visible outside of the window too, as the long
+                memory of the clip.
+            causal: `False` lets each frame attend to all frames.
 
         Raises:
-            ValueError: if there is no frame, the window is empty or the types do not fit the frames.
+            ValueError: if `num_frames` or the window is below 1, or the types do not fit the frames.
         """
         if num_frames < 1:
             raise ValueError(f"num_frames must be at least 1, got {num_frames}")
@@ -48,25 +48,25 @@ class FrameLevelMaskGenerator:
         if not causal:
             return torch.ones(num_frames, num_frames, dtype=torch.bool)
         frame = torch.arange(num_frames)
-        return FrameLevelMaskGenerator.may_see(frame[:, None], frame[None, :], window_size, frame_types)
+        return FrameLevelMaskGenerator.is_visible(frame[:, None], frame[None, :], window_size, frame_types)
 
     @staticmethod
-    def may_see(
-        frame: torch.Tensor | int,
-        others: torch.Tensor,
+    def is_visible(
+        query: torch.Tensor | int,
+        keys: torch.Tensor,
         window_size: int | None = None,
-        types_of_others: Sequence[int] | None = None,
+        key_types: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Whether a frame sees others, all by their numbers, under the rule of `frame_visibility`: bool, broadcast."""
-        distance = frame - others
+        """Causal visibility of key frames to a query frame, all by their indices: bool, broadcast. See `frame_visibility`."""
+        distance = query - keys
         near = torch.ones_like(distance, dtype=torch.bool) if window_size is None else distance < window_size
-        if types_of_others is not None:
-            near |= torch.tensor([int(kind) for kind in types_of_others]) == FrameType.SLOW
+        if key_types is not None:
+            near |= torch.tensor([int(frame_type) for frame_type in key_types]) == FrameType.SLOW
         return near & (distance >= 0)
 
     @staticmethod
     def expand(visibility: torch.Tensor, num_patches_per_frame: int | Sequence[int]) -> torch.Tensor:
-        """`[T, T]` between frames -> `[L, L]` between tokens; frames may have different numbers of tokens.
+        """Expands a mask `[T, T]` of frames to `[L, L]` of tokens; frames may have different numbers of tokens.
 
         Raises:
             ValueError: if the counts do not fit the frames.
@@ -84,27 +84,27 @@ class FrameLevelMaskGenerator:
 
     @staticmethod
     def visible_frames(visibility: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same visibility as lists: `[T, K]` int64 indices of visible frames in time order, `[T, K]` bool validity.
+        """Lists of visible frames: `[T, K]` int64 indices in time order, and `[T, K]` bool validity.
 
-        K is the largest number of frames that any frame sees. Invalid entries point at the frame itself.
+        Invalid entries point at the frame itself.
         """
         num_visible = int(visibility.sum(1).max())
         # A stable sort puts visible frames first and keeps them in time order.
         order = (~visibility).to(torch.int8).argsort(dim=1, stable=True)[:, :num_visible]
         valid = visibility.gather(1, order)
-        own = torch.arange(visibility.shape[0], device=visibility.device)[:, None]
-        return torch.where(valid, order, own), valid
+        query = torch.arange(visibility.shape[0], device=visibility.device)[:, None]
+        return torch.where(valid, order, query), valid
 
     @classmethod
     def create_causal_frame_mask(cls, num_frames: int, num_patches_per_frame: int | Sequence[int]) -> torch.Tensor:
-        """`[L, L]` bool: a patch sees all patches of its own and of all earlier frames."""
+        """`[L, L]` bool: a patch attends to all patches of its own and of all earlier frames."""
         return cls.expand(cls.frame_visibility(num_frames), num_patches_per_frame)
 
     @classmethod
     def create_sliding_window_mask(
         cls, num_frames: int, num_patches_per_frame: int | Sequence[int], window_size: int
     ) -> torch.Tensor:
-        """`[L, L]` bool: a patch sees its own frame and the `window_size - 1` frames before it."""
+        """`[L, L]` bool: a patch attends to its own frame and the `window_size - 1` frames before it."""
         return cls.expand(cls.frame_visibility(num_frames, window_size), num_patches_per_frame)
 
     @classmethod

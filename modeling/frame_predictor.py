@@ -1,11 +1,11 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""The parts of the predictor: a transformer whose patches attend over the frames that they may see.
+"""Parts of the predictor: a transformer with frame-level attention.
 
 Shape letters: F frames of all clips together, P patches of a frame, E predictor width, K frames visible to a frame.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,13 +20,13 @@ from .frame_masks import FrameLevelMaskGenerator
 
 
 def sinusoids(values: torch.Tensor, wavelengths: torch.Tensor) -> torch.Tensor:
-    """`[...]` -> `[..., 2 * len(wavelengths)]`."""
+    """Sines and cosines of `[...]` at each wavelength: `[..., 2 * len(wavelengths)]`."""
     angles = values[..., None] * (2 * math.pi / wavelengths)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def resample_states(states: torch.Tensor, grid: tuple[int, int], target: tuple[int, int]) -> torch.Tensor:
-    """`[M, h * w, E]` on one grid -> `[M, h' * w', E]` on another."""
+    """Resamples `[M, h * w, E]` on one grid to `[M, h' * w', E]` on another."""
     if grid == target:
         return states
     states = states.transpose(1, 2).unflatten(2, grid)
@@ -34,17 +34,17 @@ def resample_states(states: torch.Tensor, grid: tuple[int, int], target: tuple[i
 
 
 def stack_padded(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`[P_i, E]` tensors -> `[F, P, E]`, shorter ones padded with zeros at the end.
+    """Stacks `[P_i, E]` tensors to `[F, P, E]`, shorter ones padded with zeros at the end.
 
-    `pad_sequence` would do, but writes row by row into one tensor: its backward pass copies the gradient of the whole as
-    often as there are rows, at a cost quadratic in the number of frames.
+    `pad_sequence` writes row by row into one tensor: its backward pass copies the whole gradient once for each row, at a cost
+    quadratic in the number of frames.
     """
     longest = max(map(len, rows))
     return torch.stack([nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
 
 
 def in_order(groups: Sequence[torch.Tensor], order: torch.Tensor) -> torch.Tensor:
-    """`[M_i, P_i, ...]` or `[M_i]` tensors of groups of frames -> one of all frames, padded with zeros, taken in `order`."""
+    """Concatenates `[M_i, P_i, ...]` or `[M_i]` tensors of groups of frames, padded with zeros, in the given order."""
     if len(groups) == 1:
         return groups[0]
     if groups[0].ndim > 1:
@@ -54,7 +54,7 @@ def in_order(groups: Sequence[torch.Tensor], order: torch.Tensor) -> torch.Tenso
 
 
 class ZeroInitializedLinear(nn.Linear):
-    """A linear layer that starts at zero; the model's weight initialisation knows it by its class."""
+    """A linear layer that starts at zero; the weight initialisation of the model selects it by its class."""
 
     def reset_parameters(self) -> None:
         init.zeros_(self.weight)
@@ -85,9 +85,9 @@ class FrameAttention(nn.Module):
 class FramePredictorBlock(GradientCheckpointingLayer):
     """Pre-norm transformer block.
 
-    `forward` takes the states of all frames `x` `[F, P, E]`, for each frame the frames that it may see `visible` `[F, K]`
-    (its own among them; shorter lists are filled up) and `key_mask` `[F, 1, 1, K * P]`, True where such a patch counts, or
-    None where all do. It returns the new states `[F, P, E]`.
+    `forward` takes the states of all frames `x` `[F, P, E]`, the frames visible to each `visible` `[F, K]` (its own among
+    them; shorter lists are filled up) and `key_mask` `[F, 1, 1, K * P]`, True at patches to attend to, or None for all. It
+    returns the new states `[F, P, E]`.
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:
@@ -114,27 +114,27 @@ class FrameGroup:
 
 @dataclass(frozen=True, eq=False)
 class PredictionPlan:
-    """Which frame of a batch is predicted from which, as index arrays: all that the predictor needs but features and times.
+    """Index arrays that assign predicted frames to source frames, for a batch of clips.
 
-    Shape letters as in the module, of all clips together; P the most patches of a frame that is read, P' of one that is
-    predicted; M predicted frames; N clips of two frames or more, with R predicted frames at most.
+    Shape letters as in the module, of all clips together; P the most patches of a source frame, P' of a predicted one; M
+    predicted frames; N clips of two frames or more, with R predicted frames at most.
 
     Attributes:
         num_frames: F.
         num_patches: P.
-        is_ragged: frames that are read differ in their number of patches.
+        is_ragged: source frames differ in their number of patches.
         is_masked: not every patch of `visible` may be attended to.
-        has_lone_frames: a clip has one frame alone.
-        groups: the M frames by grids; one alone where all are alike.
+        has_lone_frames: a clip has one frame.
+        groups: the M frames by grids.
         num_predicted: of each clip with two frames or more.
-        videos: for each of the M frames its clip, and how it is pooled.
-        times: `[F]` first frame of each frame's clip, `[F]` and `[F]` the frames between which its gap lies, `[F]` bool
-            whether it is alone.
-        attention: `[F, K]` visible frames, `[F, 1, 1, K * P]` bool which of their patches count, `[patches]` the slot of
-            each patch in `[F * P]`.
-        sources: for each group the frames that are predicted from.
-        frames: `[M]` where in the groups each frame is, `[M, P']` bool its patches, `[M]` its clip, `[M]` its number in it,
-            `[M, 2]` its grid, `[M]` its slot in `[N * R]`, `[N]` the clips, `[N]` how many frames of each are predicted.
+        videos: for each of the M frames its clip, and its type as a target.
+        times: `[F]` first frame of each frame's clip, `[F]` and `[F]` the frames at both ends of its gap, `[F]` bool, True for
+            the frame of a clip of one.
+        attention: `[F, K]` visible frames, `[F, 1, 1, K * P]` bool mask of their patches, `[patches]` the slot of each patch
+            in `[F * P]`.
+        sources: the source frames of each group.
+        frames: `[M]` index of each frame in the groups, `[M, P']` bool its patches, `[M]` its clip, `[M]` its number in it,
+            `[M, 2]` its grid, `[M]` its slot in `[N * R]`, `[N]` the clips, `[N]` number of predicted frames of each.
     """
 
     num_frames: int
@@ -161,22 +161,22 @@ def plan_predictions(
     uses_types: bool,
     is_causal: bool,
 ) -> PredictionPlan:
-    """The plan of a batch of clips; a step with the same clips takes the one that it took before.
+    """Plans the predictions of a batch of clips; the plan is cached.
 
     Args:
         read_grids: `(h, w)` of each frame as the language model reads it.
         num_frames: of each clip.
         frame_types: of each clip slow (0) or fast (1) for each frame, or None.
-        layout: of the frames that are predicted.
+        layout: of the predicted frames.
         window_size, uses_types, is_causal: `num_hist`, `use_fast_slow_frames`, `use_frame_causal_mask` of the head.
     """
     first = np.cumsum((0, *num_frames))[:-1]
     number = np.concatenate([np.arange(length) for length in num_frames])  # of each frame in its clip
     first_of_frame, clip_of_frame = np.repeat(first, num_frames), np.repeat(np.arange(len(num_frames)), num_frames)
     length_of_frame = np.repeat(num_frames, num_frames)
-    everyone = np.arange(len(number))
+    frames = np.arange(len(number))
     # The frame after the last has no time; its gap is taken to be the last one.
-    gap_from = np.where((number == length_of_frame - 1) & (number > 0), everyone - 1, everyone)
+    gap_from = np.where((number == length_of_frame - 1) & (number > 0), frames - 1, frames)
     gap_to = np.minimum(gap_from + 1, first_of_frame + length_of_frame - 1)
 
     counts = np.array([height * width for height, width in read_grids])
@@ -185,18 +185,21 @@ def plan_predictions(
     visible, valid = _visible_frames(num_frames, frame_types if uses_types else None, window_size, is_causal)
     key_mask = valid[:, :, None] & exists[visible]  # [F, K, P]
 
-    kinds = [
-        kind for length, own in zip(num_frames, frame_types, strict=True) for kind in layout.frame_types(length, own)
+    target_types = [
+        target_type
+        for length, types in zip(num_frames, frame_types, strict=True)
+        for target_type in layout.frame_types(length, types)
     ]
-    predicted = everyone[number > 0]
-    members: dict[tuple[tuple[int, int], FrameType], list[int]] = {}
-    for place, frame in enumerate(predicted):
-        members.setdefault((read_grids[frame - 1], kinds[frame]), []).append(place)
+    predicted = frames[number > 0]
+    indices: dict[tuple[tuple[int, int], FrameType], list[int]] = {}  # of each group
+    for index, frame in enumerate(predicted):
+        indices.setdefault((read_grids[frame - 1], target_types[frame]), []).append(index)
     groups = tuple(
-        FrameGroup(kind, source, layout.frame_grid(kind), len(places)) for (source, kind), places in members.items()
+        FrameGroup(target_type, source, layout.frame_grid(target_type), len(group))
+        for (source, target_type), group in indices.items()
     )
-    in_groups = np.argsort(np.concatenate([*members.values(), np.empty(0)]), kind="stable")
-    grids = tuple(layout.frame_grid(kinds[frame]) for frame in predicted)
+    in_groups = np.argsort(np.concatenate([*indices.values(), np.empty(0)]), kind="stable")
+    grids = tuple(layout.frame_grid(target_types[frame]) for frame in predicted)
     target_counts = np.array([height * width for height, width in grids], dtype=np.int64)
     clip, num_predicted = clip_of_frame[predicted], tuple(length - 1 for length in num_frames if length > 1)
     row = np.repeat(np.arange(len(num_predicted)), num_predicted)
@@ -208,10 +211,10 @@ def plan_predictions(
         has_lone_frames=1 in num_frames,
         groups=groups,
         num_predicted=num_predicted,
-        videos=tuple(zip(clip.tolist(), (kinds[frame] for frame in predicted), strict=True)),
+        videos=tuple(zip(clip.tolist(), (target_types[frame] for frame in predicted), strict=True)),
         times=DeviceTensors((first_of_frame, gap_from, gap_to, length_of_frame == 1)),
         attention=DeviceTensors((visible, key_mask.reshape(len(number), 1, 1, -1), np.flatnonzero(exists))),
-        sources=DeviceTensors(tuple(predicted[places] - 1 for places in members.values())),
+        sources=DeviceTensors(tuple(predicted[group] - 1 for group in indices.values())),
         frames=DeviceTensors(
             (
                 in_groups,
@@ -230,7 +233,7 @@ def plan_predictions(
 def _visible_frames(
     num_frames: Sequence[int], frame_types: Sequence[Sequence[int] | None] | None, window_size: int, is_causal: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Visible frames over the whole batch: `[F, K]` indices and validity; no frame sees another clip."""
+    """Visible frames over the whole batch: `[F, K]` indices and validity; frames attend to their own clip alone."""
     frame_types = [None] * len(num_frames) if frame_types is None else frame_types
     with torch.inference_mode(False), torch.device("cpu"):
         per_clip = [
@@ -251,8 +254,8 @@ def _visible_frames(
 
 
 class PredictorMemory:
-    """Runs the blocks frame by frame. What is kept is what a later frame may see, and not more: of each block its inputs at
-    the last `window_size - 1` frames, and at all slow ones where these stay visible. Blocks of any kind will do.
+    """Runs the blocks frame by frame. Keeps the inputs that a later frame attends to: those of each block at the last
+    `window_size - 1` frames, and at all slow ones where these stay visible. Blocks may be of any class.
     """
 
     def __init__(self, num_layers: int, window_size: int) -> None:
@@ -263,7 +266,7 @@ class PredictorMemory:
         self._inputs: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]  # by block and frame `[P, E]`
 
     def run(self, blocks: Sequence[nn.Module], x: torch.Tensor, frame_type: int | None) -> torch.Tensor:
-        """The next frame's `[P, E]` through all blocks; `frame_type` slow (0) or fast (1) if slow frames stay visible."""
+        """Runs the next frame `[P, E]` through all blocks; `frame_type` slow (0) or fast (1) if slow frames stay visible."""
         self._frames.append(self.num_frames)
         if frame_type is not None:
             self._types = [*(self._types or []), frame_type]
@@ -272,19 +275,26 @@ class PredictorMemory:
             x = self._run_block(block, inputs)
         self.num_frames += 1
         frames = torch.tensor(self._frames)
-        kept = FrameLevelMaskGenerator.may_see(self.num_frames, frames, self.window_size, self._types).tolist()
+        self._drop(FrameLevelMaskGenerator.is_visible(self.num_frames, frames, self.window_size, self._types).tolist())
+        return x
+
+    def keep_only(self, frames: Container[int]) -> None:
+        """Drops the slow frames that are outside of the window and not among `frames`."""
+        oldest = self.num_frames - self.window_size + 1
+        self._drop([frame >= oldest or frame in frames for frame in self._frames])
+
+    def _drop(self, kept: Sequence[bool]) -> None:
         if not all(kept):
             lists = (self._frames, *self._inputs, *([] if self._types is None else [self._types]))
             for values in lists:
                 values[:] = [value for value, keeps in zip(values, kept, strict=True) if keeps]
-        return x
 
     @staticmethod
     def _run_block(block: nn.Module, frames: list[torch.Tensor]) -> torch.Tensor:
-        """The last of the frames, which sees them all. The others are run along, and what they become is not used."""
+        """Output for the last frame, which attends to all. The outputs for the others are discarded."""
         states = stack_padded(frames)
         counts = torch.tensor([len(frame) for frame in frames], device=states.device)
         exists = torch.arange(states.shape[1], device=states.device) < counts[:, None]  # [K, P]
-        everyone = torch.arange(len(frames), device=states.device).expand(len(frames), -1)
+        visible = torch.arange(len(frames), device=states.device).expand(len(frames), -1)
         key_mask = None if bool(exists.all()) else exists.flatten().expand(len(frames), 1, 1, -1)
-        return block(states, everyone, key_mask)[-1, : len(frames[-1])]
+        return block(states, visible, key_mask)[-1, : len(frames[-1])]

@@ -1,9 +1,9 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""Several frames ahead: what was predicted of a frame is fed back through the language model, and the next is predicted.
+"""Rollouts: each predicted frame is fed back through the language model, and the next one is predicted from it.
 
-The head predicts pooled and normalised features, the language model reads unpooled ones as the tower makes them. So what is
-fed back is the last frame with the predicted change added, in the scale of that frame: a head that predicts no change imagines
-the last frame again, exactly as the language model read it.
+The head predicts pooled and normalised features, the language model reads unpooled features of the tower. So the input that
+is fed back is the last frame plus the predicted change, in the scale of that frame: a head that predicts no change imagines the
+last frame again, exactly as the language model read it.
 
 Shape letters: K imagined frames, P patches of the vision tower, P' patches of a frame on the grid of its target, Dv vision
 features.
@@ -36,7 +36,7 @@ INPUTS = (
 
 @dataclass(repr=False)
 class ImaginedFrames(ShortRepr):
-    """Frames of one video that the model has not seen. All lists have K entries; features are normalised as targets are.
+    """Imagined frames of one video. All lists have K entries; features are normalised as targets are.
 
     All tensors are on the device of the features.
 
@@ -45,9 +45,9 @@ class ImaginedFrames(ShortRepr):
         seconds: `[K]` float32, their times since the first frame.
         grids: `(h, w)` of each frame, with `h * w = P'`.
         predictions: `[P', Dv]` float32 of each.
-        copies: `[P', Dv]` float32, the last frame that was seen, on the grid of each.
-        extrapolations: `[P', Dv]` float32, the last two frames that were seen, continued in a straight line to the time of
-            each; the copy where only one was seen.
+        copies: `[P', Dv]` float32, the last frame that was read, on the grid of each.
+        extrapolations: `[P', Dv]` float32, the last two frames that were read, continued in a straight line to the time of
+            each; the copy where only one was read.
         targets: `[P', Dv]` float32, the true frames; None unless they were held back.
         candidates: `[T, P', Dv]` float32, all frames of the video on the grid of each; None unless frames were held back.
     """
@@ -86,7 +86,7 @@ class ImaginedFrames(ShortRepr):
 
 @torch.no_grad()
 def imagine_videos(model: Any, num_frames: int, hold_back: bool, inputs: dict[str, Any]) -> list[ImaginedFrames]:
-    """What the model's `imagine` returns; see there."""
+    """Implements the model's `imagine`; see there."""
     if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1:
         raise ValueError(f"num_frames must be an integer of at least 1, got {num_frames!r}")
     head = model.autoregressive_module
@@ -97,7 +97,7 @@ def imagine_videos(model: Any, num_frames: int, hold_back: bool, inputs: dict[st
         )
     inputs = {name: value for name, value in inputs.items() if value is not None}
     ids, pixels = inputs.get("input_ids"), inputs.get("pixel_values_videos")
-    num_prompts, num_videos = (0 if some is None else len(some) for some in (ids, pixels))
+    num_prompts, num_videos = (0 if tensor is None else len(tensor) for tensor in (ids, pixels))
     if not num_prompts or num_videos != num_prompts or "pixel_values" in inputs:
         images = " with images" if "pixel_values" in inputs else ""
         raise ValueError(
@@ -111,12 +111,14 @@ def imagine_videos(model: Any, num_frames: int, hold_back: bool, inputs: dict[st
     times, types = inputs.get("video_timestamps"), inputs.get("video_frame_types")
     rollouts = []
     for video, length in enumerate(video_lengths(pixels, inputs.get("video_frame_mask"))):
-        least = num_frames + 1 if hold_back else 1
-        if length < least:
-            raise ValueError(f"video {video} has {length} frames; to imagine {num_frames} it needs at least {least}")
-        own_types = None if types is None else types[video, :length].tolist()
+        min_frames = num_frames + 1 if hold_back else 1
+        if length < min_frames:
+            raise ValueError(
+                f"video {video} has {length} frames; to imagine {num_frames} it needs at least {min_frames}"
+            )
+        video_types = None if types is None else types[video, :length].tolist()
         is_video = ids[video] == model.config.video_token_id
-        num_tokens = model.config.frame_token_layout.num_tokens(length, own_types)
+        num_tokens = model.config.frame_token_layout.num_tokens(length, video_types)
         if int(is_video.sum()) != num_tokens:
             raise ValueError(
                 f"prompt {video} holds {int(is_video.sum())} video placeholders, but its one video takes {num_tokens} tokens"
@@ -129,7 +131,7 @@ def imagine_videos(model: Any, num_frames: int, hold_back: bool, inputs: dict[st
                 prompt,
                 pixels[video, :length],
                 torch.arange(length).float() if times is None else times[video, :length],
-                own_types,
+                video_types,
                 num_frames,
                 hold_back,
             )
@@ -146,7 +148,7 @@ def _imagine(
     num_frames: int,
     hold_back: bool,
 ) -> ImaginedFrames:
-    """One video: its frames are read, then those that were imagined."""
+    """Reads the frames of one video, then the imagined ones."""
     times = as_times(times)
     num_seen = len(times) - (num_frames if hold_back else 0)
     seen_times, times = times[:num_seen], times[num_seen:] if hold_back else _times_after(times, num_frames)
@@ -159,33 +161,35 @@ def _imagine(
     features, _ = stream.encode(pixel_values)
     seen = features[:num_seen]
     stream.read(seen, seen, seen_times, seen_types)
-    last, predictions = seen[-1:].float(), []  # in bfloat16, small changes would be lost on the way
+    last_frame, predictions = seen[-1:].float(), []  # in bfloat16, small changes would be rounded away
     for number, time in enumerate(times):
-        own_type = None if frame_types is None else frame_types[number]
-        predictions.append(stream.predict(time, own_type))
-        last = last + _change(head, last, predictions[-1])
-        stream.read(last.to(seen.dtype), last, time[None], None if own_type is None else [own_type])
+        frame_type = None if frame_types is None else frame_types[number]
+        predictions.append(stream.predict(time, frame_type))
+        last_frame = last_frame + _change(head, last_frame, predictions[-1])
+        stream.read(last_frame.to(seen.dtype), last_frame, time[None], None if frame_type is None else [frame_type])
 
-    kinds = [one.frame_type for one in predictions]
-    on_grid = {kind: head.targets(features, kind) for kind in set(kinds)}
+    on_grid = {
+        frame_type: head.targets(features, frame_type) for frame_type in {frame.frame_type for frame in predictions}
+    }
+    clips = [on_grid[frame.frame_type] for frame in predictions]  # [T, P', Dv] on the grid of each imagined frame
     index = range(num_seen, num_seen + num_frames)
     return ImaginedFrames(
         frame_index=torch.tensor(index, device=features.device),
-        seconds=torch.tensor([one.seconds for one in predictions], dtype=torch.float32, device=features.device),
-        grids=[one.grid for one in predictions],
-        predictions=[one.prediction for one in predictions],
-        copies=[on_grid[kind][num_seen - 1] for kind in kinds],
+        seconds=torch.tensor([frame.seconds for frame in predictions], dtype=torch.float32, device=features.device),
+        grids=[frame.grid for frame in predictions],
+        predictions=[frame.prediction for frame in predictions],
+        copies=[clip[num_seen - 1] for clip in clips],
         extrapolations=[
-            straight_line(on_grid[kind][:num_seen], seen_times.tolist(), time)
-            for kind, time in zip(kinds, times.tolist(), strict=True)
+            straight_line(clip[:num_seen], seen_times.tolist(), time)
+            for clip, time in zip(clips, times.tolist(), strict=True)
         ],
-        targets=[on_grid[kind][frame] for kind, frame in zip(kinds, index, strict=True)] if hold_back else None,
-        candidates=[on_grid[kind] for kind in kinds] if hold_back else None,
+        targets=[clip[frame] for clip, frame in zip(clips, index, strict=True)] if hold_back else None,
+        candidates=clips if hold_back else None,
     )
 
 
 def _times_after(times: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """As far apart as the last two; one second, as the head takes it, where there is one alone.
+    """Times of the next frames, as far apart as the last two; one second apart after a single frame.
 
     Raises:
         ValueError: if the last two do not increase.
@@ -201,7 +205,7 @@ def _times_after(times: torch.Tensor, num_frames: int) -> torch.Tensor:
 
 
 def _change(head: Any, features: torch.Tensor, prediction: FramePrediction) -> torch.Tensor:
-    """A predicted change in the scale of the frame `[1, P, Dv]` that it starts from, on all of its patches: `[P, Dv]`."""
+    """The predicted change of a frame `[1, P, Dv]`, in the scale of that frame and on all its patches: `[P, Dv]`."""
     layout = head.target_layout
     change = prediction.prediction - prediction.copy
     if head.config.target_norm:

@@ -1,5 +1,5 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""The two losses of a micro-batch, so that they add up over micro-batches and ranks, at no more memory than they need.
+"""The two losses of a micro-batch, which add up over micro-batches and ranks.
 
 Shape letters: B samples, S tokens, n supervised positions of the batch, N videos of the batch.
 """
@@ -19,12 +19,12 @@ LOGITS_AT_A_TIME = 2**26
 def summed_cross_entropy(lm_head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Projects `[n, hidden_size]` to the vocabulary and returns the sum of the losses of the targets `[n]`.
 
-    Long answers, of 150 thousand logits for each token, would be the largest tensor of a training step. Where Liger's fused
-    kernel (https://github.com/linkedin/Liger-Kernel) is installed and the device is a GPU, it makes them in pieces and
-    overwrites them with their gradients; elsewhere `LOGITS_AT_A_TIME` exist at a time and are made again in the backward pass.
+    The logits of long answers, 150 thousand for each token, would be the largest tensor of a training step. On a GPU with
+    Liger's fused kernel (https://github.com/linkedin/Liger-Kernel), they are computed in pieces and overwritten with their
+    gradients. Elsewhere `LOGITS_AT_A_TIME` exist at a time, and the backward pass computes them again.
     """
 
-    def of_chunk(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def chunk_loss(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = lm_head(hidden_states).float()
         return nn.functional.cross_entropy(logits, targets.to(logits.device), reduction="sum")
 
@@ -35,9 +35,9 @@ def summed_cross_entropy(lm_head: nn.Module, hidden_states: torch.Tensor, target
         if fused is not None:
             return fused(lm_head.weight, hidden_states, targets)
     if len(targets) <= num_positions or is_gathered:
-        return of_chunk(hidden_states, targets)
+        return chunk_loss(hidden_states, targets)
     chunks = zip(hidden_states.split(num_positions), targets.split(num_positions), strict=True)
-    return torch.stack([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+    return torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
 
 def _num_logits(lm_head: nn.Module) -> int:
@@ -49,7 +49,7 @@ def _num_logits(lm_head: nn.Module) -> int:
 
 @lru_cache
 def fused_cross_entropy(device_type: str) -> nn.Module | None:
-    """Liger's kernel, `(weight, hidden_states, targets) -> sum`, or None where it cannot run."""
+    """Liger's kernel, `(weight, hidden_states, targets) -> sum`, or None if it is not available."""
     if device_type != "cuda":
         return None
     try:
@@ -60,20 +60,20 @@ def fused_cross_entropy(device_type: str) -> nn.Module | None:
 
 
 def _is_plain_linear_on(module: nn.Module, device: torch.device) -> bool:
-    """Whether the module's weight may be used without calling it: no adapter, and nothing that moves its input."""
+    """True if the module's weight may be used without a call: it has no adapter, and no hook that moves its input."""
     return type(module) is nn.Linear and not hasattr(module, "_hf_hook") and module.weight.device == device
 
 
 def _is_gathered_at_each_call(module: nn.Module) -> bool:
-    """Whether the ranks exchange this module's weights whenever it runs, and so must run it equally often.
+    """True if the ranks exchange this module's weights at each call, and so must call it equally often.
 
-    ZeRO-3 does so for every module, FSDP2 for those that are sharded by themselves.
+    ZeRO-3 does so for every module, FSDP2 for modules that are sharded by themselves.
     """
     return isinstance(module, FSDPModule) or any(hasattr(weight, "ds_id") for weight in module.parameters())
 
 
 def zero_through(*tensors: torch.Tensor) -> torch.Tensor:
-    """A zero through which a zero gradient reaches tensors; finite, whatever they hold (`x.sum() * 0` is not)."""
+    """Computes a zero that passes a zero gradient to tensors; finite for any values (`x.sum() * 0` is not)."""
     return sum(tensor.flatten()[:0].sum() for tensor in tensors)
 
 
@@ -86,9 +86,9 @@ def shares_of_videos(
     Args:
         labels: `[B, S]`, on the CPU.
         packed_position_ids: `[B, S]` where several samples share a row, on the CPU.
-        first_token: `[N]`, where in the flattened batch each video begins.
+        first_token: `[N]`, position of the first token of each video in the flattened batch.
     """
-    # [B * S]: which sample a token belongs to. A row is one, unless several are packed in it.
+    # [B * S]: sample of each token. A row is one sample, unless several are packed in it.
     starts = np.zeros(labels.shape, dtype=bool)
     starts[:, 0] = True
     if packed_position_ids is not None:
@@ -107,7 +107,7 @@ def reduce_video_losses(
     num_items_in_batch: int | torch.Tensor | None,
     num_videos_in_batch: int | torch.Tensor | None,
 ) -> torch.Tensor:
-    """The unweighted reconstruction loss of a micro-batch.
+    """Reduces the losses of videos to the unweighted reconstruction loss of a micro-batch.
 
     Args:
         losses: `[N]`, of each video with two frames or more.

@@ -1,12 +1,11 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
 """LLaVA-OneVision with LLaVA-NeXT's video token layouts and a head that predicts the next frame.
 
-Images, any-resolution tiles, caching, generation and the attention back ends are those of transformers' LlavaOnevision;
-here is only what is new: videos of different length in one batch, every layout of `FrameTokenLayout`, the reconstruction
-head and its loss, and a loss over the supervised positions alone.
+Images, any-resolution tiles, caching, generation and the attention back ends are those of transformers' LlavaOnevision.
+New are videos of different length in one batch, every layout of `FrameTokenLayout`, the reconstruction head and its loss, and
+a loss over the supervised positions alone.
 """
 
-import copy
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -33,23 +32,23 @@ from .frame_rollout import ImaginedFrames, imagine_videos
 from .frame_surprise import SURPRISE_FLOOR, SurpriseStream, VideoSurprise, surprise_of_videos
 from .loss_functions import reduce_video_losses, shares_of_videos, summed_cross_entropy, zero_through
 from .reconstruction_metrics import NextFramePrediction, Reconstruction
+from .stream_cache import KeepRule
 from .video_language_model import (
     LlavaNextARModel,
     VideoFeatures,
     check_length,
     check_media,
     find_placeholders,
-    init_own_weights,
+    init_added_weights,
     to_host,
     with_frames_first,
+    without_heads,
 )
 from .vision_teacher import has_several_ranks
 
 logger = logging.get_logger(__name__)
 
 _CACHE_ARGUMENTS = ("past_key_values", "cache")  # the latter since transformers 5.24
-# Parts that are small beside the language model: the targets of the head are features of the tower.
-_NOT_QUANTIZED = ("lm_head", "autoregressive_module", "model.vision_tower")
 
 
 @dataclass
@@ -91,9 +90,11 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
 
     def __init__(self, config: LlavaNextARConfig) -> None:
         super(LlavaOnevisionForConditionalGeneration, self).__init__(config)
-        saved_as, own = config.auto_map["AutoModelForImageTextToText"], class_reference(type(self))
-        if saved_as not in (AUTO_MAP["AutoModelForImageTextToText"], own):
-            logger.warning(f"the checkpoint is one of {saved_as}, but is loaded as {own}: its head may be another")
+        saved_as, loaded_as = config.auto_map["AutoModelForImageTextToText"], class_reference(type(self))
+        if saved_as not in (AUTO_MAP["AutoModelForImageTextToText"], loaded_as):
+            logger.warning(
+                f"the checkpoint is one of {saved_as}, but is loaded as {loaded_as}: its head may be another"
+            )
         self.model_tags = list(MODEL_TAGS)
         self.model = LlavaNextARModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -112,13 +113,13 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
                 teacher = type(self.model.vision_tower)._from_config(config.vision_config)
                 self.autoregressive_module.teacher = teacher.requires_grad_(False).eval()
         self.post_init()
-        # accelerate wraps these one by one under FSDP and fails on a name that the model has not (Siglip's text parts).
+        # accelerate wraps these one by one under FSDP, and fails on names of absent classes (Siglip's text parts).
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        init_own_weights(module)
+        init_added_weights(module)
 
     @classmethod
     def from_pretrained(
@@ -128,11 +129,10 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         `modules_to_not_convert`) leaves out the heads and the vision tower, which is the head's teacher.
 
         Raises:
-            ValueError: if the configuration promises a separate teacher that the checkpoint does not hold: it would be a
-                random one.
+            ValueError: if the checkpoint lacks the separate teacher of its configuration, which would then be random.
         """
         if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = _without_heads(kwargs["quantization_config"])
+            kwargs["quantization_config"] = without_heads(kwargs["quantization_config"])
         model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model.freeze_unused_parts()  # transformers makes every parameter trainable
         missing = [key for key in loading_info["missing_keys"] if key.startswith("autoregressive_module.teacher.")]
@@ -145,13 +145,13 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
 
     @classmethod
     def _from_config(cls, config: LlavaNextARConfig, **kwargs: Any) -> Any:
-        """As in transformers; for vLLM, which has heads of its own and takes what `AutoModel` makes, the base model."""
+        """As in transformers; the base model for vLLM, which has heads of its own and builds models by `AutoModel`."""
         base = config.text_config._attn_implementation in ("vllm", "vllm_mla")
         return LlavaNextARModel._from_config(config, **kwargs) if base else super()._from_config(config, **kwargs)
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. With a cache of the beginning of the prompts, images and videos are those of the whole prompts
-        or of the rest; what is cached is not encoded again.
+        or of the rest; cached ones are not encoded again.
 
         Raises:
             ValueError: if placeholders have no image or video, or the cache leaves no token of the prompts to read.
@@ -187,19 +187,19 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
     def save_pretrained(
         self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs: Any
     ) -> None:
-        """As in transformers, but under the names that the model's own `state_dict` has; see `check` for what is refused.
+        """As in transformers, but under the names of the model's own `state_dict`.
 
-        transformers would write the legacy names of LLaVA-OneVision, which `Trainer` does not translate when it resumes:
-        it would go on with nearly all weights of the checkpoint left out, and one warning.
+        transformers would write the legacy names of LLaVA-OneVision. `Trainer` does not translate them when it resumes, and
+        would skip nearly all weights of the checkpoint with one warning.
 
         Raises:
-            ValueError: if a configuration has become invalid, or the class has no file that could travel along; nothing is
-                written then.
+            ValueError: if a configuration has become invalid (see `check`), or the class has no file that could travel along;
+                nothing is written then.
         """
         super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
     def freeze_unused_parts(self) -> None:
-        """Freezes the parts of the vision tower that no feature passes through, and the teacher.
+        """Freezes the unused parts of the vision tower, and the teacher.
 
         The constructor and `from_pretrained` do so; call it again after making parameters trainable.
         """
@@ -211,8 +211,8 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
     def create_teacher(self) -> None:
         """Keeps a frozen copy of the vision tower as the head's teacher if the tower trains; otherwise does nothing.
 
-        `AutoregressiveTrainer` calls it. In a loop of your own call it after choosing what trains and before wrapping the
-        model (DDP, FSDP); else the first training step does.
+        `AutoregressiveTrainer` calls it. In a custom loop call it after choosing the trainable parameters and before wrapping
+        the model (DDP, FSDP); else the first training step calls it.
 
         Raises:
             RuntimeError: if the tower's weights are sharded already.
@@ -286,13 +286,12 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             pixel_values_videos, video_frame_mask, video_frame_types, video_timestamps, video_layout, video_pixel_norm: the
                 videos, as `LlavaNextARVideoProcessor` and `LlavaNextARProcessor` give them (see `get_video_features`);
                 `video_timestamps` `[N, T]` in seconds or integers of nanoseconds, one second apart if None.
-            labels: `[B, S]`, -100 where there is no target.
+            labels: `[B, S]`, -100 at positions without a target.
             position_ids: `[B, S]`; in a packed batch (`LlavaVideoCollator(packing=True)`) they restart at every sample, and
-                there is no `attention_mask`.
-            skip_logits: with labels, project to the vocabulary only where there is a label, a chunk of positions at a time;
-                `logits` is then None.
+                `attention_mask` is None.
+            skip_logits: with labels, project only supervised positions to the vocabulary, in chunks; `logits` is then None.
             skip_reconstruction: do not run the head; `loss` is then `main_loss` alone.
-            return_reconstruction: run the head without labels too and return what it predicts, also of videos that are given
+            return_reconstruction: run the head without labels too and return its predictions, also of videos that are given
                 as `VideoFeatures` in `mm_encoder_outputs`.
             num_items_in_batch: labels in the whole optimizer step (all micro-batches, all ranks), as `Trainer` passes it;
                 `main_loss` is then a sum divided by it.
@@ -316,10 +315,10 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         cache = next((kwargs[name] for name in _CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
         has_cache = cache is not None
         has_pixels = pixel_values is not None or pixel_values_videos is not None
-        # `generate` encodes before it calls: what the head predicts can be asked for there, too.
+        # `generate` encodes videos before it calls the model, and may ask for predictions, too.
         predicts_encoded = return_reconstruction and isinstance(encoded.get("video"), VideoFeatures)
         may_be_packed = position_ids is not None and attention_mask is None and not has_cache
-        # One transfer for all that the host must know of the batch, before anything is computed: no later step waits.
+        # One transfer to the host before anything is computed, so that no later step waits.
         host_ids, host_labels, host_positions, *host = to_host(
             input_ids if has_pixels or predicts_encoded or not (has_cache or torch.compiler.is_compiling()) else None,
             labels if shift_labels is None else shift_labels,
@@ -350,15 +349,15 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             check_media(self.model, found, {"pixel_values": pixel_values, "inputs_embeds": inputs_embeds, **encoded})
         if labels is None:
             check_length(self.config, inputs_embeds if input_ids is None else input_ids, cache, position_ids)
-        wants_reconstruction = (labels is not None or return_reconstruction) and not skip_reconstruction
+        runs_head = (labels is not None or return_reconstruction) and not skip_reconstruction
         trains = labels is not None and self.training
         zero = None
         if trains or (labels is not None and has_several_ranks()):
             has_images = pixel_values is not None or encoded.get("image") is not None
             zero = self._touch_vision(has_videos=encoded.get("video") is not None, has_images=has_images)
-        if trains and wants_reconstruction:
+        if trains and runs_head:
             self.create_teacher()
-        if pixel_values is not None and encoded.get("image") is None:  # ZeRO-3 wants one order of modules on all ranks
+        if pixel_values is not None and encoded.get("image") is None:  # ZeRO-3 needs one order of modules on all ranks
             encoded["image"] = self.model.get_image_features(
                 pixel_values,
                 image_sizes,
@@ -389,7 +388,7 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
 
         reconstruction = autoregressive_loss = None
         has_frames = pixel_values_videos is not None or predicts_encoded
-        if wants_reconstruction and self.autoregressive_module is not None and has_frames:
+        if runs_head and self.autoregressive_module is not None and has_frames:
             positions = found.get("video")
             if positions is None:  # without ids, the placeholders are the positions that were given as their embedding
                 _, mask = self.model.get_placeholder_mask(None, inputs_embeds)
@@ -407,7 +406,7 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             loss = main_loss + self.config.autoregressive_config.loss_weight * autoregressive_loss
         if zero is not None:
             if autoregressive_loss is None:
-                zero = zero + self._touch_head(hidden_states, wants_reconstruction)
+                zero = zero + self._touch_head(hidden_states, runs_head)
             loss = loss + zero
 
         return LlavaNextAROutput(
@@ -420,11 +419,11 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         )
 
     def _touch_vision(self, has_videos: bool, has_images: bool) -> torch.Tensor:
-        """A zero that came through the vision parts that a batch leaves out.
+        """Computes a zero from the vision parts that a batch does not use.
 
-        The ranks of distributed training need not hold the same kinds of samples, but wait for each other's gradients
-        and, where modules are sharded, use them together: equally often and in the same order. So with several ranks the
-        tower runs once for videos and once for images, on one blank frame where there is none, before the language model.
+        The ranks of distributed training may hold different media, but wait for each other's gradients. Sharded modules must
+        be called equally often and in the same order. So with several ranks the tower runs once for videos and once for
+        images, on one blank frame if the batch has none, before the language model.
         """
         several_ranks = has_several_ranks()
         misses = (not has_videos and (several_ranks or not has_images), not has_images and several_ranks)
@@ -440,10 +439,10 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
             zero = zero + zero_through(*filter(torch.is_tensor, (getattr(self.model, name) for name in names)))
         return zero
 
-    def _touch_head(self, hidden_states: torch.Tensor, wants_reconstruction: bool) -> torch.Tensor | float:
-        """The same for the head, after the language model."""
+    def _touch_head(self, hidden_states: torch.Tensor, runs_head: bool) -> torch.Tensor | float:
+        """Computes a zero from a head that a batch does not use, after the language model."""
         head = self.autoregressive_module
-        if head is None or not (wants_reconstruction or any(p.requires_grad for p in head.parameters())):
+        if head is None or not (runs_head or any(p.requires_grad for p in head.parameters())):
             return 0.0
         tower = self.model.vision_tower if has_several_ranks() else None
         return head.zero_touch(zero_through(hidden_states), tower, wrapper=head)
@@ -457,9 +456,9 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         num_items_in_batch: int | torch.Tensor | None,
         shift_labels: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Next-token cross-entropy, over the supervised positions only if no logits were made.
+        """Next-token cross-entropy; without logits, over the supervised positions alone.
 
-        `host_labels` are the labels, or `shift_labels` where they are given, on the CPU.
+        `host_labels` are the labels, or `shift_labels` if given, on the CPU.
         """
         shifted = nn.functional.pad(host_labels[:, 1:], (0, 1), value=-100) if shift_labels is None else host_labels
         supervised = np.flatnonzero(shifted.numpy().ravel() != -100)
@@ -490,7 +489,7 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         labels: torch.Tensor | None,
         packed_position_ids: torch.Tensor | None,
     ) -> tuple[Reconstruction | None, torch.Tensor | None]:
-        """The head on the videos of the batch, and with labels `[N]` the share of the labels that each loss counts by.
+        """Runs the head on the videos of the batch; with labels, returns the weight `[N]` of each loss, too.
 
         `positions` are those of the video tokens in the flattened batch; labels and position ids lie on the CPU.
         """
@@ -518,58 +517,63 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         """Predicts every frame of every video from the frames before it, and measures the predictions.
 
         Args:
-            inputs: what the processor returned for prompts with videos.
+            inputs: output of the processor for prompts with videos.
 
         Returns:
-            One `NextFramePrediction` for each video with two frames or more, in the order of the batch; its `video_index`
-            says which video that is.
+            One `NextFramePrediction` for each video with two frames or more, in the order of the batch; `video_index` is the
+            number of the video.
 
         Raises:
-            ValueError: if the head is off or there is no video with two frames.
+            ValueError: if the head is off or no video has two frames.
         """
         return self._predict_videos(inputs).per_video()
 
     @torch.no_grad()
     def surprise(self, *, floor: float = SURPRISE_FLOOR, **inputs: Any) -> list[VideoSurprise]:
-        """How surprising each frame of every video is, and each of its patches: see `frame_surprise`.
+        """Measures the surprise of every frame and patch of every video: see `frame_surprise`.
 
         Args:
             floor: a share of the features' variance that is added to the copy baseline's error.
-            inputs: what the processor returned for prompts with videos.
+            inputs: output of the processor for prompts with videos.
 
         Returns:
-            One `VideoSurprise` for each video with two frames or more, in the order of the batch; its `video_index` says
-            which video that is.
+            One `VideoSurprise` for each video with two frames or more, in the order of the batch; `video_index` is the
+            number of the video.
 
         Raises:
-            ValueError: if the head is off, there is no video with two frames, or the floor is not a positive number.
+            ValueError: if the head is off, no video has two frames, or the floor is not a positive number.
         """
         return surprise_of_videos(self._predict_videos(inputs), inputs.get("video_timestamps"), floor)
 
     def surprise_stream(
-        self, prompt_ids: torch.Tensor | None = None, *, floor: float = SURPRISE_FLOOR
+        self,
+        prompt_ids: torch.Tensor | None = None,
+        *,
+        floor: float = SURPRISE_FLOOR,
+        max_tokens: int | None = None,
+        keep: KeepRule = "recent",
+        **cache_options: int,
     ) -> SurpriseStream:
-        """The same for a video that is still going on, frame by frame: see `SurpriseStream`."""
-        return SurpriseStream(self, prompt_ids, floor=floor)
+        """Surprise frame by frame, of a video without end: see `SurpriseStream` for the arguments."""
+        return SurpriseStream(self, prompt_ids, floor=floor, max_tokens=max_tokens, keep=keep, **cache_options)
 
     @torch.no_grad()
     def imagine(self, num_frames: int, *, hold_back: bool = False, **inputs: Any) -> list[ImaginedFrames]:
-        """Predicts several frames ahead, each from what was predicted before it: see `frame_rollout`.
+        """Predicts several frames ahead, each from the predictions before it: see `frame_rollout`.
 
         Args:
-            num_frames: how many.
-            hold_back: the last `num_frames` frames of each video are kept from the model and predicted instead, at their own
-                times, so that predictions can be compared with them; without it, frames go on after the last one, as far
-                apart as the last two are.
-            inputs: what the processor returned for prompts of text and one video each.
+            num_frames: number of frames to predict.
+            hold_back: hide the last `num_frames` frames of each video from the model, and predict them at their own times for
+                comparison; without it, frames go on after the last one, as far apart as the last two are.
+            inputs: output of the processor for prompts of text and one video each.
 
         Returns:
             One `ImaginedFrames` for each video.
 
         Raises:
             ValueError: if the head is off, looks ahead or has a teacher other than the tower, a prompt holds anything else
-                than text and one video, an input is none that this takes, a video is too short, or it is to go on without
-                times that increase from its last frame but one to its last.
+                than text and one video, an input is unknown, a video is too short, or the times of its last two frames do not
+                increase.
         """
         return imagine_videos(self, num_frames, hold_back, inputs)
 
@@ -579,22 +583,11 @@ class LlavaNextARForConditionalGeneration(PushableModel, LlavaOnevisionForCondit
         if not self.config.autoregressive_config.use_frame_causal_mask:
             logger.warning_once(
                 "use_frame_causal_mask is off: the head sees the frames that it predicts, so that its predictions and their "
-                "surprise say nothing about what could be foreseen"
+                "surprise do not measure foresight"
             )
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         # The logits of one position are the least that can be asked for.
         outputs = self(**inputs, return_reconstruction=True, logits_to_keep=1, use_cache=False)
         if outputs.reconstruction is None:
-            raise ValueError("there is nothing to predict: this needs at least one video with two frames or more")
+            raise ValueError("there is nothing to predict: this takes at least one video with two frames or more")
         return outputs.reconstruction
-
-
-def _without_heads(quantization_config: Any) -> Any:
-    """The same configuration, with `_NOT_QUANTIZED` left out if it names nothing else to leave out."""
-    config = copy.deepcopy(quantization_config)
-    values = config if isinstance(config, dict) else vars(config)
-    by_bitsandbytes = "llm_int8_skip_modules" in values or values.keys() & {"load_in_8bit", "load_in_4bit"}
-    name = "llm_int8_skip_modules" if by_bitsandbytes else "modules_to_not_convert"
-    if values.get(name) is None:
-        values[name] = list(_NOT_QUANTIZED)
-    return config

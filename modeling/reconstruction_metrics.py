@@ -1,5 +1,5 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""What the head predicted, and how good it is: always beside the baseline of copying the last frame.
+"""Predictions of the head and their metrics, beside the baseline of copying the last frame.
 
 Shape letters: M predicted frames (all but the first of each clip), T frames of one clip, P patches, Dv features.
 """
@@ -13,12 +13,15 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+SURPRISE_FLOOR = 0.1
+
 
 class ShortRepr:
     """A dataclass whose repr shows shapes in the place of tensors, and lists as their length and distinct entries."""
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{one.name}={_short(getattr(self, one.name))}' for one in fields(self))})"
+        values = (f"{field.name}={_short(getattr(self, field.name))}" for field in fields(self))
+        return f"{type(self).__name__}({', '.join(values)})"
 
 
 def _short(value: Any) -> str:
@@ -33,7 +36,7 @@ def _short(value: Any) -> str:
 
 @dataclass(repr=False)
 class NextFramePrediction(ShortRepr):
-    """Next-frame predictions for one video. Entry i is about frame `frame_index[i]`, predicted from the frames before it.
+    """Next-frame predictions for one video. Entry i belongs to frame `frame_index[i]`.
 
     Attributes:
         frame_index: `[M]` int64.
@@ -41,8 +44,8 @@ class NextFramePrediction(ShortRepr):
         grids: `(h, w)` of each predicted frame.
         frame_metrics: name -> `[M]` float32: `mse`, `copy_mse`, `cosine`, `temporal_consistency`.
         metrics: their means over frames, and `skill = 1 - mse / copy_mse` (horizon 1): 0 is as good as copying the last
-            frame. NaN for a static clip: no feature changes, `copy_mse` is 0, and there is nothing to be better than.
-        video_index: which video of the batch this is.
+            frame. NaN for a static clip, in which `copy_mse` is 0.
+        video_index: number of the video in the batch.
     """
 
     frame_index: torch.Tensor
@@ -81,10 +84,10 @@ class Reconstruction(ModelOutput):
     Args:
         loss_per_video (`torch.FloatTensor` of shape `(num_videos,)`): unweighted loss of each clip with two frames or
             more: mean over patches, then over predicted frames.
-        video_index (`torch.LongTensor` of shape `(num_videos,)`): which clips of the batch these are.
+        video_index (`torch.LongTensor` of shape `(num_videos,)`): numbers of the clips in the batch.
         predictions, targets, copies (`torch.FloatTensor` of shape `(M, P, Dv)`): predicted and true features of each
             predicted frame, and the copy-last-frame baseline, all normalised as the targets are.
-        patch_mask (`torch.BoolTensor` of shape `(M, P)`): which patches exist.
+        patch_mask (`torch.BoolTensor` of shape `(M, P)`): True at patches that exist.
         frame_video, frame_index (`torch.LongTensor` of shape `(M,)`): the clip, and the frame in it, that is predicted.
         candidates (`tuple` of `torch.FloatTensor`): for each predicted frame, all frames of its clip on its grid
             `(T, P, Dv)`; views of few tensors.
@@ -112,17 +115,17 @@ class Reconstruction(ModelOutput):
         mask = self.patch_mask
         count = mask.sum(1)
         mse, copy_mse = (
-            ((other.float() - self.targets.float()).square().mean(-1) * mask).sum(1) / count
-            for other in (self.predictions, self.copies)
+            ((features.float() - self.targets.float()).square().mean(-1) * mask).sum(1) / count
+            for features in (self.predictions, self.copies)
         )
         cosine = nn.functional.cosine_similarity(self.predictions.float(), self.targets.float(), dim=-1)
         consistency = torch.zeros_like(mse)
         for m, (frame, frames) in enumerate(zip(self.frame_index.tolist(), self.candidates, strict=True)):
             prediction = self.predictions[m, : frames.shape[1]].float()
             distance = (frames.float() - prediction).square().flatten(1).sum(1)  # [T]
-            others = distance.clone()
-            others[frame] = math.inf
-            consistency[m] = distance[frame] < others.min()
+            distractors = distance.clone()
+            distractors[frame] = math.inf
+            consistency[m] = distance[frame] < distractors.min()
         return {
             "mse": mse,
             "copy_mse": copy_mse,
@@ -134,28 +137,28 @@ class Reconstruction(ModelOutput):
     def patch_errors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared error of the prediction and of the copy baseline, mean over features: two `[M, P]`, 0 at padding."""
         return tuple(
-            (other.float() - self.targets.float()).square().mean(-1) * self.patch_mask
-            for other in (self.predictions, self.copies)
+            (features.float() - self.targets.float()).square().mean(-1) * self.patch_mask
+            for features in (self.predictions, self.copies)
         )
 
     @torch.no_grad()
     def per_video(self) -> list[NextFramePrediction]:
-        """The same for each video of two frames or more (see its `video_index`), without padding and with the metrics."""
+        """Predictions of each video of two frames or more, without padding and with the metrics."""
         frame_metrics = self.frame_metrics()
         predictions = []
         for video in self.video_index.tolist():
-            members = (self.frame_video == video).nonzero().squeeze(1)
-            own_metrics = {name: values[members] for name, values in frame_metrics.items()}
-            sizes = self.patch_mask[members].sum(1).tolist()
+            frames = (self.frame_video == video).nonzero().squeeze(1)
+            video_metrics = {name: values[frames] for name, values in frame_metrics.items()}
+            sizes = self.patch_mask[frames].sum(1).tolist()
             predictions.append(
                 NextFramePrediction(
-                    frame_index=self.frame_index[members],
-                    predictions=_unpadded(self.predictions[members], sizes),
-                    targets=_unpadded(self.targets[members], sizes),
-                    copies=_unpadded(self.copies[members], sizes),
-                    grids=[(height, width) for height, width in self.grids[members].tolist()],
-                    frame_metrics=own_metrics,
-                    metrics=summarize_frame_metrics(own_metrics),
+                    frame_index=self.frame_index[frames],
+                    predictions=_unpadded(self.predictions[frames], sizes),
+                    targets=_unpadded(self.targets[frames], sizes),
+                    copies=_unpadded(self.copies[frames], sizes),
+                    grids=[(height, width) for height, width in self.grids[frames].tolist()],
+                    frame_metrics=video_metrics,
+                    metrics=summarize_frame_metrics(video_metrics),
                     video_index=video,
                 )
             )
@@ -165,15 +168,30 @@ class Reconstruction(ModelOutput):
 def summarize_frame_metrics(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
     """Means over frames, and `skill = 1 - mse / copy_mse` of the means.
 
-    `skill` is NaN where nothing in the clips changes (`copy_mse` 0): there is no baseline to improve on.
+    `skill` is NaN for clips without any change (`copy_mse` 0), which have no baseline to improve on.
     """
     means = {name: values.double().mean().item() for name, values in metrics.items()}
     means["skill"] = 1 - means["mse"] / means["copy_mse"] if means["copy_mse"] > 0 else math.nan
     return means
 
 
+def check_floor(floor: float) -> None:
+    """Raises ValueError unless a floor is a positive, finite number."""
+    if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not 0 < floor < math.inf:
+        raise ValueError(f"floor must be a positive share of the features' variance, got {floor!r}")
+
+
+def surprise_terms(
+    prediction: torch.Tensor, target: torch.Tensor, copy: torch.Tensor, floor: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Terms of the surprise of a frame (see `frame_surprise`), from `[P, Dv]` each: error `[P]` of the prediction, error `[P]`
+    of the copy, and the scalar `floor * variance`."""
+    error, copy_error = ((features.float() - target.float()).square().mean(-1) for features in (prediction, copy))
+    return error, copy_error, floor * target.float().var(-1, correction=0).mean()
+
+
 def straight_line(frames: torch.Tensor, times: Sequence[float], time: float) -> torch.Tensor:
-    """The baseline of constant motion: the last two of some frames, continued in a straight line to another time.
+    """Baseline of constant motion: the last two frames, continued in a straight line to another time.
 
     Args:
         frames: `[T, P, Dv]`.
@@ -181,12 +199,11 @@ def straight_line(frames: torch.Tensor, times: Sequence[float], time: float) -> 
         time: in the same unit.
 
     Returns:
-        `[P, Dv]`; the last frame where there is one alone, or where the last two have the same time.
+        `[P, Dv]`; the last frame if T is 1, or the last two have the same time.
     """
-    last = frames[-1]
     gap = times[-1] - times[-2] if len(frames) > 1 else 0
-    # Numbers of Python: differences of nanoseconds are exact, as no float32 would be.
-    return last + (last - frames[-2]) * ((time - times[-1]) / gap) if gap > 0 else last
+    # Numbers of Python, in which differences of nanoseconds are exact.
+    return frames[-1] + (frames[-1] - frames[-2]) * ((time - times[-1]) / gap) if gap > 0 else frames[-1]
 
 
 def _unpadded(values: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:

@@ -3,6 +3,7 @@
 different length in one batch. The heads are in `modeling_llava_next_ar`.
 """
 
+import copy
 import functools
 import math
 from collections.abc import Sequence
@@ -37,7 +38,10 @@ for _name, _origin in (
     register_checkpoint_conversion_mapping(_name, get_checkpoint_conversion_mapping(_origin), overwrite=True)
 
 
-# Inputs of `generate` for each kind of media, the pixels first.
+# Parts that are small beside the language model: the targets of the head are features of the tower.
+_NOT_QUANTIZED = ("lm_head", "autoregressive_module", "model.vision_tower")
+
+# Inputs of `generate` for each modality of media, the pixels first.
 MEDIA_INPUTS = {
     "image": ("pixel_values", "image_sizes", "batch_num_images"),
     "video": (
@@ -49,7 +53,7 @@ MEDIA_INPUTS = {
 
 @dataclass
 class VideoFeatures(BaseModelOutputWithPooling):
-    """Encoded videos of a batch, as the language model takes them.
+    """Encoded videos of a batch.
 
     Args:
         pooler_output (`list` of `torch.FloatTensor` of shape `(num_tokens, hidden_size)`): for each video its features in
@@ -74,10 +78,10 @@ class LlavaNextARModel(LlavaOnevisionModel):
 
     config: LlavaNextARConfig
     config_class = LlavaNextARConfig
-    # Of a checkpoint with heads. vLLM has an lm_head of its own, which must not be named here: it would be left out.
+    # Keys of a checkpoint with heads. vLLM has an lm_head of its own, which would be skipped if it were named here.
     _keys_to_ignore_on_load_unexpected = [r"^autoregressive_module\."]
-    # All other flags are OneVision's, and tests/test_generation.py shows each of them on videos. These two do not hold: a
-    # forward with pixels has graph breaks (one that decodes has none), and a part of the sequence has not all of a video.
+    # All other flags are those of OneVision, each tested on videos. These two are False: a forward with pixels has graph breaks
+    # (one that decodes has none), and a part of the sequence may hold a part of a video.
     _can_compile_fullgraph = False
     _supports_context_parallel = False
 
@@ -93,30 +97,29 @@ class LlavaNextARModel(LlavaOnevisionModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "LlavaNextARModel":
-        """As in transformers, which makes every parameter trainable; what no feature passes through is frozen again."""
+        """As in transformers, which makes every parameter trainable; unused parts are frozen again."""
         loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_unused_parts()
         return loaded
 
     def freeze_unused_parts(self) -> None:
-        """Freezes the parts of the vision tower that no vision feature passes through.
+        """Freezes the parts of the vision tower behind the layer that the projector reads.
 
-        Were they trainable, distributed training would wait for gradients that never come.
+        If they were trainable, distributed training would wait forever for their gradients.
         """
         unused = [getattr(self.vision_tower, name, None) for name in ("post_layernorm", "head")]
         layers = getattr(getattr(self.vision_tower, "encoder", None), "layers", ())
-        last = self.config.vision_feature_layer
-        last = max(
-            index % (len(layers) + 1) for index in ([last] if isinstance(last, int) else last)
-        )  # hidden state 0 is the input of the first layer
-        for module in (*unused, *layers[last:]):
+        read = self.config.vision_feature_layer
+        # Hidden state 0 is the input of the first layer.
+        num_used = max(index % (len(layers) + 1) for index in ([read] if isinstance(read, int) else read))
+        for module in (*unused, *layers[num_used:]):
             if isinstance(module, nn.Module):
                 module.requires_grad_(False)
 
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        init_own_weights(module)
+        init_added_weights(module)
 
     def pack_image_features(
         self,
@@ -159,15 +162,15 @@ class LlavaNextARModel(LlavaOnevisionModel):
             video_frame_mask: `[N, T]` bool, True at real frames; all are real if None. Padding costs no tower time.
             video_frame_types: `[N, T]` slow (0) or fast (1), where the video processor chose them.
             video_timestamps: `[N, T]` seconds, or integers of nanoseconds; kept for the head.
-            video_layout: `[N, 7]`, the layout that the processor wrote placeholders for.
+            video_layout: `[N, 7]`, the layout of the processor.
             video_pixel_norm: `[N, 2, 3]` int64, divisor and offset of each channel in billionths: pixels are `x / divisor -
                 offset`.
 
         Raises:
-            ValueError: if the processor's layout is another (naming the key), a video has no real frame, its padding is not
-                at the end, or pixels are integers without `video_pixel_norm`.
+            ValueError: if the processor's layout differs (naming the key), a video has no real frame, its padding is not at
+                the end, or pixels are integers without `video_pixel_norm`.
         """
-        # All that decides about shapes, in one transfer: after it, nothing waits for the device.
+        # All values that shapes depend on, in one transfer: no later step waits for the device.
         video_frame_mask, video_frame_types, video_layout = to_host(video_frame_mask, video_frame_types, video_layout)
         if video_layout is not None:
             check_layout(self.token_layout, video_layout)
@@ -213,38 +216,38 @@ class LlavaNextARModel(LlavaOnevisionModel):
     def drop_cached_media(
         self, input_ids: torch.LongTensor, num_cached: int, inputs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Inputs of `generate` without the images and videos whose placeholders are among the first `num_cached` positions of
-        `input_ids` `[B, S]`. Of a medium that is cached in part, the features of the rest remain, as `mm_encoder_outputs`.
+        """Removes cached images and videos from the inputs of `generate`: those with placeholders among the first `num_cached`
+        positions of `input_ids` `[B, S]`. Of a partly cached medium, the features of the rest remain in `mm_encoder_outputs`.
         With 0, the ids are those behind the cached part, and media without placeholders among them belong to that part.
 
         Raises:
-            ValueError: if there are placeholders behind the cached part, but no medium of their kind.
+            ValueError: if placeholders behind the cached part have no image or video.
         """
         inputs = {name: value for name, value in inputs.items() if value is not None}
         encoded = dict(inputs.pop("mm_encoder_outputs", {}))
-        for kind, names in MEDIA_INPUTS.items():
-            is_placeholder = input_ids == getattr(self.config, f"{kind}_token_id")
+        for modality, names in MEDIA_INPUTS.items():
+            is_placeholder = input_ids == getattr(self.config, f"{modality}_token_id")
             is_new = is_placeholder.nonzero()[:, 1] >= num_cached  # of each placeholder of the batch
             media = {name: inputs.pop(name) for name in names if name in inputs}
-            features = encoded.pop(kind, None)
+            features = encoded.pop(modality, None)
             if names[0] not in media and features is None:
-                check_media_given(kind, int(is_new.sum()))
-            if kind == "video" and features is None and is_new.any():
+                check_media_given(modality, int(is_new.sum()))
+            if modality == "video" and features is None and is_new.any():
                 media, is_new = self._with_new_videos(media, is_new)
-            if features is None and is_new.all():  # also where there is none: `forward` then raises
+            if features is None and is_new.all():  # also without placeholders: `forward` then raises
                 inputs |= media if len(is_new) or num_cached else {}
             elif is_new.any():
-                features = features or getattr(self, f"get_{kind}_features")(**media, return_dict=True)
+                features = features or getattr(self, f"get_{modality}_features")(**media, return_dict=True)
                 rows = torch.cat(list(features.pooler_output))
                 rows = rows[is_new.to(rows.device)] if len(rows) == len(is_new) else rows
-                encoded[kind] = BaseModelOutputWithPooling(pooler_output=[rows])
+                encoded[modality] = BaseModelOutputWithPooling(pooler_output=[rows])
         return {**inputs, "mm_encoder_outputs": encoded} if encoded else inputs
 
     def _with_new_videos(
         self, videos: dict[str, torch.Tensor], is_new: torch.Tensor
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Of the videos of a batch those with a placeholder that `is_new` `[L]`, and `is_new` of their placeholders; all,
-        where they are the videos of the new placeholders alone."""
+        """Selects the videos with new placeholders (`is_new` `[L]`), and returns them with `is_new` of their placeholders; all
+        videos if the placeholders do not cover them."""
         types = videos.get("video_frame_types")
         lengths = video_lengths(videos["pixel_values_videos"], videos.get("video_frame_mask"))
         num_tokens = [
@@ -288,8 +291,8 @@ class LlavaNextARModel(LlavaOnevisionModel):
     ) -> LlavaOnevisionModelOutputWithPast:
         """As `LlavaOnevisionModel.forward`, with the video inputs of `get_video_features`.
 
-        The cache is among `kwargs`: `past_key_values`, since transformers 5.24 `cache`. `placeholders`, where they are known
-        already: `image` and `video` with the int64 positions of their placeholders in the flattened `input_ids`.
+        The cache is among `kwargs`: `past_key_values`, since transformers 5.24 `cache`. `placeholders` holds for `image` and
+        `video` the int64 positions of their placeholders in the flattened `input_ids`, if they are known.
         """
         encoded = dict(mm_encoder_outputs or {})
         needs_graph, below_trains = self._needs_graph(inputs_embeds, encoded, kwargs)
@@ -328,7 +331,7 @@ class LlavaNextARModel(LlavaOnevisionModel):
             inputs_embeds, input_ids = self._embed(input_ids, encoded, placeholders), None
             encoded = {}
         elif encoded.get("video") is not None:
-            # OneVision's forward wants one tensor; videos of different length only concatenate.
+            # OneVision's forward takes one tensor; videos of different length only concatenate.
             features = torch.cat(list(encoded["video"].pooler_output))
             encoded["video"] = BaseModelOutputWithPooling(pooler_output=features[None])
         layers = getattr(self.language_model, "layers", ())
@@ -346,20 +349,20 @@ class LlavaNextARModel(LlavaOnevisionModel):
     def _needs_graph(
         self, inputs_embeds: torch.Tensor | None, encoded: dict[str, Any], kwargs: dict[str, Any]
     ) -> tuple[bool, bool]:
-        """Whether a gradient may be asked of the language model, and whether one of its input.
+        """Two flags: the language model needs a gradient, and its input needs one.
 
-        Below a head that trains alone it is not. But activation checkpointing makes the embeddings require one, so that
-        the frozen language model would run twice and be back-propagated for nothing.
+        With a head that trains alone, neither does. Activation checkpointing makes the embeddings require a gradient all the
+        same, and the frozen language model would run twice and be back-propagated for nothing.
         """
         if not self.training:
             return True, True
-        given = [inputs_embeds, *(features for one in encoded.values() if one for features in one.pooler_output)]
+        inputs = [inputs_embeds, *(rows for output in encoded.values() if output for rows in output.pooler_output)]
         has_cache = any(kwargs.get(name) is not None for name in ("past_key_values", "cache"))
-        below = (self.get_input_embeddings(), self.vision_tower, self.multi_modal_projector)
+        modules = (self.get_input_embeddings(), self.vision_tower, self.multi_modal_projector)
         below_trains = (
             has_cache
-            or trains(*below, self.image_newline, self.faster_token)
-            or any(tensor is not None and tensor.requires_grad for tensor in given)
+            or trains(*modules, self.image_newline, self.faster_token)
+            or any(tensor is not None and tensor.requires_grad for tensor in inputs)
         )
         return below_trains or trains(self.language_model), below_trains
 
@@ -386,7 +389,7 @@ class LlavaNextARModel(LlavaOnevisionModel):
 
 
 def to_host(*tensors: Any) -> list[Any]:
-    """Integer and bool tensors on the CPU: one transfer for all that lie on a device; other values stay as they are."""
+    """Copies integer and bool tensors to the CPU in one transfer; other values stay as they are."""
     away = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu"]
     if not away:
         return list(tensors)
@@ -405,10 +408,10 @@ def check_layout(layout: FrameTokenLayout, given: torch.Tensor) -> None:
 def normalise_pixels(
     frames: torch.Tensor, video_pixel_norm: torch.Tensor | None, num_frames: Sequence[int]
 ) -> torch.Tensor:
-    """uint8 frames `[F, 3, H, W]` of videos -> float32, as the video processor would have normalised them.
+    """Normalises uint8 frames `[F, 3, H, W]` of videos to float32, as the video processor does.
 
     Raises:
-        ValueError: if there is no `video_pixel_norm`.
+        ValueError: if `video_pixel_norm` is missing.
     """
     if video_pixel_norm is None:
         raise ValueError(
@@ -424,35 +427,37 @@ def normalise_pixels(
 def find_placeholders(config: LlavaNextARConfig, input_ids: torch.Tensor) -> dict[str, np.ndarray]:
     """Positions of images and videos in the flattened ids `[B, S]`, which are on the CPU."""
     flat = input_ids.numpy().ravel()
-    return {kind: np.flatnonzero(flat == getattr(config, f"{kind}_token_id")) for kind in MEDIA_INPUTS}
+    return {modality: np.flatnonzero(flat == getattr(config, f"{modality}_token_id")) for modality in MEDIA_INPUTS}
 
 
 def check_media(model: LlavaNextARModel, found: dict[str, np.ndarray], inputs: dict[str, Any]) -> None:
-    """Raises ValueError for placeholders of a kind that has neither pixels nor, under its own name, features.
+    """Raises ValueError for placeholders without pixels or features (in `inputs` under `image` and `video`).
 
     Args:
         model: the base model.
-        found: see `find_placeholders`; empty if there are no ids, but `inputs_embeds`.
+        found: see `find_placeholders`; empty with `inputs_embeds` in the place of ids.
         inputs: arguments of the call.
     """
     missing = [
-        kind for kind, names in MEDIA_INPUTS.items() if inputs.get(names[0]) is None and inputs.get(kind) is None
+        modality
+        for modality, names in MEDIA_INPUTS.items()
+        if inputs.get(names[0]) is None and inputs.get(modality) is None
     ]
     if not missing or torch.compiler.is_compiling():
         return
-    counts = {kind: len(positions) for kind, positions in found.items()}
+    counts = {modality: len(positions) for modality, positions in found.items()}
     if not found and inputs.get("inputs_embeds") is not None:
         masks = model.get_placeholder_mask(None, inputs["inputs_embeds"])
-        counts = {kind: int(mask[..., 0].sum()) for kind, mask in zip(MEDIA_INPUTS, masks, strict=True)}
-    for kind in missing:
-        check_media_given(kind, counts.get(kind, 0))
+        counts = {modality: int(mask[..., 0].sum()) for modality, mask in zip(MEDIA_INPUTS, masks, strict=True)}
+    for modality in missing:
+        check_media_given(modality, counts.get(modality, 0))
 
 
-def check_media_given(kind: str, num_placeholders: int) -> None:
-    """Raises ValueError for placeholders without images or videos: the answer would not be about them."""
+def check_media_given(modality: str, num_placeholders: int) -> None:
+    """Raises ValueError for placeholders without images or videos."""
     if num_placeholders:
         raise ValueError(
-            f"the prompts hold {num_placeholders} {kind} placeholders, but no {kind} was given. Pass on all that the "
+            f"the prompts hold {num_placeholders} {modality} placeholders, but no {modality} was given. Pass on all that the "
             "processor returns: inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, "
             'return_tensors="pt", ...), then model.generate(**inputs)'
         )
@@ -461,14 +466,14 @@ def check_media_given(kind: str, num_placeholders: int) -> None:
 def check_length(
     config: LlavaNextARConfig, prompts: torch.Tensor, cache: Any, position_ids: torch.LongTensor | None
 ) -> None:
-    """Warns of prompts `[B, S]` or `[B, S, hidden_size]` that leave the positions of the language model."""
+    """Warns of prompts `[B, S]` or `[B, S, hidden_size]` beyond the positions of the language model."""
     if prompts.shape[1] == 1 or torch.compiler.is_compiling():  # one token is decoded
         return
-    before = 0 if cache is None else int(cache.get_seq_length())
-    after = before + prompts.shape[1]
-    if after > getattr(config.text_config, "max_position_embeddings", math.inf):
-        after = after if position_ids is None else int(position_ids.max()) + 1  # without padding
-        warn_beyond_positions(config, before, after)
+    num_cached = 0 if cache is None else int(cache.get_seq_length())
+    length = num_cached + prompts.shape[1]
+    if length > getattr(config.text_config, "max_position_embeddings", math.inf):
+        length = length if position_ids is None else int(position_ids.max()) + 1  # without padding
+        warn_beyond_positions(config, num_cached, length)
 
 
 def warn_beyond_positions(config: LlavaNextARConfig, before: int, after: int) -> None:
@@ -482,7 +487,7 @@ def warn_beyond_positions(config: LlavaNextARConfig, before: int, after: int) ->
 
 
 def with_frames_first(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs with the padding of their videos at the end: transformers' pipelines pad all on the side of the text."""
+    """Moves the padding of videos to the end: the pipelines of transformers pad all inputs on the side of the text."""
     mask = inputs.get("video_frame_mask")
     if mask is None or not (mask[:, 1:].bool() & ~mask[:, :-1].bool()).any():
         return inputs
@@ -508,11 +513,22 @@ def video_lengths(pixel_values_videos: torch.Tensor, video_frame_mask: torch.Ten
     return lengths
 
 
+def without_heads(quantization_config: Any) -> Any:
+    """Copies the configuration, and excludes `_NOT_QUANTIZED` from quantization unless it excludes modules itself."""
+    config = copy.deepcopy(quantization_config)
+    values = config if isinstance(config, dict) else vars(config)
+    by_bitsandbytes = "llm_int8_skip_modules" in values or values.keys() & {"load_in_8bit", "load_in_4bit"}
+    name = "llm_int8_skip_modules" if by_bitsandbytes else "modules_to_not_convert"
+    if values.get(name) is None:
+        values[name] = list(_NOT_QUANTIZED)
+    return config
+
+
 def _embedding_std(config: LlavaNextARConfig) -> float:
     return 1 / math.sqrt(config.text_config.hidden_size)
 
 
-def init_own_weights(module: nn.Module) -> None:
+def init_added_weights(module: nn.Module) -> None:
     if isinstance(module, ZeroInitializedLinear):
         module.reset_parameters()
     elif isinstance(module, LlavaNextARModel) and getattr(module, "faster_token", None) is not None:

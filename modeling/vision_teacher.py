@@ -1,5 +1,5 @@
 # Copyright 2026 The LLaVA-NeXT-AR authors. Licensed under the Apache License, Version 2.0.
-"""The vision tower and its use as a teacher: running it, the features that are read, adapters, what of it trains.
+"""The vision tower and its use as a teacher: features, adapters, trainable parts.
 
 Shape letters: F frames, P patches of a frame, Dv width of the vision features.
 """
@@ -18,10 +18,10 @@ from ..configuration.transformers_compat import hidden_states_to_keep
 def encode_frames(
     tower: nn.Module, pixel_values: torch.Tensor, layer: int | list[int], strategy: str, **kwargs: Any
 ) -> tuple[Any, torch.Tensor]:
-    """Runs a vision tower, without a graph if nothing of it trains.
+    """Runs a vision tower, without a graph if it is frozen.
 
-    Activation checkpointing makes the output of every embedding require a gradient, the frozen tower's too: with a graph it
-    would run twice and be back-propagated for nothing.
+    Activation checkpointing makes the output of every embedding require a gradient. With a graph, a frozen tower would run
+    twice and be back-propagated for nothing.
 
     Args:
         tower: a transformers vision model.
@@ -32,7 +32,7 @@ def encode_frames(
     Returns:
         The tower's output, and the features that the projector reads, `[F, P, Dv]`.
     """
-    # Naming the layer keeps the tower from storing the hidden states of all the others.
+    # Without the name of the layer, the tower stores the hidden states of all layers.
     kept = kwargs.pop("output_hidden_states", None) or hidden_states_to_keep(layer)
     with no_graph_of_frozen(tower, pixel_values):
         outputs = tower(pixel_values, output_hidden_states=kept, return_dict=True, **kwargs)
@@ -43,7 +43,7 @@ def encode_frames(
 
 @contextmanager
 def no_graph_of_frozen(tower: nn.Module, pixel_values: torch.Tensor) -> Iterator[None]:
-    """While it lasts, a vision tower builds no graph, or none below its first layer that trains; what runs after it does."""
+    """Context in which a vision tower builds no graph below its first trainable layer; later modules build one."""
     layers = getattr(getattr(tower, "encoder", None), "layers", ())
     below_trains = pixel_values.requires_grad or trains(getattr(tower, "embeddings", None))
     with no_graph_below([tower], pixel_values.requires_grad), no_graph_below(layers, below_trains):
@@ -51,7 +51,7 @@ def no_graph_of_frozen(tower: nn.Module, pixel_values: torch.Tensor) -> Iterator
 
 
 def trains(*parts: nn.Module | nn.Parameter | None) -> bool:
-    """Whether a parameter among modules and parameters requires a gradient."""
+    """True if a parameter among modules and parameters requires a gradient."""
     return any(
         parameter.requires_grad
         for part in parts
@@ -62,7 +62,7 @@ def trains(*parts: nn.Module | nn.Parameter | None) -> bool:
 
 @contextmanager
 def no_graph_below(layers: Sequence[nn.Module], below_trains: bool) -> Iterator[None]:
-    """While it lasts, a forward pass through layers builds no graph below the first of them that trains.
+    """Context in which a forward pass through layers builds no graph below the first trainable one.
 
     Args:
         layers: in the order in which they run.
@@ -72,7 +72,7 @@ def no_graph_below(layers: Sequence[nn.Module], below_trains: bool) -> Iterator[
     if below_trains or first == 0 or not torch.is_grad_enabled():
         yield
         return
-    # Checkpointing would undo within a layer what is switched on there; without a graph it has nothing to save.
+    # Checkpointing would switch gradients off again within a layer; without a graph it saves nothing.
     checkpointed = [layer for layer in layers[:first] if getattr(layer, "gradient_checkpointing", False)]
 
     def start_graph(layer: nn.Module, args: Any, output: Any) -> None:
@@ -94,16 +94,16 @@ def no_graph_below(layers: Sequence[nn.Module], below_trains: bool) -> Iterator[
 
 def adapter_layers(module: nn.Module) -> list[nn.Module]:
     """PEFT's layers in a module."""
-    # Known by their flag: PEFT need not be installed here. (Every transformers model has a method of that name, hence the
-    # test for bool.)
+    # Detected by their flag, without importing PEFT. Every transformers model has a method of that name, hence the test for
+    # bool.
     return [layer for layer in module.modules() if isinstance(getattr(layer, "disable_adapters", None), bool)]
 
 
 def copy_without_adapters(module: nn.Module) -> nn.Module:
-    """A copy of a module in which what PEFT's layers wrap is in their place.
+    """Copies a module, with the wrapped layers in the place of PEFT's layers.
 
     Raises:
-        RuntimeError: if an adapter is merged into its layer, whose own weights are then gone.
+        RuntimeError: if an adapter is merged into its layer, which overwrites the weights of the layer.
     """
     if any(getattr(layer, "merged", False) for layer in adapter_layers(module)):
         raise RuntimeError("adapters are merged into the vision tower: unmerge them (unmerge_adapter) first")
@@ -119,14 +119,14 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def tower_trains(vision_tower: nn.Module, adapters: list[nn.Module]) -> bool:
-    """Whether weights of the tower itself train; those of adapters do not count."""
-    of_adapters = {
+    """True if weights of the tower itself train, without those of adapters."""
+    adapter_ids = {
         id(parameter)
         for layer in adapters
         for name, parameter in layer.named_parameters()
         if not name.startswith(("base_layer.", "original_module."))
     }
-    return any(p.requires_grad and id(p) not in of_adapters for p in vision_tower.parameters())
+    return any(p.requires_grad and id(p) not in adapter_ids for p in vision_tower.parameters())
 
 
 class Unregistered:
@@ -145,7 +145,7 @@ class Unregistered:
 
 @contextmanager
 def adapters_off(layers: list[nn.Module]) -> Iterator[None]:
-    """While it lasts, these layers do what they did before they had adapters."""
+    """Context in which these layers run without their adapters."""
     enabled = [layer for layer in layers if not layer.disable_adapters]
     trainable = [(parameter, parameter.requires_grad) for layer in enabled for parameter in layer.parameters()]
     for layer in enabled:
@@ -160,6 +160,6 @@ def adapters_off(layers: list[nn.Module]) -> Iterator[None]:
 
 
 def has_several_ranks() -> bool:
-    """More than one process trains."""
+    """True in distributed training with more than one process."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -12,6 +12,16 @@
     python scripts/inference_uses.py tokens --model uses/model --data uses/test/test.json $published
     python scripts/inference_uses.py prefill --repeats 5 --shares 1 0.7 0.5 0.3 0.2 0.1 $published
 
+    # bounded streams: a model that has seen parts of clips, on clips of the demo's length and on long ones; tables beside
+    python scripts/inference_uses.py train --model demo_output/model --data demo_output/clips/train_mix.json \\
+        --output uses/stream_model --steps 200 --learning-rate 1e-3 --whole-share 0
+    clips="scripts/synthetic_clips.py --num-train 0 --seed 7 --size 64 --question-types direction"
+    python $clips --output uses/steady --num-test 64 --num-frames 8
+    python $clips --output uses/long --num-test 32 --num-frames 32
+    streams="scripts/inference_uses.py streams --model uses/stream_model --results experiments/study/results/inference"
+    python $streams --data uses/steady/test.json --name steady --num-kept 3 4 6
+    python $streams --data uses/long/test.json --name long --num-frames 32 --num-kept 4 8 16 --batch-size 8
+
     # raw numbers -> tables.md and accuracy.png beside them
     python scripts/inference_uses.py tables $published
 
@@ -52,6 +62,9 @@ stay keep their positions. Chosen at random, by the difference to the frame befo
 prediction error of each patch. The first frame comes first in all of them, and uses up a share below one over the number of
 frames. Newline tokens stay and do not count.
 
+`streams`: the video is read as a stream in a cache of K frames (streams.py). The departure of its surprise from the
+unbounded stream, and answers to a question at the end, against K frames at even steps and the last K frames.
+
 `prefill`: seconds and memory of the cache over the share, and what the scores cost.
 
 Accuracy is that of the most probable choice, over the questions that not every frame answers. Intervals are 95% bootstrap
@@ -86,6 +99,7 @@ from ...evaluation.tables import write_results
 from ...hub.command_line import CommandParser, stop
 from ...training.data import LlavaVideoDataset
 from .measures import measure_key_frames, measure_tokens
+from .streams import measure_streams, write_stream_tables
 from .tables import check_choice_matters, write_tables
 from .timing import PrefillSettings, measure_prefill
 from .training import train_with_parts_left_out
@@ -105,7 +119,7 @@ def measure(
     """The raw numbers of a table.
 
     Args:
-        kind: `key_frames`, where budgets are numbers of frames, or `tokens`, where they are shares.
+        kind: `key_frames` or `streams`, where budgets are numbers of frames, or `tokens`, where they are shares.
         model, processor: instead of those that `settings.model` names.
 
     Returns:
@@ -124,7 +138,7 @@ def measure(
         options = {"trust_remote_code": settings.trust_remote_code, "device": settings.device, "dtype": settings.dtype}
         model, processor = load_checkpoint(settings.model, revision=revision, **options)
         identity = model_identity(settings.model, model, revision)
-    if kind == "key_frames" and processor.add_time_instruction:
+    if kind != "tokens" and processor.add_time_instruction:
         raise ValueError(
             "the processor has add_time_instruction on: its prompts say how many frames there are and when, which would not be "
             "true of the key frames; turn it off in the checkpoint's processor"
@@ -141,7 +155,7 @@ def measure(
         "data": {"path": settings.data, "sha256": entries_sha256(dataset.entries[: settings.max_samples])},
         "hardware": hardware(settings.device),
     }
-    measure_all = measure_key_frames if kind == "key_frames" else measure_tokens
+    measure_all = {"key_frames": measure_key_frames, "tokens": measure_tokens, "streams": measure_streams}[kind]
     conditions = measure_all(model, processor, questions, settings, budgets, progress=progress)
     results["questions"] = [
         {"id": q.id, "question_type": q.question_type, "video": Path(q.media[0]).name, "num_choices": len(q.choices)}
@@ -181,10 +195,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             budgets, name = options.pop("budgets"), options.pop("name")
             kind = job.replace("-", "_")
             settings = EvaluationSettings(**options)
-            _write(
-                {"command": command, **measure(kind, settings, budgets)},
-                results / f"{kind}_{name}.json",
-            )
+            numbers = {"command": command, **measure(kind, settings, budgets)}
+            _write(numbers, results / f"{kind}_{name}.json")
+            if kind == "streams":
+                write_stream_tables(numbers, results / f"streams_{name}.md")
     except (ValueError, OSError) as error:
         stop(error)
 
@@ -210,12 +224,16 @@ def _make_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--num-frames", type=int, nargs="+", default=[2, 3, 4, 6, 8], help="to draw from, of each video"
     )
+    train.add_argument(
+        "--whole-share", type=float, default=0.55, help="of the steps, the first, that leave nothing out"
+    )
     train.add_argument("--seed", type=int, default=0)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for job, name, kind, budgets in (
         ("key-frames", "--num-kept", int, [2, 3, 4]),
         ("tokens", "--shares", float, [0.7, 0.5, 0.3, 0.2, 0.1]),
+        ("streams", "--num-kept", int, [2, 3, 4, 6]),
     ):
         own = jobs.add_parser(job, help=f"accuracy by {name.strip('-')}", **defaults)
         own.add_argument("--model", required=True, help="checkpoint with a head: a folder or a Hub id")

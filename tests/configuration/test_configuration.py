@@ -287,7 +287,7 @@ def test_onevision_configuration_is_accepted_with_the_same_values(how, tmp_path)
     assert config.autoregressive_config == LlavaNextARAutoregressiveConfig(embedding_dim=1152)
 
 
-# --- what is refused ----------------------------------------------------------------------------------------
+# --- rejected values ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -595,7 +595,7 @@ def warned(monkeypatch) -> list[str]:
 
 
 def with_unknown_keys(values: dict) -> dict:
-    """What tools leave in a `config.json`: keys of their own, on both levels, one nearly and one exactly known."""
+    """Unknown keys of tools in a `config.json`, on both levels, one nearly and one exactly a known one."""
     values = {**values, "unsloth_version": "2026.1", "mm_newline_positon": "grid", "num_hist": 4, "quant": {"a": [1]}}
     head = {**values.get("autoregressive_config", {}), "num_hsit": 9, "trained_by": None}
     return {**values, "autoregressive_config": head}

@@ -319,7 +319,9 @@ def test_pooling_by_hand():
 
 
 @given(layouts(), st.data())
-@example(FrameTokenLayout(patches_height=27, patches_width=27), None)  # of the released models: 27 is no multiple of 2
+@example(
+    FrameTokenLayout(patches_height=27, patches_width=27), None
+)  # of the released models: 27 is not a multiple of 2
 @example(FrameTokenLayout(patches_height=27, patches_width=27, pool_mode="average", pool_stride=4), None)
 def test_unpooled_values_are_what_pooling_gives_back(layout, data):
     frame_type = data.draw(st.sampled_from(FrameType)) if data and layout.is_slow_fast else FrameType.SLOW

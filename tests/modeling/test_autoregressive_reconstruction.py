@@ -63,7 +63,7 @@ def make_clips(module, lengths, types=None, seed: int = 1):
 
 
 def predictor_states(module, hidden_states, clips, timestamps, frame_types) -> list[torch.Tensor]:
-    """What the predictor makes of each frame, without padding: `[h * w, E]`."""
+    """Predictor states of each frame, without padding: `[h * w, E]`."""
     batch = module.token_layout.batch([len(clip.frame_types) for clip in clips], [clip.frame_types for clip in clips])
     states = module._predictor_states(hidden_states, batch, module._plan(batch, frame_types), torch.cat(timestamps))
     return [frame[: math.prod(grid)] for frame, grid in zip(states, batch.frame_grids, strict=True)]
@@ -81,7 +81,7 @@ def dense_predictor(module, hidden_states, clips, timestamps, visibilities) -> t
         # The frame after the last has no time; its gap is taken to be the last one, and one second where there is none.
         gaps = torch.cat([seconds.diff(), seconds.diff()[-1:]]) if len(seconds) > 1 else torch.ones(1)
         batch = module.token_layout.batch([len(times)], [clip.frame_types])
-        places.append(module._place_features(batch, seconds, gaps))
+        places.append(module._position_features(batch, seconds, gaps))
     x = module._embed(hidden_states, torch.cat(places))
     for block in module.blocks:
         heads = block.attention.num_heads
@@ -397,7 +397,7 @@ def test_metrics_of_a_perfect_prediction():
 
 
 def test_metrics_take_frame_numbers_that_are_on_another_device_than_the_features():
-    """Rollouts once gave them on the CPU, whatever the device of the features: on a GPU, there were no metrics."""
+    """Rollouts once gave them on the CPU, whatever the device of the features: on a GPU, all metrics were missing."""
     frames = torch.randn(5, 4, 8, device="meta")
     reconstruction = reconstruction_of(frames, frames[1:])
     assert reconstruction.frame_index.device.type == "cpu"

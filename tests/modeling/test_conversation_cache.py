@@ -46,7 +46,7 @@ def generate(model, inputs: dict, **settings):
 
 
 def cache_of(model, inputs: dict, length: int) -> DynamicCache:
-    """What the first `length` positions of the prompts leave behind."""
+    """Cache of the first `length` positions of the prompts."""
     cache = DynamicCache(config=model.config.get_text_config())
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def cache_of(model, inputs: dict, length: int) -> DynamicCache:
 
 
 def begin_of(model, inputs: dict, video: int) -> int:
-    """Where in the only prompt a video begins, counted from 0."""
+    """Position of the first token of a video in the only prompt, counted from 0."""
     lengths = inputs["video_frame_mask"].sum(1).tolist()
     skipped = sum(model.config.frame_token_layout.num_tokens(length) for length in lengths[:video])
     return int((inputs["input_ids"][0] == VIDEO_TOKEN).nonzero()[skipped])
@@ -100,7 +100,7 @@ def test_videos_of_the_new_turn_alone_are_taken_as_such(layout):
 
 
 def test_every_prompt_of_a_batch_has_its_own_cached_videos():
-    """Of the left-padded rows, each has another video behind position 40."""
+    """Left-padded rows, each with another video behind position 40."""
     model = tiny_model()
     inputs = prompts(model, [[2, 3], [4], [1, 1]])
     expected_new, expected_logits, _ = generate(model, inputs)

@@ -1,4 +1,4 @@
-"""What the model's flags promise, shown on videos of unequal length: attention back ends, devices, ways to generate.
+"""Features that the flags of the model announce, on videos of unequal length: attention back ends, devices, decoding.
 
 Equality with OneVision, of a batch with its samples and of cached with uncached decoding are in test_modeling.py; here
 each feature is compared with plain greedy decoding of the same batch.
@@ -346,7 +346,7 @@ def test_embeddings_instead_of_ids(layout):
 @two_layouts
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_decoding_compiles_as_one_graph(backend, layout):
-    """What `generate` compiles by itself on a GPU with a static cache: every step but the first."""
+    """`generate` compiles every step but the first by itself, on a GPU with a static cache."""
     model = tiny_model(**LAYOUTS[layout])
     inputs = prompts(model)
     expected = generate(model, inputs)

@@ -54,7 +54,7 @@ def converted(tmp_path_factory):
     def for_case(case):
         overrides = dict(case.get("config_override", {}))
         if case["path"] == "snapshot":
-            overrides["mm_spatial_pool_stride"] = 2  # the published code pools by 2 whatever the configuration says
+            overrides["mm_spatial_pool_stride"] = 2  # the published code always pools by 2
         return convert(case.folder, tuple(sorted(overrides.items())))
 
     return for_case
@@ -83,7 +83,7 @@ def media_of(case) -> list[tuple[str, torch.Tensor, tuple[int, int] | None]]:
 
 
 def inputs_of(case, config, placeholder_ids) -> tuple[dict[str, torch.Tensor], list]:
-    """What our processor would give for the case, and its media."""
+    """Output of our processor for the case, and its media."""
     media = media_of(case)
     counts = []
     for modality, pixels, size in media:

@@ -82,7 +82,7 @@ def changed_from(frame: int, inputs: dict, videos=slice(None)) -> dict:
 
 
 def leaks(before: list[NextFramePrediction], after: list[NextFramePrediction], frame: int) -> list[bool]:
-    """Which predictions of frames up to `frame` changed when the pixels changed from `frame` on."""
+    """True for predictions of frames up to `frame` that changed when the pixels changed from `frame` on."""
     return [
         not torch.equal(old, new)
         for mine, other in zip(before, after, strict=True)
@@ -228,7 +228,7 @@ def test_padding_changes_nothing(layout, padding_side, freeze_tower):
 
 
 def image_inputs(onevision, sizes: list[tuple[int, int]], tiled: bool) -> dict:
-    """Images in the order given, and how many placeholders each takes (told by OneVision itself)."""
+    """Images in the given order, and the number of placeholders of each by OneVision itself."""
     tiles = 5 if tiled else 1
     pixels = torch.randn(len(sizes), tiles, 3, IMAGE_SIZE, IMAGE_SIZE)
     sizes = torch.tensor(sizes)
@@ -1116,7 +1116,7 @@ def test_without_a_head_only_the_main_loss_is_left():
 
 
 def test_a_promised_teacher_that_the_checkpoint_lacks_is_refused(tmp_path):
-    """It would be a random one, told only in the load report: a config of one run beside the base weights of another."""
+    """It would be a random one, reported in the load report alone: a config of one run beside the base weights of another."""
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds no teacher.*separate_teacher.: False"):
         LlavaNextARForConditionalGeneration.from_pretrained(tmp_path, autoregressive_config={"separate_teacher": True})

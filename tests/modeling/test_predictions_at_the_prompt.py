@@ -1,4 +1,4 @@
-"""What a user sees of predictions: a short repr, a plot, and NaN as the skill of a static clip."""
+"""Predictions in an interactive session: a short repr, a plot, and NaN as the skill of a static clip."""
 
 import importlib
 import math

@@ -43,7 +43,7 @@ def batch_of(config, media: str) -> dict[str, torch.Tensor]:
 
 
 def attention_calls(model, inputs) -> dict[str, set[int]]:
-    """How often each attention of tower and language model ran in a step, the backward pass included."""
+    """Number of calls of each attention of tower and language model in a step, the backward pass included."""
     calls = collections.Counter()
 
     def count(name):

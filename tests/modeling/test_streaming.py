@@ -1,4 +1,4 @@
-"""Frame by frame: the stream against the whole video at once, surprise, and rollouts."""
+"""Streams against the whole video at once, surprise, and rollouts."""
 
 import gc
 import logging
@@ -331,7 +331,7 @@ def test_what_a_stream_cannot_do_is_said():
     stream.read(*features, [0.0, 0.5])
     with pytest.raises(ValueError, match="must not decrease, but 0.2"):
         stream.predict(0.2)
-    assert stream.predict(0.5).seconds == 0.5  # what was refused is not the next frame
+    assert stream.predict(0.5).seconds == 0.5  # a rejected time is not that of the next frame
 
 
 @pytest.mark.parametrize("head", [{}, {"mm_spatial_pool_stride": 1}])

@@ -65,7 +65,7 @@ def known_to_transformers():
 
 
 class ModelTester:
-    """What transformers' tests ask of a model tester; `add_media` puts in images or videos."""
+    """The model tester that the tests of transformers require; `add_media` adds images or videos."""
 
     batch_size = 7  # smaller ones the tests fill up with random rows, whose placeholders have no videos
     is_training = True
@@ -251,7 +251,7 @@ class TestConfiguration(unittest.TestCase):
 
 
 class VideoProcessorTester:
-    """What transformers' tests ask of a tester of video processors."""
+    """The tester of video processors that the tests of transformers require."""
 
     batch_size = 5
     num_frames = 8
