@@ -14,6 +14,7 @@ COMMANDS = {
     "merge": ("training.merge:main", "merge an adapter into its base"),
     "evaluate": ("evaluation.evaluate:main", "measure a checkpoint on a data set; --launch as for train"),
     "visualize": ("pictures.visualize:main", "draw predictions, surprise and attention of a video"),
+    "app": ("serving.space.app:main", "try a checkpoint in the browser"),
     "convert": ("conversion.convert:main", "convert LLaVA-OneVision and original LLaVA-NeXT checkpoints"),
     "consolidate": ("conversion.consolidate:main", "join the shards of a distributed checkpoint"),
     "push": ("hub.push:main", "push a checkpoint to the Hub; --dry-run lists the files"),
