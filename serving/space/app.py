@@ -4,12 +4,11 @@
     llava-next-ar app --model user/model --trust-remote-code --share
     llava-next-ar app --model demo_output/model --port 8080   # the model of `llava-next-ar demo`, on a CPU
 
-The page has two tabs. "Chat" answers with streamed text over several turns. "Expectation" shows the surprise of a clip over time
-and by patch, its true and predicted features and its imagined frames. It also reads a running file or a webcam frame by frame.
+The page has two tabs. "Chat" answers with streamed text over several turns. "Expectation" shows the surprise of a clip by time
+and patch, its true and predicted features and its imagined frames. It also reads a running file or a webcam frame by frame.
 
-Endpoints for `gradio_client`: `/chat`, `/expect`, `/surprise` (numbers, also of each patch), `/run_file` and `/watch`. One model
-serves all users, one call at a time; other calls wait in a queue. `llava-next-ar push --space user/name` puts the app on the
-Hub.
+Endpoints for `gradio_client`: `/chat`, `/expect`, `/surprise` (with the numbers of each patch), `/run_file` and `/watch`. One
+model serves all users, one call at a time. Other calls wait in a queue. `llava-next-ar push --space user/name` makes a Space.
 """
 
 import argparse
@@ -53,7 +52,7 @@ THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospac
 CSS = (
     STYLE
     + """
-.gradio-container { max-width: 1200px !important; margin: 0 auto; }
+.gradio-container { width: 100%; min-width: 0 !important; max-width: 1200px !important; margin: 0 auto; }
 #title h1 { margin: .2rem 0 0; overflow-wrap: anywhere; } #title p { margin: .2rem 0 0; overflow-wrap: anywhere; }
 #chatbot video, #chatbot .message img { max-height: 260px; max-width: 100%; width: auto; }
 @media (max-width: 640px) { .gradio-container { padding: .5rem !important; } }
@@ -88,8 +87,9 @@ def without_folders(text: str) -> str:
     return re.sub(r"[^\s'\"]*[/\\][0-9a-f]{40,64}[/\\]", "", text)
 
 
-def _number(value: float | None) -> int | None:
-    return None if value is None else int(value)
+def frames_of_box(value: float | None) -> int | None:
+    """Number of frames of `frames_box`; None leaves it to the checkpoint."""
+    return int(value) if value else None
 
 
 # -- The page
@@ -135,8 +135,8 @@ def add_chat(service: ModelService) -> None:
                 temperature=temperature,
                 top_p=top_p,
                 top_k=int(top_k),
-                num_frames=_number(num_frames),
-                seed=int(seed),
+                num_frames=frames_of_box(num_frames),
+                seed=int(seed or 0),
             )
             text = None
             for text in service.answer(message, history, settings, request.session_hash or ""):
@@ -172,10 +172,7 @@ def add_chat(service: ModelService) -> None:
         ),
         additional_inputs=settings,
         additional_inputs_accordion=gr.Accordion("Generation settings", open=False, render=False),
-        examples=[
-            [{"text": question, "files": [str(EXAMPLES / name)]}, *(own.value for own in settings)]
-            for name, question in QUESTIONS.items()
-        ],
+        examples=[[{"text": question, "files": [str(EXAMPLES / name)]}] for name, question in QUESTIONS.items()],
         cache_examples=False,
         run_examples_on_click=False,
         api_name="chat",
@@ -185,14 +182,9 @@ def add_chat(service: ModelService) -> None:
 
 
 def frames_box(**options: Any) -> gr.Number:
-    """Number of frames of a video; an empty box leaves it to the checkpoint."""
-    return gr.Number(
-        None,
-        precision=0,
-        label="Frames of a video",
-        info=f"empty: the checkpoint's own; up to {MAX_FRAMES}",
-        **options,
-    )
+    """Number of frames of a video; 0 leaves it to the checkpoint."""
+    info = f"0: as many as the checkpoint reads; at most {MAX_FRAMES}"
+    return gr.Number(0, precision=0, label="Frames of a video", info=info, **options)
 
 
 def video_box() -> gr.Video:
@@ -213,12 +205,12 @@ def add_clip(service: ModelService) -> None:
     ) -> tuple[str, dict[str, Any]]:
         with shown_errors():
             return service.expectation_html(
-                video, _number(num_frames), int(num_imagined), lambda share, text: progress(share, text)
+                video, frames_of_box(num_frames), int(num_imagined), lambda share, text: progress(share, text)
             )
 
     def surprise(video: str | None, num_frames: float | None, num_imagined: float) -> dict[str, Any]:
         with shown_errors():
-            return service.surprise(video, _number(num_frames), int(num_imagined))
+            return service.surprise(video, frames_of_box(num_frames), int(num_imagined))
 
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
@@ -227,7 +219,7 @@ def add_clip(service: ModelService) -> None:
             num_imagined = gr.Slider(
                 0, MAX_IMAGINED, 3, step=1, label="Imagined frames", info="last frames that are held back and imagined"
             )
-            button = gr.Button("Show what the model expects", variant="primary")
+            button = gr.Button("Show the expectation", variant="primary")
             for_programs = gr.Button(visible=False)
         with gr.Column(scale=3, min_width=300):
             page = gr.HTML("<p class=ar-note>The predictions of the clip appear here.</p>", elem_id="expectation")
@@ -287,9 +279,14 @@ def add_webcam(service: ModelService) -> None:
             page = gr.HTML(hint, elem_id="watched")
     reader, start = gr.State(None, time_to_live=3600), gr.State(None)
     camera.stream(
-        watch, [camera, reader, start], [page, reader, start], api_name="watch", stream_every=0.5,
+        watch, [camera, reader, start], [page, reader, start], api_visibility="private", stream_every=0.5,
         time_limit=SECONDS_OF_WEBCAM, concurrency_id="live", concurrency_limit=4, show_progress="hidden",
     )  # fmt: skip
+    # gradio_client cannot call a streaming event.
+    picture = gr.Image(type="numpy", visible=False)
+    gr.Button(visible=False).click(
+        watch, [picture, reader, start], [page, reader, start], api_name="watch", concurrency_id="live"
+    )
     again.click(lambda: (hint, None, None), None, [page, reader, start], api_visibility="private")
 
 

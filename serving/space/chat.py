@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer, set_seed
 from transformers.cache_utils import DynamicCache
 
@@ -16,6 +18,8 @@ from ...evaluation.questions import sampling_options
 
 MAX_CACHED_CONVERSATIONS = 4
 SECONDS_TO_WAIT = 600.0  # for the next word
+# Control tokens in the words of a user are text, such as `<video>`; transformers has the option from 5.23 on.
+_TEXT_IS_TEXT = {"sanitize_control_tokens": True} if Version(transformers.__version__) >= Version("5.23") else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +134,7 @@ def prepare(processor: Any, messages: list[dict[str, Any]], settings: Generation
         return_dict=True,
         return_tensors="pt",
         processor_kwargs=sampling_options(processor, num_frames=settings.num_frames),
+        **_TEXT_IS_TEXT,
     )
     files = (part["path"] for message in messages for part in message["content"] if part["type"] != "text")
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}

@@ -28,16 +28,16 @@ STYLE = """
 table.ar-strip { border-collapse: separate; border-spacing: 4px 6px; margin: 0; width: auto; font-size: .8rem; border: 0; }
 table.ar-strip th, table.ar-strip td { padding: 0; border: 0; text-align: center; vertical-align: middle; font-weight: 400;
   color: var(--body-text-color); background: none; font-variant-numeric: tabular-nums; }
-table.ar-strip th[scope=row] { position: sticky; left: 0; z-index: 1; min-width: 4.6rem; max-width: 6rem; padding-right: .5rem;
-  text-align: right; white-space: pre-line; line-height: 1.25; background: var(--block-background-fill); }
-table.ar-strip img, table.ar-strip .ar-empty { display: block; width: clamp(76px, 9vw, 118px); height: auto; margin: 0;
+table.ar-strip th[scope=row] { position: sticky; left: 0; z-index: 1; min-width: 4.6rem; padding-right: .5rem;
+  text-align: right; white-space: pre; line-height: 1.25; background: var(--body-background-fill); }
+table.ar-strip img, table.ar-strip .ar-empty { display: block; width: clamp(68px, 7vw, 88px); height: auto; margin: 0;
   border-radius: 2px; max-width: none; }
 table.ar-strip img.ar-exact { image-rendering: pixelated; border-radius: 0; }
 table.ar-strip .ar-empty { aspect-ratio: 1; border: 1px dashed var(--border-color-primary); }
 .ar-bar { margin: .3rem .8rem 1.1rem; max-width: 26rem; font-size: .8rem; color: var(--body-text-color); }
 .ar-bar img { display: block; width: 100%; height: 12px; margin: .25rem 0 0; image-rendering: pixelated; }
 .ar-bar div { position: relative; height: 1.1rem; font-variant-numeric: tabular-nums; }
-.ar-bar div span { position: absolute; transform: translateX(-50%); }
+.ar-bar div span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
 .ar-timeline { position: relative; padding: 0 1.4rem 1.5rem 2.6rem; font-size: .8rem; color: var(--body-text-color);
   font-variant-numeric: tabular-nums; }
 .ar-legend { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin: 0 0 .5rem -2.2rem; }
@@ -64,7 +64,8 @@ table.ar-strip .ar-empty { aspect-ratio: 1; border: 1px dashed var(--border-colo
 .ar-y, .ar-x { position: absolute; }
 .ar-y { right: 100%; margin-right: .5rem; transform: translateY(-50%); }
 .ar-x { top: 100%; margin-top: .25rem; transform: translateX(-50%); white-space: nowrap; }
-.ar-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; margin: 0 0 .8rem; width: auto; }
+.ar-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; margin: 0 0 .8rem; width: auto;
+  border: 0 !important; }
 .ar-table th, .ar-table td { padding: .25rem .8rem; text-align: right; border: 0;
   border-bottom: 1px solid var(--border-color-primary); }
 @media (max-width: 640px) {
