@@ -50,8 +50,9 @@ def main(argv: list[str] | None = None) -> None:
     words = {word.partition("=")[0] for word in rest}
     if command in ("train", "evaluate") and "--launch" in words and not words & {"-h", "--help"}:
         return launch(command, rest)
+    target = "serving.space.push:main" if command == "push" and "--space" in words else COMMANDS[command][0]
     try:
-        run = pkgutil.resolve_name(f"llava_next_ar.{COMMANDS[command][0]}")
+        run = pkgutil.resolve_name(f"llava_next_ar.{target}")
     except ModuleNotFoundError as error:
         sys.exit(f"{sys.argv[0]}: {error}; it comes with pip install 'llava-next-ar[all]'")
     run(["--check", *rest] if command == "check" else rest)
