@@ -242,7 +242,7 @@ def stream_answer(
             failures.append(error)
             streamer.on_finalized_text("", stream_end=True)
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=work, name="answer", daemon=True)
     thread.start()
     text = ""
     try:

@@ -97,7 +97,7 @@ def strip_html(rows: Sequence[StripRow], headings: Sequence[str], bars: Sequence
     """
     lines = ["<tr><td></td>", *(f"<th scope=col>{html.escape(heading)}</th>" for heading in headings), "</tr>"]
     for row in rows:
-        name = html.escape(row.name.replace("\n", " "))
+        name = row.name.replace("\n", " ")
         lines.append(f"<tr><th scope=row>{html.escape(row.name)}</th>")
         for number, (picture, heading) in enumerate(zip(row.pictures, headings, strict=True)):
             caption = html.escape(row.captions[number]) if row.captions else ""
