@@ -55,7 +55,7 @@ CSS = (
 .gradio-container { width: 100%; min-width: 0 !important; max-width: 1200px !important; margin: 0 auto; }
 #title h1 { margin: .2rem 0 0; overflow-wrap: anywhere; } #title p { margin: .2rem 0 0; overflow-wrap: anywhere; }
 #chatbot video, #chatbot .message img { max-height: 260px; max-width: 100%; width: auto; }
-@media (max-width: 640px) { .gradio-container { padding: .5rem !important; } }
+@media (max-width: 640px) { .gradio-container .main, .gradio-container .tabitem { padding: .6rem .2rem !important; } }
 """
 )
 
@@ -187,9 +187,9 @@ def frames_box(**options: Any) -> gr.Number:
     return gr.Number(0, precision=0, label="Frames of a video", info=info, **options)
 
 
-def video_box() -> gr.Video:
-    """Upload of a video, and the examples below it."""
-    video = gr.Video(sources=["upload"], label="Video", height=240)
+def video_box(name: str) -> gr.Video:
+    """Upload of a video, and the examples below it; `name` is the id of its element."""
+    video = gr.Video(sources=["upload"], label="Video", height=240, elem_id=name)
     gr.Examples([str(EXAMPLES / name) for name in QUESTIONS], video, label="Examples")
     return video
 
@@ -214,7 +214,7 @@ def add_clip(service: ModelService) -> None:
 
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            video = video_box()
+            video = video_box("clip-video")
             num_frames = frames_box()
             num_imagined = gr.Slider(
                 0, MAX_IMAGINED, 3, step=1, label="Imagined frames", info="last frames that are held back and imagined"
@@ -241,7 +241,7 @@ def add_running_file(service: ModelService) -> None:
 
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            video = video_box()
+            video = video_box("file-video")
             fps = gr.Slider(
                 0.25, 10, 2, step=0.25, label="Frames a second", info=f"up to {MAX_LIVE_FRAMES} frames in all"
             )
@@ -273,7 +273,9 @@ def add_webcam(service: ModelService) -> None:
     hint = "<p class=ar-note>Record with the webcam: each frame is predicted before it is read.</p>"
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            camera = gr.Image(sources=["webcam"], streaming=True, type="numpy", label="Webcam", height=280)
+            camera = gr.Image(
+                sources=["webcam"], streaming=True, type="numpy", label="Webcam", height=280, elem_id="webcam"
+            )
             again = gr.Button("Start again")
         with gr.Column(scale=3, min_width=300):
             page = gr.HTML(hint, elem_id="watched")

@@ -30,7 +30,7 @@ table.ar-strip th, table.ar-strip td { padding: 0; border: 0; text-align: center
   color: var(--body-text-color); background: none; font-variant-numeric: tabular-nums; }
 table.ar-strip th[scope=row] { position: sticky; left: 0; z-index: 1; min-width: 4.6rem; padding-right: .5rem;
   text-align: right; white-space: pre; line-height: 1.25; background: var(--body-background-fill); }
-table.ar-strip img, table.ar-strip .ar-empty { display: block; width: clamp(68px, 7vw, 88px); height: auto; margin: 0;
+table.ar-strip img, table.ar-strip .ar-empty { display: block; width: clamp(64px, 6.3vw, 82px); height: auto; margin: 0;
   border-radius: 2px; max-width: none; }
 table.ar-strip img.ar-exact { image-rendering: pixelated; border-radius: 0; }
 table.ar-strip .ar-empty { aspect-ratio: 1; border: 1px dashed var(--border-color-primary); }
@@ -66,6 +66,7 @@ table.ar-strip .ar-empty { aspect-ratio: 1; border: 1px dashed var(--border-colo
 .ar-x { top: 100%; margin-top: .25rem; transform: translateX(-50%); white-space: nowrap; }
 .ar-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; margin: 0 0 .8rem; width: auto;
   border: 0 !important; }
+.ar-table tr, .ar-table tbody { border: 0 !important; }
 .ar-table th, .ar-table td { padding: .25rem .8rem; text-align: right; border: 0;
   border-bottom: 1px solid var(--border-color-primary); }
 @media (max-width: 640px) {

@@ -28,9 +28,9 @@ import importlib.util, runpy, sys
 sys.meta_path = [f for f in sys.meta_path if "editable" not in f"{f}{getattr(f, '__module__', '')}".lower()]
 sys.path_hooks = [hook for hook in sys.path_hooks if "editable" not in f"{hook}".lower()]
 sys.path_importer_cache.clear()
-sys.path = [entry for entry in sys.path if "editable" not in entry]
+sys.path = [entry for entry in sys.path if entry and "editable" not in entry]
 assert importlib.util.find_spec("llava_next_ar") is None, importlib.util.find_spec("llava_next_ar")
-sys.path.insert(0, "")
+sys.path.insert(0, "")  # the folder of app.py
 runpy.run_path("app.py", run_name="__main__")
 """
 
@@ -198,10 +198,15 @@ def test_a_pushed_space_runs_with_public_packages_alone(hub, model_folder, tmp_p
         name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON", "TRANSFORMERS"))
     }
     environment |= space.variables | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
-    environment |= {"GRADIO_SERVER_NAME": "127.0.0.1", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {
+        "GRADIO_SERVER_NAME": "127.0.0.1",
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
     with processes.Program([sys.executable, "-c", RUN], cwd=home, env=environment) as program:
         address = None
-        for _ in range(1200):
+        for _ in range(2400):
             found = re.search(r"Running on local URL:\s+(\S+)", program.stdout)
             if found or program.process.poll() is not None:
                 address = found and found[1]
