@@ -54,7 +54,7 @@ CSS = (
     + """
 .gradio-container { width: 100%; min-width: 0 !important; max-width: 1200px !important; margin: 0 auto; }
 #title h1 { margin: .2rem 0 0; overflow-wrap: anywhere; } #title p { margin: .2rem 0 0; overflow-wrap: anywhere; }
-#chatbot video, #chatbot .message img { max-height: 260px; max-width: 100%; width: auto; }
+#chatbot video, #chatbot .message img { max-height: 260px; min-height: 120px; max-width: 100%; width: auto; }
 @media (max-width: 640px) { .gradio-container .main, .gradio-container .tabitem { padding: .6rem .2rem !important; } }
 """
 )
@@ -243,7 +243,7 @@ def add_running_file(service: ModelService) -> None:
         with gr.Column(scale=1, min_width=280):
             video = video_box("file-video")
             fps = gr.Slider(
-                0.25, 10, 2, step=0.25, label="Frames a second", info=f"up to {MAX_LIVE_FRAMES} frames in all"
+                0.25, 10, 2, step=0.25, label="Frame rate", info=f"frames a second, {MAX_LIVE_FRAMES} in all"
             )
             pace = gr.Checkbox(not IS_ZERO_GPU, label="At the pace of the video", visible=not IS_ZERO_GPU)
             with gr.Row():
@@ -264,7 +264,7 @@ def add_webcam(service: ModelService) -> None:
     def watch(image: Any, reader: LiveReader | None, start: float | None) -> tuple[str, LiveReader, float]:
         with shown_errors():
             if image is None:
-                raise ValueError("there is no picture: allow the page to use the camera, and record")
+                raise ValueError("no picture came: allow the page to use the camera, and record")
             if reader is None or reader.is_full:
                 reader, start = service.open_live(), time.monotonic()
             reader = service.watch(image, time.monotonic() - start, reader)
@@ -316,7 +316,7 @@ def load_service(
 
     Raises:
         ValueError: if the device or the dtype does not exist, or the checkpoint cannot be loaded.
-        OSError: if there is no such checkpoint.
+        OSError: if the checkpoint does not exist.
     """
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype is {dtype!r}, expected one such as float32 or bfloat16")

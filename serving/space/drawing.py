@@ -32,7 +32,7 @@ table.ar-strip th[scope=row] { position: sticky; left: 0; z-index: 1; min-width:
   text-align: right; white-space: pre; line-height: 1.25; background: var(--body-background-fill); }
 table.ar-strip img, table.ar-strip .ar-empty { display: block; width: clamp(64px, 6.3vw, 82px); height: auto; margin: 0;
   border-radius: 2px; max-width: none; }
-table.ar-strip img.ar-exact { image-rendering: pixelated; border-radius: 0; }
+table.ar-strip img.ar-exact { image-rendering: pixelated; border-radius: 0; outline: 1px solid var(--border-color-primary); }
 table.ar-strip .ar-empty { aspect-ratio: 1; border: 1px dashed var(--border-color-primary); }
 .ar-bar { margin: .3rem .8rem 1.1rem; max-width: 26rem; font-size: .8rem; color: var(--body-text-color); }
 .ar-bar img { display: block; width: 100%; height: 12px; margin: .25rem 0 0; image-rendering: pixelated; }

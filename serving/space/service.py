@@ -100,7 +100,7 @@ class ModelService:
         if reason is not None:
             raise ValueError(reason)
         if not video:
-            raise ValueError("there is no video: upload one, or choose an example")
+            raise ValueError("no video was given: upload one, or choose an example")
         if not Path(video).is_file():
             raise FileNotFoundError(f"no such file: {Path(video).name}")
         num_frames = options.get("num_frames")

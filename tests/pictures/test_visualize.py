@@ -366,7 +366,7 @@ def test_attention_is_split_without_loss():
 def test_a_language_model_without_weights_to_give_is_told_apart(monkeypatch):
     model = tiny_model()
     monkeypatch.setattr(type(model.model.language_model), "_can_set_attn_implementation", lambda self: False)
-    with pytest.raises(NotThereError, match="Qwen2Model gives no attention weights"):
+    with pytest.raises(NotThereError, match="Qwen2Model returns no attention weights"):
         answer_attention(model, tiny_processor(model.config), attention_inputs(model))
     inputs = attention_inputs(model)
     end = int((inputs["input_ids"][0] == VIDEO_TOKEN).nonzero()[-1]) + 1
@@ -618,7 +618,7 @@ def test_a_strip_needs_a_picture_for_each_frame():
     row = StripRow(name="frame", pictures=[np.ones((2, 2, 3))])
     with pytest.raises(ValueError, match="'frame' does not have one picture .* of 2 frames"):
         frame_strip([row], ["0 s", "1 s"], title="")
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no row has a picture"):
         frame_strip([StripRow(name="frame", pictures=[None])], ["0 s"], title="")
 
 

@@ -448,7 +448,7 @@ def test_on_zero_gpu_the_results_are_the_same(checkpoint, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((None, 0, 3), "there is no video: upload one, or choose an example"),
+        ((None, 0, 3), "no video was given: upload one, or choose an example"),
         (("direction.mp4", 1, 3), "frames are 1, expected 2 to 64"),
         (("direction.mp4", 65, 3), "frames are 65, expected 2 to 64"),
         (("picture.png", 0, 0), "one frame alone"),

@@ -254,7 +254,7 @@ def test_errors_are_messages_on_the_page(desktop, tmp_path):
     page.screenshot(path=desktop._shots / "error.png")
     desktop.tab("Expectation")
     page.get_by_role("button", name="Show the expectation").click()
-    page.get_by_text("there is no video: upload one, or choose an example").first.wait_for()
+    page.get_by_text("no video was given: upload one, or choose an example").first.wait_for()
 
 
 def test_an_example_fills_the_question(desktop, model_service):
