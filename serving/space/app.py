@@ -27,6 +27,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr  # noqa: E402
 import torch  # noqa: E402
+from gradio.events import Dependency  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from ...evaluation.measures import load_checkpoint  # noqa: E402
@@ -44,6 +45,7 @@ QUESTIONS = {
     "bounce.mp4": "Does the shape bounce off an edge of the picture? Answer with yes or no.",
     "order.mp4": "Which of the two shapes starts to move first? Answer with red or blue.",
 }
+PLACEHOLDER = "Ask about a video or images"
 MAX_FILE_SIZE = "200mb"
 MAX_QUEUE = 32
 SECONDS_OF_WEBCAM = 120
@@ -79,7 +81,7 @@ def shown_errors() -> Iterator[None]:
 
 
 def _message(text: str) -> gr.Error:
-    return gr.Error(text, duration=20, title="This did not work", print_exception=False)
+    return gr.Error(text, duration=20, print_exception=False)
 
 
 def without_folders(text: str) -> str:
@@ -103,7 +105,7 @@ def build_app(service: ModelService, title: str = "LLaVA-NeXT-AR") -> gr.Blocks:
             elem_id="title",
         )
         with gr.Tab("Chat"):
-            add_chat(service)
+            reopen_after_errors(app, add_chat(service))
         with gr.Tab("Expectation"):
             with gr.Tab("Clip"):
                 add_clip(service)
@@ -114,7 +116,7 @@ def build_app(service: ModelService, title: str = "LLaVA-NeXT-AR") -> gr.Blocks:
     return app.queue(max_size=MAX_QUEUE, default_concurrency_limit=1)
 
 
-def add_chat(service: ModelService) -> None:
+def add_chat(service: ModelService) -> gr.ChatInterface:
     """Chat with streamed answers, over several turns."""
     defaults = GenerationSettings()
 
@@ -152,7 +154,7 @@ def add_chat(service: ModelService) -> None:
         frames_box(render=False),
         gr.Number(defaults.seed, precision=0, label="Seed", info="when sampling", render=False),
     ]
-    gr.ChatInterface(
+    return gr.ChatInterface(
         chat,
         multimodal=True,
         chatbot=gr.Chatbot(
@@ -168,7 +170,8 @@ def add_chat(service: ModelService) -> None:
             file_count="multiple",
             sources=["upload"],
             show_label=False,
-            placeholder="Ask about a video or images",
+            stop_btn=True,
+            placeholder=PLACEHOLDER,
         ),
         additional_inputs=settings,
         additional_inputs_accordion=gr.Accordion("Generation settings", open=False, render=False),
@@ -179,6 +182,19 @@ def add_chat(service: ModelService) -> None:
         fill_height=False,
         show_progress="minimal",
     )
+
+
+def reopen_after_errors(app: gr.Blocks, interface: gr.ChatInterface) -> None:
+    """Enable the text box again after each turn: gradio 6.31 leaves it disabled after an error, and empties its placeholder."""
+
+    def reopened() -> gr.MultimodalTextbox:
+        return gr.MultimodalTextbox(interactive=True, submit_btn=True, stop_btn=False, placeholder=PLACEHOLDER)
+
+    for number, event in list(app.fns.items()):
+        if event.name == "_submit_fn":
+            after = Dependency(None, {}, number, None)
+            for end in (after.success, after.failure):
+                end(reopened, None, interface.textbox, queue=False, api_visibility="private")
 
 
 def frames_box(**options: Any) -> gr.Number:

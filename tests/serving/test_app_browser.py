@@ -109,7 +109,7 @@ class Visit:
         self._name, self._shots, self._size, self._number = f"{width}_{scheme}", shots, size, 0
         self.page.set_default_timeout(WAIT)
         self.page.on("console", self._note)
-        self.page.on("pageerror", lambda error: self.complaints.append(f"exception: {error}"))
+        self.page.on("pageerror", self._note_exception)
         own = (address.rstrip("/"), "data:", "blob:")
         self.page.on(
             "request", lambda one: None if one.url.startswith(own) else self.complaints.append(f"asks for {one.url}")
@@ -117,6 +117,10 @@ class Visit:
         self.page.goto(address)
         self.page.wait_for_selector("#chatbot")
         self.page.get_by_placeholder("Ask about a video or images").wait_for()
+
+    def _note_exception(self, error) -> None:
+        if "play() request was interrupted" not in str(error):  # of gradio's webcam, which it restarts
+            self.complaints.append(f"exception: {error}")
 
     def _note(self, message) -> None:
         if message.type == "error":
@@ -252,6 +256,7 @@ def test_errors_are_messages_on_the_page(desktop, tmp_path):
     desktop.complaints.clear()  # the browser itself cannot play the file either
     page.wait_for_timeout(500)
     page.screenshot(path=desktop._shots / "error.png")
+    assert desktop.ask(QUESTION, CLIP)  # the chat goes on
     desktop.tab("Expectation")
     page.get_by_role("button", name="Show the expectation").click()
     page.get_by_text("no video was given: upload one, or choose an example").first.wait_for()
@@ -267,28 +272,31 @@ def test_an_example_fills_the_question(desktop, model_service):
     assert desktop.complaints == []
 
 
-def test_the_stop_button_stops_an_answer(desktop, model_service):
-    config = model_service.model.generation_config
-    config.eos_token_id, before = None, config.eos_token_id
-    try:
-        page = desktop.page
-        page.get_by_text("Generation settings").click()
-        page.get_by_label("number input for Longest answer").fill("1024")
-        page.get_by_label("number input for Longest answer").press("Tab")
-        page.locator("input[type=file]").first.set_input_files(str(CLIP))
-        page.locator(".thumbnail-item").first.wait_for()
-        box = page.locator("textarea").first
-        box.fill(QUESTION)
-        box.press("Enter")
-        page.wait_for_function("document.querySelector('#chatbot .bot.message')?.innerText.trim().length > 10")
-        page.locator("button.stop-button").click()
-        assert model_service._lock.acquire(timeout=30)  # the model is free, long before 1024 tokens
-        model_service._lock.release()
-        length = len(page.locator("#chatbot .bot.message").last.inner_text())
-        page.wait_for_timeout(1500)
-        assert len(page.locator("#chatbot .bot.message").last.inner_text()) <= length + 40
-    finally:
-        config.eos_token_id = before
+def test_the_stop_button_stops_an_answer(desktop, model_service, monkeypatch):
+    """An answer that would take over 30 seconds is stopped: the model is free, and no further word comes."""
+    model, page, steps = model_service.model, desktop.page, []
+    forward = model.forward
+
+    def slow(*arguments, **options):
+        steps.append(1)
+        time.sleep(0.3)
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(model, "forward", slow)
+    # Without an end, up to the longest answer of the settings.
+    monkeypatch.setattr(model.generation_config, "suppress_tokens", model_service.processor.tokenizer.all_special_ids)
+    box = page.locator("textarea").first
+    box.fill(QUESTION)
+    box.press("Enter")
+    page.wait_for_function("document.querySelector('#chatbot .bot.message')?.innerText.trim().split(/\\s+/).length > 3")
+    page.locator("button.stop-button").click()
+    assert model_service._lock.acquire(timeout=20)
+    model_service._lock.release()
+    assert len(steps) < 100
+    page.wait_for_timeout(1000)
+    length = len(page.locator("#chatbot .bot.message").last.inner_text())
+    page.wait_for_timeout(1500)
+    assert len(page.locator("#chatbot .bot.message").last.inner_text()) == length > 10
 
 
 def test_a_webcam_is_watched(desktop):
@@ -296,12 +304,14 @@ def test_a_webcam_is_watched(desktop):
     page = desktop.page
     desktop.tab("Expectation", "Live: webcam")
     page.locator("#webcam").get_by_role("button").first.click()
-    start = time.monotonic()
-    while "Frame 3," not in page.locator("#watched").inner_text() and time.monotonic() - start < 90:
+    start, watched = time.monotonic(), page.locator("#watched")
+    while not (found := re.search(r"Frame (\d+),", watched.inner_text())) or int(found[1]) < 3:
+        assert time.monotonic() - start < 120, watched.inner_text()
         for button in page.locator("#webcam button:visible").all():
-            if re.search("record|webcam", (button.inner_text() + (button.get_attribute("aria-label") or "")).lower()):
+            if found is None and re.search(
+                "record|webcam", (button.inner_text() + str(button.get_attribute("aria-label"))).lower()
+            ):
                 button.click()
                 break
-        page.wait_for_timeout(3000)
-    assert "Frame 3," in page.locator("#watched").inner_text()
+        page.wait_for_timeout(2000)
     desktop.check("watched")
