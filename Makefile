@@ -15,9 +15,10 @@ VERSIONS_ARGS ?=
 LMMS_EVAL_ARGS ?=
 DEEPSPEED_ARGS ?=
 VLLM_ARGS ?=
+APP_MODEL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-versions test-lmms-eval test-deepspeed test-vllm lint demo benchmark clean
+.PHONY: help setup test test-versions test-lmms-eval test-deepspeed test-vllm test-app lint demo benchmark clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -50,6 +51,11 @@ test-deepspeed: setup ## train under DeepSpeed ZeRO on the CPU, in an environmen
 
 test-vllm: setup ## serve tiny models with vLLM, in an environment of its own (needs a package index)
 	$(BIN)/python tests/environments/vllm_run.py --torch-pip-args "$(TORCH_PIP_ARGS)" $(VLLM_ARGS)
+
+test-app: setup ## run the app in Chromium, with screenshots in outputs/app (APP_MODEL=folder shows another model)
+	$(BIN)/python -m pip install --quiet "playwright==1.65.2"
+	APP_SCREENSHOTS=$(or $(APP_SCREENSHOTS),outputs/app) APP_MODEL=$(APP_MODEL) \
+		$(BIN)/python -m pytest -m slow tests/serving/test_app_browser.py $(PYTEST_ARGS)
 
 lint: setup ## check the style, and that static tools see the package's types
 	$(BIN)/python -m ruff check .

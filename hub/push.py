@@ -5,6 +5,7 @@
     llava-next-ar push outputs/run/checkpoint-500 user/model --branch step-500 --message "500 steps"
     llava-next-ar push outputs/lora user/adapter --base-model user/model   # if it was trained on a folder
     llava-next-ar push outputs/run user/model --endpoint --dry-run
+    llava-next-ar push user/model --space user/app   # the browser app as a Space; --space user/app --help lists its options
 
 The folder is a saved model, the output of a training, one of its checkpoints, or an adapter. It is validated before anything
 is sent; the error names all missing files. Only files that a model needs are uploaded: never the state of the optimizer, logs,

@@ -1,8 +1,8 @@
 """Attention of the answer's tokens to the frames of a video; used by `llava-next-ar visualize`.
 
-The weights are those of the tokens that say the answer: the prompt's last one, which says the first word, and all but the
-last of the answer. The prompt itself is read with the attention implementation of the checkpoint; only these few tokens are
-read with `eager`, the one that gives weights, so that memory grows with the length of the prompt and not with its square.
+The weights are those of the tokens from which the answer is predicted: the last token of the prompt, and all but the last token
+of the answer. The prompt is read with the attention implementation of the checkpoint. Only the tokens of the answer are read
+with `eager`, the implementation that returns weights. Memory therefore grows linearly with the length of the prompt.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,19 +32,19 @@ from .strip import (
     write_title,
 )
 
-# From dark to bright: what is attended to most is what catches the eye.
+# From dark to bright: patches with high attention stand out.
 COLOURS = "magma"
 
 
 @dataclass(frozen=True)
 class AnswerAttention:
-    """An answer, and the attention of its tokens.
+    """Generated answer and the attention of its tokens.
 
     Attributes:
         answer: the generated text.
-        num_tokens: tokens of it, the one that ends the turn included.
-        weights: `[layers, S]` float32, mean over heads and answer tokens. S is the prompt and the answer but its last token;
-            each row sums to 1.
+        num_tokens: number of its tokens, with the one that ends the turn.
+        weights: `[layers, S]` float32, mean over heads and answer tokens. S counts the prompt and the answer without its last
+            token; each row sums to 1.
     """
 
     answer: str
@@ -70,11 +70,11 @@ def answer_attention(
 
     Args:
         model, processor: of a checkpoint.
-        inputs: of one prompt, with text after its last image or video, as a generation prompt is.
+        inputs: of one generation prompt, with text after its last image or video.
         max_new_tokens: of the answer.
 
     Raises:
-        NotThereError: if the language model has no attention weights to give, or nothing stands after the video.
+        NotThereError: if the language model returns no attention weights, or the prompt ends with a visual token.
     """
     prompt = inputs["input_ids"]
     visual = (prompt[0] == model.config.video_token_id) | (prompt[0] == model.config.image_token_id)
@@ -99,9 +99,9 @@ def answer_attention(
             input_ids=speakers, past_key_values=cache, use_cache=True, output_attentions=True, logits_to_keep=1
         ).attentions
     if not attentions or any(layer is None for layer in attentions):
-        raise NotThereError(f"{type(model.model.language_model).__name__} gives no attention weights")
+        raise NotThereError(f"{type(model.model.language_model).__name__} returns no attention weights")
     length = prompt.shape[1] - 1 + speakers.shape[1]
-    # A layer with a sliding window has the last keys only: to the others its weight is 0.
+    # A layer with a sliding window has the last keys only: the weight of the others is 0.
     weights = [
         torch.nn.functional.pad(layer[0].float().mean((0, 1)), (length - layer.shape[-1], 0)) for layer in attentions
     ]
@@ -110,17 +110,17 @@ def answer_attention(
 
 
 def attention_numbers(weights: torch.Tensor, tokens: VideoTokens, first_position: int) -> dict[str, Any]:
-    """Attention by part of the sequence: shares of 1, which sum to 1 for each layer.
+    """Attention by part of the sequence: shares that sum to 1 for each layer.
 
     Args:
         weights: `[layers, S]`.
-        tokens: the token map of the video.
-        first_position: where in the sequence the video begins.
+        tokens: token map of the video.
+        first_position: position of the video's first token in the sequence.
 
     Returns:
-        `layers`, for each: `before` (text before the video), `frames` (patches of each frame), `separators` (its
-        newline and faster tokens), `after` (text after it, and the answer so far); and `patches`, for each frame `[h][w]`,
-        the mean over layers as multiples of an even spread over the sequence.
+        `layers`: for each layer `before` (text before the video), `frames` (patches of each frame), `separators` (newline and
+        faster tokens of the video) and `after` (text after the video, and the answer so far).
+        `patches`: for each frame `[h][w]`, the mean over layers, as a multiple of uniform attention over the sequence.
     """
     video = weights[:, first_position : first_position + len(tokens)].double()
     offsets = tokens.patch_offsets
@@ -142,7 +142,7 @@ def attention_numbers(weights: torch.Tensor, tokens: VideoTokens, first_position
 
 
 def attention_maps(frames: np.ndarray, seconds: Sequence[float], numbers: dict[str, Any], title: str) -> Figure:
-    """The attention to each patch below its frame, mean over layers and heads; the most attended patch is the brightest.
+    """Attention to each patch, mean over layers and heads, below its frame; bright is high.
 
     Args:
         frames: `[T, H, W, 3]` in 0 to 1.
@@ -162,14 +162,14 @@ def attention_maps(frames: np.ndarray, seconds: Sequence[float], numbers: dict[s
             captions=[f"{100 * share:.2g}%" for share in shares],
         ),
     ]
-    label = "attention to a patch, 1 = an even spread over the prompt (below: share of the frame)"
+    label = "attention to a patch, 1 = uniform over the prompt (numbers: share of the frame)"
     return frame_strip(
         rows, time_labels(seconds), title=title, bars=[ColourBar(scale=scale, label=label, extend="max")]
     )
 
 
 def attention_layers(numbers: dict[str, Any], title: str) -> Figure:
-    """For each layer its attention to each frame, and how it is split between video and text."""
+    """Attention of each layer to each frame, and its split between video and text."""
     layers = numbers["layers"]
     shares = np.array([layer["frames"] for layer in layers])
     num_layers, num_frames = shares.shape

@@ -31,10 +31,10 @@ _LIGHTNESS, _CHROMA = (0.3, 0.92), 0.13
 
 @dataclass(frozen=True)
 class FeatureBasis:
-    """Three directions in which features differ most, and the range of each: what turns features into colours.
+    """Map from features to colours: their first three principal components, and the range of each.
 
-    The first is shown as lightness, which every eye tells apart, the second as blue to yellow, the third as green to red.
-    Equal features have equal colours, in whatever row of whatever picture.
+    The first is shown as lightness, the second as blue to yellow, the third as green to red. Equal features have equal
+    colours in all pictures of one basis.
 
     Attributes:
         mean: `[D]`.
@@ -57,7 +57,7 @@ class FeatureBasis:
         variances, directions = np.linalg.eigh(np.cov(stacked - mean, rowvar=False, bias=True))
         components = np.zeros((3, len(mean)))
         strongest = directions.T[::-1][:3]
-        # A direction and its opposite are equally good: let its largest entry be positive, or colours depend on chance.
+        # The sign of a direction is arbitrary: a positive largest entry makes colours reproducible.
         signs = np.sign(np.take_along_axis(strongest, np.abs(strongest).argmax(1)[:, None], axis=1))
         components[: len(strongest)] = strongest * signs
         low, high = np.percentile((stacked - mean) @ components.T, [1, 99], axis=0)
@@ -70,7 +70,7 @@ class FeatureBasis:
         return (features.astype(np.float64) - self.mean) @ self.components.T
 
     def colours(self, features: np.ndarray) -> np.ndarray:
-        """`[..., D]` -> `[..., 3]` red, green and blue in 0 to 1; what lies beyond the range has the colour of its end."""
+        """`[..., D]` -> `[..., 3]` red, green and blue in 0 to 1; values beyond the range have the colour of its end."""
         share = (self.coordinates(features) - self.low) / np.maximum(self.high - self.low, 1e-9)
         light, blue_yellow, green_red = np.moveaxis(np.clip(share, 0, 1), -1, 0)
         lightness = _LIGHTNESS[0] + light * (_LIGHTNESS[1] - _LIGHTNESS[0])
@@ -83,8 +83,8 @@ def features_of(prediction: Any) -> dict[str, list[np.ndarray]]:
     """True features of all frames, and predicted and copied ones of all but the first: each `[h, w, Dv]`.
 
     Args:
-        prediction: a `NextFramePrediction`. The first frame is never predicted, but the copy baseline of the second one is
-            made of its features.
+        prediction: a `NextFramePrediction`. The first frame is not predicted; its true features are the copy baseline of the
+            second frame.
     """
 
     def on_grids(patches: Sequence[Any]) -> list[np.ndarray]:
@@ -98,12 +98,12 @@ def features_of(prediction: Any) -> dict[str, list[np.ndarray]]:
 
 
 def fit_basis(features: dict[str, list[np.ndarray]]) -> FeatureBasis:
-    """One basis for all, fitted on the true features alone."""
+    """Fit one basis for all features on the true ones alone."""
     return FeatureBasis.fit([frame.reshape(-1, frame.shape[-1]) for frame in features["true"]])
 
 
 def film_rows(frames: np.ndarray, features: dict[str, list[np.ndarray]], basis: FeatureBasis) -> list[StripRow]:
-    """Frames `[T, H, W, 3]`, and below them their features, true, predicted and copied from the frame before."""
+    """Rows of a strip: frames `[T, H, W, 3]`, then true features, predicted ones, and those copied from the frame before."""
     coloured = {name: [basis.colours(frame) for frame in some] for name, some in features.items()}
     return [
         StripRow(name="frame", pictures=list(frames)),
@@ -114,13 +114,13 @@ def film_rows(frames: np.ndarray, features: dict[str, list[np.ndarray]], basis: 
 
 
 def error_scale(surprise: Any) -> ScalarMappable:
-    """One scale for the errors of predicting and of copying; the highest two in a hundred share its end."""
+    """Scale for the errors of predicting and of copying, up to their 98th percentile."""
     errors = np.concatenate([some.cpu().numpy().ravel() for some in (*surprise.errors, *surprise.copy_errors)])
     return colour_scale("OrRd", Normalize(0, max(float(np.percentile(errors, 98)), 1e-9)))
 
 
 def error_rows(frames: np.ndarray, surprise: Any) -> tuple[list[StripRow], ColourBar]:
-    """Errors of predicting and of copying each frame, with their means, and their scale.
+    """Rows of the errors of predicting and of copying, with the mean of each frame, and their colour bar.
 
     Args:
         frames: `[T, H, W, 3]`.
@@ -133,7 +133,7 @@ def error_rows(frames: np.ndarray, surprise: Any) -> tuple[list[StripRow], Colou
         pictures = [patch_colours(frame, error, scale) for frame, error in zip(frames[1:], errors, strict=True)]
         captions = ["", *(f"{error.mean():#.3g}" for error in errors)]
         rows.append(StripRow(name=name, pictures=[None, *pictures], captions=captions))
-    label = "squared error of a patch, mean over features (below: mean over patches)"
+    label = "squared error of a patch, mean over features (numbers: mean over patches)"
     return rows, ColourBar(scale=scale, label=label, extend="max")
 
 

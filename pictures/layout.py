@@ -1,4 +1,4 @@
-"""Pictures of the token layout of each frame, and of the frames that the head sees."""
+"""Pictures of the token layout of each frame, and of the frames that the head attends to."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,13 +34,13 @@ def layout_numbers(tokens: VideoTokens, first_position: int) -> dict[str, Any]:
     """Positions in the prompt of the tokens of each frame.
 
     Args:
-        tokens: the token map of a video.
-        first_position: where in the prompt the video begins.
+        tokens: token map of a video.
+        first_position: position of the video's first token in the prompt.
 
     Returns:
         `num_tokens`, `first` and `last` position, `closing_newline` (the position of a newline that belongs to no frame, or
-        None) and `frames`, for each: `frame`, `type`, `grid`, `first` and `last` position, and how many tokens are `patches`,
-        `newlines` and `faster`.
+        None) and `frames`, for each: `frame`, `type`, `grid`, `first` and `last` position, and the numbers of its `patches`,
+        `newlines` and `faster` tokens.
     """
     frames = []
     for frame, (kind, grid) in enumerate(zip(tokens.frame_types, tokens.frame_grids, strict=True)):
@@ -69,7 +69,7 @@ def layout_numbers(tokens: VideoTokens, first_position: int) -> dict[str, Any]:
 
 
 def _cut_into_tokens(frame: np.ndarray, layout: dict[str, Any], has_bands: bool) -> np.ndarray:
-    """A frame cut into its patch tokens, other tokens as bars where they come: right of a row, or below the frame."""
+    """Frame cut into its patch tokens; its other tokens are bars right of their row, or below the frame."""
     size = (_SIDE, round(_SIDE * frame.shape[1] / frame.shape[0]))
     rows, columns = (np.arange(side) * count // side for side, count in zip(size, frame.shape[:2], strict=True))
     picture = frame[rows][:, columns]
@@ -98,7 +98,7 @@ def _cut_into_tokens(frame: np.ndarray, layout: dict[str, Any], has_bands: bool)
 
 
 def layout_figure(frames: np.ndarray, seconds: Sequence[float], layout: dict[str, Any], title: str) -> Figure:
-    """Each frame cut into its tokens, with the positions that these have in the prompt.
+    """Each frame cut into its tokens, with their positions in the prompt.
 
     Args:
         frames: `[T, H, W, 3]` in 0 to 1.
@@ -129,11 +129,11 @@ def layout_figure(frames: np.ndarray, seconds: Sequence[float], layout: dict[str
 
 
 def sequence_figure(layout: dict[str, Any], tokens: VideoTokens, length: int, title: str) -> Figure:
-    """The prompt as the language model reads it: which position is text, and which is what of which frame.
+    """The prompt as the language model reads it, coloured by kind of token and numbered by frame.
 
     Args:
         layout: of `layout_numbers`.
-        tokens: the token map that it is of.
+        tokens: its token map.
         length: of the prompt.
         title: of the whole.
     """
@@ -165,7 +165,7 @@ def sequence_figure(layout: dict[str, Any], tokens: VideoTokens, length: int, ti
 
 
 def head_visibility(head: Any, num_frames: int, frame_types: Sequence[int] | None) -> torch.Tensor:
-    """`[T, T]` bool: which frames (columns) the head sees when it reads a frame (row) to predict the next one.
+    """Frames (columns) that the head attends to when it predicts from a frame (row) the next one: `[T, T]` bool.
 
     Args:
         head: a head's configuration.
@@ -181,11 +181,11 @@ def head_visibility(head: Any, num_frames: int, frame_types: Sequence[int] | Non
 
 
 def mask_figure(head: Any, num_frames: int, frame_types: Sequence[int] | None) -> tuple[torch.Tensor, Figure]:
-    """`head_visibility` and its picture, frame by frame: all patches of a frame see the same."""
+    """`head_visibility` and its picture by frame: all patches of a frame attend to the same frames."""
     visibility = head_visibility(head, num_frames, frame_types)
     figure = FrameLevelMaskGenerator.visualize_mask(
         visibility,
-        f"frames that the head sees (num_hist = {head.num_hist})",
+        f"frames that the head attends to (num_hist = {head.num_hist})",
         num_patches_per_frame=1,
         frame_types=frame_types if head.use_fast_slow_frames else None,
     )

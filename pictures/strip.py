@@ -1,8 +1,8 @@
 """Film strips: a column for each frame of a video, with rows of pictures; used by the other modules of this folder.
 
-A strip is drawn in inches from its upper left corner, and wraps after `COLUMNS` frames, so that text stays as large with 32
-frames as with 4. Colours keep apart for colour-blind readers too: scales differ in lightness, kinds are Okabe and Ito's
-(https://jfly.uni-koeln.de/color/).
+A strip is drawn in inches from its upper left corner, and wraps after `COLUMNS` frames: the size of text does not depend on the
+number of frames. Colour-blind readers can tell colours apart: scales differ in lightness, and categories have the palette of
+Okabe and Ito (https://jfly.uni-koeln.de/color/).
 """
 
 import math
@@ -36,7 +36,7 @@ _LEAST_WIDTH = 7.6
 
 
 class NotThereError(ValueError):
-    """A checkpoint or a video lacks what a picture would show; the text says what."""
+    """A checkpoint or a video lacks the data of a picture; the text names them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,9 @@ class StripRow:
     """One line of a strip.
 
     Attributes:
-        name: what stands at its left.
-        pictures: for each frame `[h, w, 3]` colours in 0 to 1, or None where there is nothing to show.
-        captions: what stands below each picture; no line is kept free for them if None.
+        name: text at its left.
+        pictures: for each frame `[h, w, 3]` colours in 0 to 1, or None for an empty cell.
+        captions: text below each picture; None reserves no line for them.
     """
 
     name: str
@@ -59,8 +59,8 @@ class ColourBar:
     """A scale of numbers.
 
     Attributes:
-        scale: what gives a number its colour.
-        label: what the numbers are, with their unit.
+        scale: mapping from numbers to colours.
+        label: quantity and unit of the numbers.
         extend: `neither | min | max | both`, where numbers beyond the scale's ends have the colour of the end.
         ticks: numbers to write, and their text; chosen by matplotlib if None.
     """
@@ -72,7 +72,7 @@ class ColourBar:
 
 
 def unnormalise(frames: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """`[T, 3, H, W]` as the model takes it -> `[T, H, W, 3]` in 0 to 1."""
+    """Pixels of the model's input `[T, 3, H, W]` -> `[T, H, W, 3]` in 0 to 1."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
     return (frames.float().cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
@@ -83,9 +83,9 @@ def colour_scale(colours: str | Colormap, norm: Normalize) -> ScalarMappable:
 
 
 def patch_colours(frame: np.ndarray, values: np.ndarray, scale: ScalarMappable) -> np.ndarray:
-    """Numbers `[h, w]` as the colours of their scale, on the pixels of a frame `[H, W, 3]` that they are about: `[H, W, 3]`.
+    """Colours of numbers `[h, w]`, enlarged to the size of their frame `[H, W, 3]`: `[H, W, 3]`.
 
-    The frame itself is not blended in: a colour must be found on the colour bar. It is drawn in a row of its own above.
+    The frame is not blended in, so that each colour is one of the colour bar. It is drawn in a row of its own above.
     """
     rows, columns = (
         ((np.arange(size) + 0.5) * count / size).astype(int)
@@ -95,15 +95,15 @@ def patch_colours(frame: np.ndarray, values: np.ndarray, scale: ScalarMappable) 
 
 
 def save_figure(figure: Figure, path: Path) -> int:
-    """Writes a PNG file; returns the width that it shall have on a page, in pixels."""
+    """Writes a PNG file; returns its width on a page, in pixels."""
     # Without the version that matplotlib adds, equal results give equal files.
     figure.savefig(path, dpi=FILE_DPI, metadata={"Software": None})
     return round(figure.get_size_inches()[0] * PAGE_DPI)
 
 
 def shorten(name: str, length: int = 24) -> str:
-    """A name, its middle left out where it is too long; of Chinese and other wide characters half as many have room."""
-    widths = [2 if east_asian_width(character) in "FW" else 1 for character in name]
+    """Replaces the middle of a long name by dots; a wide character, such as a Chinese one, counts as two."""
+    widths = _widths(name)
     if sum(widths) <= length:
         return name
     half = (length - 3) // 2
@@ -112,8 +112,22 @@ def shorten(name: str, length: int = 24) -> str:
     return f"{name[:start]}...{name[len(name) - end :]}"
 
 
+def shorten_text(text: str, length: int) -> str:
+    """The first words of a text that have room, with dots for the others; `shorten` for a single long word."""
+    words = text.split()
+    if sum(_widths(" ".join(words))) <= length:
+        return " ".join(words)
+    ends = np.cumsum([sum(_widths(word)) + 1 for word in words]) - 1
+    kept = int((ends <= length - 4).sum())
+    return " ".join([*words[:kept], "..."]) if kept else shorten(words[0], length)
+
+
+def _widths(text: str) -> list[int]:
+    return [2 if east_asian_width(character) in "FW" else 1 for character in text]
+
+
 def _families(text: str) -> tuple[list[str], set[int]]:
-    """Fonts to write a text with, the usual one first, and the characters that no font of matplotlib's has."""
+    """Fonts for a text, the usual one first, and the characters that none of matplotlib's fonts has."""
     usual = FontProperties()
     families = [usual.get_name()]
     missing = {ord(character) for character in text if not character.isspace()} - _characters(findfont(usual))
@@ -139,12 +153,12 @@ def _characters(file: str) -> frozenset[int]:
 
 
 def legible(text: str) -> str:
-    """A text for a title, or a hint at the page, which a browser writes, where no font here has all its characters."""
+    """The text, or a reference to the page if matplotlib's fonts lack a character: on the page the browser's fonts are used."""
     return "(see the page)" if _families(text)[1] else text
 
 
 def write_title(figure: Figure, title: str) -> None:
-    """In the upper left corner, letter by letter: in names of files and in answers a dollar is no formula."""
+    """Writes a title into the upper left corner, as plain text: a dollar sign does not begin a formula."""
     width, height = figure.get_size_inches()
     place, families = (0.1 / width, 1 - 0.18 / height), _families(title)[0]
     figure.text(*place, title, fontsize=10.5, va="center", color=INK, family=families, parse_math=False)
@@ -162,17 +176,17 @@ def frame_strip(
     bars: Sequence[ColourBar] = (),
     legend: Sequence[tuple[str, str]] = (),
 ) -> Figure:
-    """Draws lines of pictures below each other, a column for each heading.
+    """Draws rows of pictures below each other, a column for each heading.
 
     Args:
-        rows: lines, with as many pictures each as there are headings.
-        headings: what stands above each column, the time of a frame for example.
+        rows: each with one picture for each heading.
+        headings: text above each column, such as the time of a frame.
         title: of the whole.
         bars: colour scales, below the pictures.
-        legend: colours and what they mean, below the pictures.
+        legend: colours and their meaning, below the pictures.
 
     Raises:
-        ValueError: if there is no picture, or a line has not as many as there are headings.
+        ValueError: if no row has a picture, or the number of pictures of a row is not that of the headings.
     """
     for row in rows:
         if len(row.pictures) != len(headings) or len(row.captions or headings) != len(headings):
@@ -181,7 +195,7 @@ def frame_strip(
             )
     shapes = [picture.shape for row in rows for picture in row.pictures if picture is not None]
     if not shapes:
-        raise ValueError("there is no picture to draw")
+        raise ValueError("no row has a picture to draw")
     aspect = shapes[0][0] / shapes[0][1]
     columns = min(COLUMNS, len(headings))
     cell = min((WIDTH - _LABEL_WIDTH - _MARGIN) / columns - _GAP, _WIDEST_CELL)
@@ -218,7 +232,7 @@ def frame_strip(
 
 
 def _inches(width: float, height: float):
-    """A figure, and axes that fill it, in inches from the upper left corner."""
+    """Figure with axes that fill it, in inches from the upper left corner."""
     figure = Figure(figsize=(width, height), facecolor="white")
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set_axis_off()
@@ -253,7 +267,7 @@ def _draw_bars(figure: Figure, bars: Sequence[ColourBar], width: float, height: 
 
 
 def legend_of(entries: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Options of matplotlib's `legend` for colours and what they mean, all in one line without a frame."""
+    """Options of matplotlib's `legend` for colours and their meaning, in one line without a frame."""
     handles = [Rectangle((0, 0), 1, 1, facecolor=colour, edgecolor="none", label=text) for colour, text in entries]
     return {
         "handles": handles, "ncols": len(handles), "frameon": False, "fontsize": 8.5, "borderpad": 0, "borderaxespad": 0,

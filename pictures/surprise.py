@@ -1,8 +1,8 @@
-"""Plots of surprise: by time, and by patch; used by `llava-next-ar visualize` and `demo`.
+"""Plots of surprise: by time, and by patch; used by `llava-next-ar visualize`, `demo` and `app`.
 
 Surprise is the error of a prediction over that of copying the frame before and a floor (frame_surprise.py): 1 is the error of
-copying plus the floor. Copying itself lies below that, far below where little moves, and so it is copying's own surprise that
-marks and colours compare with, not 1.
+copying plus the floor. The surprise of copying itself is below 1, and far below 1 where little moves. Marks and colours
+therefore compare a prediction with copying, not with 1.
 """
 
 from collections.abc import Sequence
@@ -32,6 +32,8 @@ from .strip import (
 )
 
 MAX_THUMBNAILS = 11
+# A frame is marked as worse than copying if its error is larger by this share: less is rounding.
+WORSE_BY = 0.01
 # Purple for better than copying and orange for worse.
 _COLOURS = LinearSegmentedColormap.from_list(
     "surprise", [matplotlib.colormaps["PuOr_r"](place) for place in (0.22, 0.36, 0.5, 0.75, 1.0)]
@@ -57,14 +59,14 @@ def surprise_of(prediction: Any, seconds: torch.Tensor) -> VideoSurprise:
 
 
 def shown_frames(surprise: Any, most: int = MAX_THUMBNAILS) -> list[int]:
-    """Entries of a surprise to show as thumbnails: of `most` stretches of equal length, the most surprising of each."""
+    """Entries to show as thumbnails: the most surprising frame of each of `most` stretches of equal length."""
     stretches = np.array_split(np.arange(len(surprise.frames)), min(most, len(surprise.frames)))
     return [int(stretch[surprise.frames.numpy()[stretch].argmax()]) for stretch in stretches]
 
 
 def over_copying(errors: torch.Tensor, copy_errors: torch.Tensor, floor: torch.Tensor) -> np.ndarray:
-    """Errors over those of copying, the floor added to both: 1 is exactly as wrong as copying, and near 1 is also what is wrong
-    by less than the floor."""
+    """Ratio of errors to those of copying, with the floor added to both: 1 for the error of copying, near 1 where both errors
+    are far below the floor."""
     return ((errors.cpu() + floor) / (copy_errors.cpu() + floor)).numpy()
 
 
@@ -73,8 +75,13 @@ def frames_over_copying(surprise: Any) -> np.ndarray:
     return over_copying(*map(_means, (surprise.errors, surprise.copy_errors)), surprise.floors)
 
 
+def is_worse(surprise: Any) -> np.ndarray:
+    """`[M]` bool, frames whose error exceeds that of copying by more than `WORSE_BY`."""
+    return frames_over_copying(surprise) > 1 + WORSE_BY
+
+
 def copying_surprise(surprise: Any) -> list[float]:
-    """Surprise of each frame if the frame before it were the prediction; below 1 by the floor alone."""
+    """Surprise of each frame with the frame before it as the prediction; less than 1 because of the floor."""
     copy_errors = _means(surprise.copy_errors)
     return (copy_errors / (copy_errors + surprise.floors)).tolist()
 
@@ -86,7 +93,8 @@ def _means(maps: Sequence[torch.Tensor]) -> torch.Tensor:
 def surprise_timeline(frames: np.ndarray, seconds: Sequence[float], surprise: Any, title: str) -> Figure:
     """Surprise over time below thumbnails, beside that of copying, and the two errors that it is made of.
 
-    Marked are frames that were predicted worse than by copying. The dotted line is the error of copying plus the floor.
+    Frames that were predicted worse than by copying (`is_worse`) are marked. A dotted line at 1, the error of copying plus the
+    floor, is drawn where the axis reaches it.
 
     Args:
         frames: `[T, H, W, 3]` in 0 to 1.
@@ -100,15 +108,19 @@ def surprise_timeline(frames: np.ndarray, seconds: Sequence[float], surprise: An
     write_title(figure, title)
     index = surprise.frame_index.tolist()
     times, values = [seconds[frame] for frame in index], surprise.frames.tolist()
-    surprise_ax.axhline(1, color=INK, linewidth=0.8, linestyle=":", zorder=1)
     surprise_ax.plot(times, values, "o-", color=BLUE, markersize=5, linewidth=1.4, label="prediction", zorder=3)
     copying = copying_surprise(surprise)
     surprise_ax.plot(times, copying, "s--", color=GRAY, markersize=3.5, linewidth=1.2, label="copying", zorder=3.5)
-    is_worse = frames_over_copying(surprise) > 1
-    label = "prediction, worse than copying"
-    marked = np.array([times, values])[:, is_worse]
+    worse = is_worse(surprise)
+    label = f"worse than copying by over {WORSE_BY:.0%}"
+    marked = np.array([times, values])[:, worse]
     surprise_ax.plot(*marked, "D", color=VERMILION, markersize=5.5, label=label, zorder=4)
-    surprise_ax.set_ylim(0, max(1.25, 1.15 * max(values)))
+    highest = max(*values, *copying)
+    if highest > 0.5:
+        highest = max(highest, 1)
+        label = "1 = error of copying + floor"
+        surprise_ax.axhline(1, color=INK, linewidth=0.8, linestyle=":", zorder=1, label=label)
+    surprise_ax.set_ylim(*_limits(highest))
     surprise_ax.set_ylabel("surprise", fontsize=9)
     for errors, colour, style, label in (
         (surprise.errors, BLUE, "o-", "prediction"),
@@ -117,13 +129,13 @@ def surprise_timeline(frames: np.ndarray, seconds: Sequence[float], surprise: An
         means = [float(error.mean()) for error in errors]
         error_ax.plot(times, means, style, color=colour, markersize=3.5, linewidth=1.2, label=label)
     highest = max(float(error.mean()) for errors in (surprise.errors, surprise.copy_errors) for error in errors)
-    error_ax.set_ylim(0, max(1.15 * highest, 1e-6))
+    error_ax.set_ylim(*_limits(highest))
     error_ax.set_ylabel("squared error", fontsize=9)
     error_ax.set_xlabel("seconds", fontsize=9, labelpad=2)
     legend = {"fontsize": 8, "frameon": False, "borderpad": 0, "borderaxespad": 0.2, "columnspacing": 1.2}
     error_ax.legend(**legend, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     surprise_ax.legend(
-        **legend, ncols=3, loc="upper right", bbox_to_anchor=(0.985, 0.98), bbox_transform=figure.transFigure
+        **legend, ncols=4, loc="upper right", bbox_to_anchor=(0.985, 0.98), bbox_transform=figure.transFigure
     )
     margin = 0.02 * max(seconds[-1] - seconds[0], 1e-3)
     error_ax.set_xlim(seconds[0] - margin, seconds[-1] + margin)
@@ -132,9 +144,15 @@ def surprise_timeline(frames: np.ndarray, seconds: Sequence[float], surprise: An
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="#EEEEEE", linewidth=0.8)
         ax.set_axisbelow(True)
-    colours = [VERMILION if worse else BLUE for worse in is_worse]
+    colours = [VERMILION if own else BLUE for own in worse]
     _draw_thumbnails(figure, surprise_ax, frames, surprise, times, values, colours)
     return figure
+
+
+def _limits(highest: float) -> tuple[float, float]:
+    """Ends of an axis of numbers from 0 to `highest`, with room for the marks of both."""
+    highest = max(highest, 1e-6)
+    return -0.06 * highest, 1.12 * highest
 
 
 def _draw_thumbnails(
@@ -149,10 +167,10 @@ def _draw_thumbnails(
     height = width * figure_width / figure_height * frames.shape[1] / frames.shape[2]
     if height > 0.17:
         width, height = width * 0.17 / height, 0.17
-    # As close to their times as the neighbours allow: evenly spread would do for even times only.
+    # As close to their times as the neighbours allow: frames may be unevenly spaced in time.
     low, high = ax.get_xlim()
     wanted = [left + (times[entry] - low) / (high - low) * (right - left) for entry in shown]
-    centers = _spread(wanted, 1.04 * width, left + width / 2, right - width / 2)
+    centers = spread(wanted, 1.04 * width, left + width / 2, right - width / 2)
     for entry, center in zip(shown, centers, strict=True):
         box = figure.add_axes((center - width / 2, 0.72, width, height))
         box.imshow(frames[int(surprise.frame_index[entry])], aspect="auto")
@@ -167,8 +185,8 @@ def _draw_thumbnails(
         figure.add_artist(tie)
 
 
-def _spread(wanted: Sequence[float], distance: float, low: float, high: float) -> list[float]:
-    """Sorted places moved as far as needed to lie `distance` apart between `low` and `high`, if there is room."""
+def spread(wanted: Sequence[float], distance: float, low: float, high: float) -> list[float]:
+    """Sorted places, moved as little as needed to lie `distance` apart between `low` and `high`, if there is room."""
     places = np.clip(wanted, low, high)
     for number in range(1, len(places)):
         places[number] = max(places[number], places[number - 1] + distance)
@@ -178,10 +196,14 @@ def _spread(wanted: Sequence[float], distance: float, low: float, high: float) -
     return places.tolist()
 
 
-def surprise_maps(frames: np.ndarray, seconds: Sequence[float], surprise: Any, title: str) -> Figure:
-    """Error of each patch over that of copying (`over_copying`), below the frames: orange is more, purple less.
+def map_rows(frames: np.ndarray, surprise: Any) -> tuple[list[StripRow], ColourBar]:
+    """Ratio of the error of each patch to that of copying (`over_copying`): orange is more than 1, purple less.
 
-    The scale is logarithmic and the same on both sides of 1: half and twice as wrong as copying are equally strong.
+    The scale is logarithmic: half and twice the error of copying are equally far from the neutral colour.
+
+    Args:
+        frames: `[T, H, W, 3]` in 0 to 1.
+        surprise: a `VideoSurprise` of them.
     """
     patches = [over_copying(*own) for own in zip(surprise.errors, surprise.copy_errors, surprise.floors, strict=True)]
     away = np.abs(np.log2(np.concatenate([some.ravel() for some in patches])))
@@ -193,12 +215,15 @@ def surprise_maps(frames: np.ndarray, seconds: Sequence[float], surprise: Any, t
     ticks = {2.0**power: f"1/{2**-power}" if power < 0 else str(2**power) for power in powers}
     bar = ColourBar(
         scale=scale,
-        label="error of a patch over that of copying, the floor added to both: 1 is as wrong (below: of the frame)",
+        label="error / error of copying, of a patch, floor added to both; 1 = as copying (numbers: frames)",
         extend="both",
         ticks=ticks,
     )
-    rows = [
-        StripRow(name="frame", pictures=list(frames)),
-        StripRow(name="wrong, over\ncopying", pictures=[None, *pictures], captions=captions),
-    ]
+    return [StripRow(name="error / error\nof copying", pictures=[None, *pictures], captions=captions)], bar
+
+
+def surprise_maps(frames: np.ndarray, seconds: Sequence[float], surprise: Any, title: str) -> Figure:
+    """Frames above `map_rows`; `title` of the whole."""
+    rows, bar = map_rows(frames, surprise)
+    rows = [StripRow(name="frame", pictures=list(frames)), *rows]
     return frame_strip(rows, time_labels(seconds), title=title, bars=[bar])

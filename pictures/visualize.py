@@ -12,14 +12,18 @@ behind them (of six digits; errors and surprise by frame and patch, attention by
 frame, features as coordinates on their principal components). The pictures:
 
     film        frames, and their features as colours: true, predicted from the frames before, copied from the last one
-    errors      where the prediction is wrong, and where copying is
+    errors      error of the prediction and of copying, by patch
     surprise    the error over that of copying and a floor (see frame_surprise.py) by time; over that of copying, by patch
-    attention   where the language model looked when it answered the question: by frame and patch, and by layer
-    layout      which token of the prompt is which part of which frame
-    mask        which frames the head sees
+    attention   attention of the answer to the question: by frame and patch, and by layer
+    layout      tokens of each frame, with their positions in the prompt
+    mask        frames that the head attends to
 
-A checkpoint without a head, or a video of one frame, gives the pictures that need none; page and numbers say what is left out.
-So do they of a video among others that cannot be read. The exit code is 1 then, and 2 where nothing could be drawn or written.
+The output folder may exist. A second run replaces its `index.html`, `numbers.json` and pictures of the same videos, and reports
+that; pictures of other videos stay. Use a folder for each run to keep both pages.
+
+A checkpoint without a head, and a video of one frame, get the pictures that need no prediction. Page and numbers name each
+picture that is left out, with the reason, and each video that cannot be read. The exit code is 1 if a video cannot be read, and
+2 if nothing could be drawn or written.
 """
 
 import argparse
@@ -54,10 +58,10 @@ from ..modeling.frame_surprise import SURPRISE_FLOOR
 from .attention import answer_attention, attention_layers, attention_maps, attention_numbers
 from .features import error_figure, features_of, film_figure, fit_basis
 from .layout import layout_figure, layout_numbers, mask_figure, sequence_figure
-from .strip import NotThereError, legible, save_figure, shorten, unnormalise
+from .strip import NotThereError, legible, save_figure, shorten, shorten_text, unnormalise
 from .surprise import copying_surprise, surprise_maps, surprise_of, surprise_timeline
 
-# Sections of the page: heading, what it shows, and its pictures with what to tell those who cannot see them.
+# Sections of the page: heading, explanation, and its pictures with their alternative texts.
 SECTIONS = (
     (
         "True and predicted features",
@@ -73,20 +77,20 @@ SECTIONS = (
     ),
     (
         "Surprise",
-        "The error of the prediction over that of copying the last frame and a floor, which keeps patches in which nothing "
-        "changes from being surprising by their noise: 1, dotted, is the error of copying plus the floor. Copying itself lies "
-        "below that, far below where little moves. It is drawn beside it, and marks and colours compare with it: a patch as "
-        "wrong as copying is neutral, and so is one in which both errors are far below the floor. Thumbnails are the "
-        "most surprising frames of their stretch of time.",
+        "Surprise is the error of the prediction, divided by the error of copying the last frame plus a floor. The floor keeps "
+        "noise in static patches from counting as surprise. 1 is the error of copying plus the floor. The surprise of copying "
+        "itself is below 1, and far below 1 where little moves; it is drawn beside that of the prediction. Marks and colours "
+        "compare with copying: a patch with the error of copying is neutral, and so is one in which both errors are far below "
+        "the floor. Each thumbnail is the most surprising frame of its stretch of time.",
         {
             "surprise": "surprise and errors over time",
-            "surprise_maps": "how wrong each patch is over copying, the floor added to both, below the frames",
+            "surprise_maps": "error of each patch over that of copying, the floor added to both, below the frames",
         },
     ),
     (
         "Attention of the answer",
         "Attention of the answer's tokens, mean over these tokens and the heads: by patch below the frames (mean over layers "
-        "too; bright is much), and by layer. Language models attend much to the first tokens of a prompt, whatever they are.",
+        "too; bright is high), and by layer. Language models attend much to the first tokens of any prompt.",
         {"attention": "attention of the answer below the frames", "attention_layers": "attention of the answer by layer"},
     ),
     (
@@ -95,20 +99,20 @@ SECTIONS = (
         {"sequence": "the parts of the prompt by position", "layout": "frames cut into tokens"},
     ),
     (
-        "Frames that the head sees",
-        "Rows are the frames from which the next one is predicted, columns the frames whose hidden states the head may read "
-        "for it. The language model, which gives these states, has read all frames up to each.",
-        {"mask": "which frame sees which in the head"},
+        "Frames that the head attends to",
+        "Rows are the frames from which the next one is predicted. Columns are the frames whose hidden states the head attends "
+        "to. Each hidden state comes from the language model, which has read all frames up to its own.",
+        {"mask": "attention mask of the head by frame"},
     ),
 )  # fmt: skip
 
-# Of a head that sees no frame before it has predicted it.
+# Added for a head with a causal mask.
 FORESIGHT = "Each column is predicted from the columns to its left alone."
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisualizeSettings(VideoOptions):
-    """Everything that the pictures depend on."""
+    """All settings of the pictures."""
 
     model: str
     videos: tuple[str, ...]
@@ -162,29 +166,29 @@ class Album:
         return self.folder / f"{name}.png"
 
     def add(self, name: str, figure: Figure, scale: float = 1) -> None:
-        """`scale` is the size on the page, where a figure that was made for something else is too large."""
+        """Saves a figure; `scale` is its size on the page relative to its own."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.widths[name] = round(scale * save_figure(figure, self.path(name)))
 
     def remove_others(self) -> None:
-        """Pictures that an earlier run left and this one does not have go away."""
+        """Deletes pictures of an earlier run that this one does not have."""
         for name in (name for _, _, pictures in SECTIONS for name in pictures if name not in self.widths):
             self.path(name).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A video as the model reads it.
+    """Video as the model reads it.
 
     Attributes:
         video: its file.
-        name: to show.
+        name: for titles.
         inputs: of the model, with the question.
         frames: `[T, H, W, 3]` in 0 to 1.
         times: `[T]` float32, seconds from the start of the file.
-        frame_types: what the video processor chose the frames as, where it did.
+        frame_types: slow (0) or fast (1), if the video processor chose types.
         tokens: its token map.
-        first_position: where in the prompt it begins.
+        first_position: position of its first token in the prompt.
     """
 
     video: str
@@ -197,7 +201,14 @@ class Clip:
     first_position: int
 
 
-def read_clip(model: Any, processor: Any, video: str, settings: VisualizeSettings) -> Clip:
+def read_clip(
+    model: Any, processor: Any, video: str, settings: VisualizeSettings, device: str | torch.device | None = None
+) -> Clip:
+    """Read a video with its question, as inputs on a device; that of the model if None.
+
+    Raises:
+        ValueError, OSError: if the video cannot be read with the settings.
+    """
     content = [{"type": "video", "path": video}, {"type": "text", "text": settings.question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -207,7 +218,7 @@ def read_clip(model: Any, processor: Any, video: str, settings: VisualizeSetting
         return_tensors="pt",
         processor_kwargs=sampling_options(processor, **settings.video_options()),
     )
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    inputs = {name: value.to(model.device if device is None else device) for name, value in inputs.items()}
     video_processor = processor.video_processor
     frames = unnormalise(inputs["pixel_values_videos"][0], video_processor.image_mean, video_processor.image_std)
     types = inputs["video_frame_types"][0].tolist() if "video_frame_types" in inputs else None
@@ -239,33 +250,35 @@ def draw_prediction(
     """Features, errors, surprise and the head's mask.
 
     Raises:
-        NotThereError: if there is no head, or one frame alone.
+        NotThereError: if the model has no head, or the video has one frame alone.
     """
     if model.autoregressive_module is None:
         raise NotThereError("the checkpoint has no head that predicts (enable_autoregressive=False)")
     if len(clip.frames) < 2:
-        raise NotThereError("the video has one frame alone, and there is nothing to predict")
+        raise NotThereError("the video has one frame alone, so that no frame can be predicted")
     (prediction,) = model.predict_next_frames(**clip.inputs)
     surprise = surprise_of(prediction, clip.times)
     features = features_of(prediction)
     basis = fit_basis(features)
     shown = (clip.frames, clip.times.tolist())
     head, layout = model.config.autoregressive_config, model.config.frame_token_layout
-    # As in the head: frames are told apart by their tokens, or else by what the video processor chose them as.
+    # As in the head: types of the token layout, or else those that the video processor chose.
     kinds = clip.tokens.frame_types if layout.is_slow_fast else clip.frame_types
     mask, mask_picture = mask_figure(head, len(clip.frames), kinds)
     title = f"{clip.name}: features as colours ({basis.explained.sum():.0%} of their variance)"
     album.add("film", film_figure(*shown, features, basis, title))
     album.add("errors", error_figure(*shown, surprise, f"{clip.name}: errors"))
     album.add("surprise", surprise_timeline(*shown, surprise, f"{clip.name}: surprise over time"))
-    album.add("surprise_maps", surprise_maps(*shown, surprise, f"{clip.name}: surprise of each patch"))
+    album.add(
+        "surprise_maps", surprise_maps(*shown, surprise, f"{clip.name}: error of each patch over that of copying")
+    )
     album.add("mask", mask_picture, scale=0.75)
     return {
         "frame_index": surprise.frame_index,
         **prediction.frame_metrics,
         "metrics": prediction.metrics,
         "sees_later_frames": not head.use_frame_causal_mask,
-        # The last layer of a head that has never trained is zero.
+        # The last layer of an untrained head is zero.
         "is_copy": all(torch.equal(a, b) for a, b in zip(prediction.predictions, prediction.copies, strict=True)),
         "errors": surprise.errors,
         "copy_errors": surprise.copy_errors,
@@ -283,21 +296,21 @@ def draw_prediction(
 def draw_attention(
     model: Any, processor: Any, clip: Clip, settings: VisualizeSettings, album: Album
 ) -> dict[str, Any]:
-    """The answer, and the attention of its tokens.
+    """Answer to the question, and attention of its tokens.
 
     Raises:
-        NotThereError: if the language model gives no weights.
+        NotThereError: if the language model returns no weights.
     """
     attention = answer_attention(model, processor, clip.inputs, settings.max_new_tokens)
     numbers = attention_numbers(attention.weights, clip.tokens, clip.first_position)
-    said = legible(repr(shorten(attention.answer, 40))) if attention.answer else "(no words)"
+    said = legible(repr(shorten_text(attention.answer, 40))) if attention.answer else "(no words)"
     title = f"{clip.name}: attention of the answer {said}"
     album.add("attention", attention_maps(clip.frames, clip.times.tolist(), numbers, title))
     album.add("attention_layers", attention_layers(numbers, title))
     return {"answer": attention.answer, "num_answer_tokens": attention.num_tokens, **numbers}
 
 
-# What draws a part of the numbers, and the pictures that it makes.
+# Parts of the numbers: the function that draws each, and the names of its pictures.
 PARTS = {
     "layout": (draw_layout, ("sequence", "layout")),
     "prediction": (draw_prediction, ("film", "errors", "surprise", "surprise_maps", "mask")),
@@ -308,15 +321,15 @@ PARTS = {
 def draw_video(
     model: Any, processor: Any, video: str, settings: VisualizeSettings, album: Album, bar: tqdm
 ) -> dict[str, Any]:
-    """Draws what there is to draw about one video.
+    """Draws all pictures of one video.
 
     Args:
-        album: where the pictures go.
-        bar: moved on by one for each of `PARTS`.
+        album: folder of the pictures.
+        bar: advanced by one for each of `PARTS`.
 
     Returns:
         its numbers: `video`, `seconds` of each frame, `question`, each of `PARTS` (None where left out), and `left_out` with
-        the reason for each picture that there is none of. If the video cannot be read, `seconds` is None too.
+        the reason for each missing picture. If the video cannot be read, `seconds` is None too.
     """
     record = {"video": video, "seconds": None, "question": settings.question, **dict.fromkeys(PARTS), "left_out": {}}
     try:
@@ -346,14 +359,14 @@ def visualize(
     """Writes pictures, page and numbers to a folder; returns the numbers.
 
     Args:
-        output: folder to write; pictures of an earlier run of the same name are replaced. It stays as it is if no video can
-            be read.
+        output: folder to write. The page, the numbers and pictures of the same name of an earlier run are replaced. Nothing is
+            written if no video can be read.
         model, processor: instead of those that `settings.model` names.
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: if the device is not there, the checkpoint cannot be loaded, or none of the videos can be read or has as
-            many frames as asked for.
+        ValueError: if the device does not exist, the checkpoint cannot be loaded, or no video can be read with the frames asked
+            for.
         FileNotFoundError: naming the videos that do not exist.
     """
     missing = [video for video in settings.videos if not Path(video).is_file()]
@@ -394,7 +407,7 @@ def visualize(
 
 
 def is_unread(record: dict[str, Any]) -> bool:
-    """Return True if a record is of a video that could not be read."""
+    """Return True for the record of a video that could not be read."""
     return record["seconds"] is None
 
 
@@ -403,7 +416,7 @@ def reason_unread(record: dict[str, Any]) -> str:
 
 
 def folder_names(videos: Sequence[str]) -> list[str]:
-    """A folder for each video: its name without ending, numbered where that was there before."""
+    """Folder of each video: its name without ending, numbered from the second of the same name on."""
     names: list[str] = []
     for video in videos:
         stem, number = Path(video).stem, 1
@@ -416,7 +429,7 @@ def folder_names(videos: Sequence[str]) -> list[str]:
 
 
 def plain(value: Any) -> Any:
-    """Values as JSON knows them: arrays and tensors as lists, numbers of six digits, None for what is no number."""
+    """Values of JSON types: arrays and tensors as lists, numbers of six digits, None for non-finite numbers."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return plain(value.tolist())
     if isinstance(value, dict):
@@ -429,7 +442,7 @@ def plain(value: Any) -> Any:
 
 
 def write_page(results: dict[str, Any], albums: Sequence[Album], anchors: Sequence[str], path: Path) -> None:
-    """One HTML file with all pictures in it."""
+    """Writes one HTML file that holds all pictures."""
     report = Report(f"Predictions of {results['settings']['model']}")
     records = results["videos"]
     if len(records) > 1:
@@ -458,7 +471,7 @@ def write_page(results: dict[str, Any], albums: Sequence[Album], anchors: Sequen
 
 
 def facts(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """Facts of a video that stand before its pictures."""
+    """Facts of a video, shown before its pictures."""
     seconds, layout = record["seconds"], record["layout"]
     rows = [
         ("frames", f"{len(seconds)}, from {seconds[0]:.2f} to {seconds[-1]:.2f} s"),
@@ -478,7 +491,7 @@ def facts(record: dict[str, Any]) -> list[tuple[str, str]]:
             ),
         ]
         if record["prediction"]["sees_later_frames"]:
-            rows.append(("note", "the head has seen the frames that it predicts (use_frame_causal_mask=False)"))
+            rows.append(("note", "the head has read the frames that it predicts (use_frame_causal_mask=False)"))
         if record["prediction"]["is_copy"]:
             rows.append(("note", "every prediction is the frame before: this head has not been trained"))
     return rows
@@ -493,8 +506,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="checkpoint: a folder or a Hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     parser.add_argument("--video", dest="videos", nargs="+", required=True, help="video files")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--question", default=defaults.question, help="what is asked, for the attention of the answer")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="folder to write; page, numbers and pictures of an earlier run in it are replaced",
+    )
+    parser.add_argument(
+        "--question", default=defaults.question, help="question of the answer whose attention is drawn"
+    )
     add_video_options(parser)
     parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="of the answer")
     parser.add_argument(
@@ -506,15 +526,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default=defaults.dtype, help="float32, bfloat16 or float16")
     options = vars(parser.parse_args(argv))
     output = options.pop("output")
+    replaced = (output / "index.html").is_file()
     try:
         results = visualize(VisualizeSettings(**{**options, "videos": tuple(options["videos"])}), output)
-    except (ValueError, OSError, ImportError) as error:  # the latter of a video back end
+    except (ValueError, OSError, ImportError) as error:  # ImportError: of a video back end
         stop(error)
     unread = [record for record in results["videos"] if is_unread(record)]
     for record in results["videos"]:
         for picture, reason in record["left_out"].items() if record not in unread else ():
             print(f"{record['video']}: no {picture}: {reason}")
-    print(f"page: {output / 'index.html'}\nnumbers: {output / 'numbers.json'}")
+    print(f"page: {output / 'index.html'}{' (replaces that of an earlier run)' if replaced else ''}")
+    print(f"numbers: {output / 'numbers.json'}")
     if unread:
         reasons = (f"{parser.prog}: {record['video']}: {reason_unread(record)}\n" for record in unread)
         parser.exit(1, "".join(reasons))

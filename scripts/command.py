@@ -22,6 +22,7 @@ COMMANDS = {
     "merge": ("training.merge:main", "merge an adapter into its base"),
     "evaluate": ("evaluation.evaluate:main", "measure a checkpoint on a data set; --launch as for train"),
     "visualize": ("pictures.visualize:main", "draw predictions, surprise and attention of a video"),
+    "app": ("serving.space.app:main", "try a checkpoint in the browser"),
     "convert": ("conversion.convert:main", "convert LLaVA-OneVision and original LLaVA-NeXT checkpoints"),
     "consolidate": ("conversion.consolidate:main", "join the shards of a distributed checkpoint"),
     "push": ("hub.push:main", "push a checkpoint to the Hub; --dry-run lists the files"),
@@ -113,7 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     words = {word.partition("=")[0] for word in rest}
     if command in ("train", "evaluate") and "--launch" in words and not words & {"-h", "--help"}:
         return launch(command, rest)
-    run(COMMANDS[command][0], ["--check", *rest] if command == "check" else rest)
+    target = "serving.space.push:main" if command == "push" and "--space" in words else COMMANDS[command][0]
+    run(target, ["--check", *rest] if command == "check" else rest)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ requests) that point to them. Large files go through the LFS protocol, are only 
 uploaded before, and are served by a redirect, as from the Hub's CDN. Errors have the status codes and `X-Error-Code`
 headers of the Hub. Every request is logged; `fail` and `drop` break chosen ones.
 
-Not supported: Xet, spaces, gated repositories, discussions other than the pull requests that commits open.
+Spaces have files, variables and a requested hardware; nothing runs them.
+
+Not supported: Xet, gated repositories, discussions other than the pull requests that commits open.
 """
 
 import argparse
@@ -71,11 +73,15 @@ class Commit:
 
 @dataclass
 class Repository:
-    kind: str  # "model" or "dataset"
+    kind: str  # "model", "dataset" or "space"
     id: str
     private: bool = False
     commits: dict[str, Commit] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)  # "refs/heads/main" -> a commit
+    # Of a Space.
+    sdk: str | None = None
+    hardware: str | None = None
+    variables: dict[str, str] = field(default_factory=dict)
 
     @property
     def owner(self) -> str:
@@ -215,8 +221,9 @@ class HubServer:
 
 Answer = tuple[int, dict[str, str], bytes]
 _ROUTES: list[tuple[str, re.Pattern, Callable[..., Answer]]] = []
-_REPO = r"/api/(?P<kind>model|dataset)s/(?P<repo_id>[^/]+/[^/]+)"
-_FILES = r"/(?:(?P<kind>dataset)s/)?(?P<repo_id>[^/]+/[^/]+)"
+_REPO = r"/api/(?P<kind>model|dataset|space)s/(?P<repo_id>[^/]+/[^/]+)"
+_FILES = r"/(?:(?P<kind>dataset|space)s/)?(?P<repo_id>[^/]+/[^/]+)"
+_PREFIXES = {"model": "", "dataset": "datasets/", "space": "spaces/"}  # of the address of a page
 
 
 def route(method: str, pattern: str) -> Callable:
@@ -335,10 +342,19 @@ class _Handler(BaseHTTPRequestHandler):
         if owner != self.user.name or not self.user.can_write:
             raise HubError(403, f'You don\'t have the rights to create a {kind} under the namespace "{owner}"')
         repo_id = f"{owner}/{wanted['name']}"
-        answer = {"url": f"{self.hub.endpoint}/{'datasets/' * (kind == 'dataset')}{repo_id}", "name": repo_id}
+        answer = {"url": f"{self.hub.endpoint}/{_PREFIXES[kind]}{repo_id}", "name": repo_id}
+        if kind == "space" and wanted.get("sdk") not in ("gradio", "docker", "static"):
+            raise HubError(400, f"Invalid sdk: {wanted.get('sdk')}")
         if (kind, repo_id) in self.hub.repositories:
             return self._json({**answer, "error": "You already created this model repo"}, status=409)
-        repository = Repository(kind, repo_id, private=wanted.get("visibility") == "private")
+        repository = Repository(
+            kind,
+            repo_id,
+            private=wanted.get("visibility") == "private",
+            sdk=wanted.get("sdk"),
+            hardware=wanted.get("hardware"),
+            variables={variable["key"]: variable["value"] for variable in wanted.get("variables", ())},
+        )
         attributes = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES)
         files = {".gitattributes": Blob(attributes.encode(), is_lfs=False)}
         repository.commit("refs/heads/main", None, files, "initial commit", "", self.user.name)
@@ -408,6 +424,19 @@ class _Handler(BaseHTTPRequestHandler):
             raise HubError(409, f"Reference already exists: {ref}")
         repository.refs[ref] = self._commit_of(repository, start).oid
         return self._json({})
+
+    @route("GET", "/api/spaces/(?P<repo_id>[^/]+/[^/]+)/variables")
+    def variables(self, repo_id: str) -> Answer:
+        return self._variables(self._repository("space", repo_id, write=True))
+
+    @route("POST", "/api/spaces/(?P<repo_id>[^/]+/[^/]+)/variables")
+    def set_variable(self, repo_id: str) -> Answer:
+        repository, wanted = self._repository("space", repo_id, write=True), json.loads(self.body)
+        repository.variables[wanted["key"]] = wanted["value"]
+        return self._variables(repository)
+
+    def _variables(self, repository: Repository) -> Answer:
+        return self._json({name: {"key": name, "value": value} for name, value in repository.variables.items()})
 
     # Listings.
 
@@ -506,7 +535,7 @@ class _Handler(BaseHTTPRequestHandler):
         commit = repository.commit(
             ref, parent, files, header["summary"], header.get("description", ""), self.user.name
         )
-        address = f"{self.hub.endpoint}/{'datasets/' * (kind == 'dataset')}{repo_id}"
+        address = f"{self.hub.endpoint}/{_PREFIXES[kind]}{repo_id}"
         answer = {"success": True, "commitOid": commit.oid, "commitUrl": f"{address}/commit/{commit.oid}"}
         if opens_pull_request:
             answer["pullRequestUrl"] = f"{address}/discussions/{number}"

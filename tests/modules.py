@@ -13,7 +13,8 @@ LAYERS = (
     {"modeling", "processing"},
     {"training"},
     {"evaluation"},
-    {"pictures", "conversion", "serving"},
+    {"pictures", "conversion"},
+    {"serving"},
     {"experiments"},
     {"scripts"},
 )

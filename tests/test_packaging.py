@@ -46,6 +46,7 @@ DATA = {
     "model_card.md",
     "hub/releases.json",
     *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("scripts/*/*.yaml")),
+    *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("serving/space/examples/*.mp4")),
 }
 TRAVELLING = {"configuration", "modeling", "processing"}
 LIBRARY = {*TRAVELLING, "hub", "training"}

@@ -25,6 +25,7 @@ from tiny_processor import tiny_processor
 
 from llava_next_ar.experiments.temporal.synthetic_clips import write_dataset
 from llava_next_ar.scripts import command
+from llava_next_ar.serving.space import push as space_push
 from llava_next_ar.training.data import LlavaVideoDataset
 from llava_next_ar.training.recipes import flatten_recipe, parse_arguments
 
@@ -132,6 +133,9 @@ def parse(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line of a sub-command, by its own parser, without running it."""
     if name in ("train", "check"):
         parse_arguments(words)
+        return
+    if name == "push" and "--space" in words:
+        space_push.make_parser().parse_args(words)
         return
     parse_program(f"llava_next_ar.{command.COMMANDS[name][0]}", words, monkeypatch)
 

@@ -43,10 +43,12 @@ from llava_next_ar.pictures.strip import (
     legible,
     patch_colours,
     shorten,
+    shorten_text,
     write_title,
 )
 from llava_next_ar.pictures.surprise import (
     copying_surprise,
+    is_worse,
     shown_frames,
     surprise_maps,
     surprise_of,
@@ -194,7 +196,7 @@ def test_copying_is_neutral_however_little_moves(folder, settings):
     figure = surprise_timeline(*shown)
     lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].lines}
     assert surprise.frames[2] < 1
-    np.testing.assert_allclose(lines["prediction, worse than copying"], lines["prediction"][[2]])
+    np.testing.assert_allclose(lines["worse than copying by over 1%"], lines["prediction"][[2]])
     borders = [ax.spines["top"].get_edgecolor() for ax in figure.axes[2:]]
     assert [border == to_rgba(VERMILION) for border in borders] == [number == 2 for number in range(len(borders))]
 
@@ -207,8 +209,33 @@ def test_nothing_is_marked_where_copying_is_the_prediction():
     figure = surprise_timeline(np.random.default_rng(0).random((5, 8, 8, 3)), range(5), surprise, "title")
     lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].lines}
     np.testing.assert_array_equal(lines["copying"], lines["prediction"])
-    assert len(lines["prediction, worse than copying"]) == 0
+    assert len(lines["worse than copying by over 1%"]) == 0
     assert all(ax.spines["top"].get_edgecolor() == to_rgba(BLUE) for ax in figure.axes[2:])
+
+
+def test_rounding_is_not_marked_as_worse_than_copying():
+    surprise = made_up(5)
+    surprise.errors = [errors * (1 + 1e-5) for errors in surprise.copy_errors]
+    assert not is_worse(surprise).any()
+    surprise.errors[1] = surprise.copy_errors[1] * 1.5
+    assert is_worse(surprise).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("scale", [1e-4, 0.3, 3.0])
+def test_every_line_of_the_timeline_is_in_its_legend_and_every_mark_inside_its_axes(scale):
+    """A dotted line once had no name, the axis began at 0, and small values lay on the frame of an axis up to 1.25."""
+    surprise = made_up(5)
+    surprise.frames = scale * torch.tensor([0.0, 0.3, 1.0, 0.5])
+    surprise.copy_errors = [torch.full((4, 4), 1e-5 if scale < 0.1 else 0.2)] * 4
+    figure = surprise_timeline(np.random.default_rng(0).random((5, 8, 8, 3)), range(5), surprise, "title")
+    for ax in figure.axes[:2]:
+        named = {text.get_text() for text in ax.get_legend().get_texts()}
+        assert {line.get_label() for line in ax.lines} == named
+        low, high = ax.get_ylim()
+        values = np.concatenate([line.get_ydata() for line in ax.lines])
+        assert low < -0.02 * high and values.min() >= 0 and values.max() < 0.95 * high
+    assert figure.axes[0].get_ylim()[1] < 1.2 * max(scale, *copying_surprise(surprise), 1.0 if scale > 0.1 else 0)
+    assert ("1 = error of copying + floor" in {line.get_label() for line in figure.axes[0].lines}) == (scale > 0.1)
 
 
 def test_half_and_twice_as_wrong_as_copying_are_equally_strong():
@@ -218,6 +245,7 @@ def test_half_and_twice_as_wrong_as_copying_are_equally_strong():
         torch.tensor([[0.1, 0.5, 3.9, 0.7, 1e-4]])
     ]  # where nothing moved: wrong, and wrong by noise alone
     strip = rows_of("surprise", surprise_maps, np.ones((2, 1, 5, 3)), [0.0, 1.0], surprise, "title")
+    assert strip["rows"][1].name == "error / error\nof copying"
     scale = strip["bars"][0].scale
     drawn = strip["rows"][1].pictures[1][0]
     np.testing.assert_allclose(drawn, scale.to_rgba([0.5, 1, 2, 8, (1e-4 + 0.1) / (1e-5 + 0.1)])[:, :3], atol=1e-6)
@@ -338,7 +366,7 @@ def test_attention_is_split_without_loss():
 def test_a_language_model_without_weights_to_give_is_told_apart(monkeypatch):
     model = tiny_model()
     monkeypatch.setattr(type(model.model.language_model), "_can_set_attn_implementation", lambda self: False)
-    with pytest.raises(NotThereError, match="Qwen2Model gives no attention weights"):
+    with pytest.raises(NotThereError, match="Qwen2Model returns no attention weights"):
         answer_attention(model, tiny_processor(model.config), attention_inputs(model))
     inputs = attention_inputs(model)
     end = int((inputs["input_ids"][0] == VIDEO_TOKEN).nonzero()[-1]) + 1
@@ -479,7 +507,7 @@ def test_no_text_covers_another_or_leaves_its_figure(num_frames):
                 assert apart, f"{text!r} covers {other!r} ({num_frames} frames)"
 
 
-def test_a_dollar_in_a_title_is_no_formula():
+def test_a_dollar_in_a_title_begins_no_formula():
     def width(title: str) -> float:
         box = next(box for text, box in drawn_texts(sequence_figure(layout, tokens, 90, title)) if text == title)
         return box[2] - box[0]
@@ -487,7 +515,7 @@ def test_a_dollar_in_a_title_is_no_formula():
     tokens = tiny_model().config.frame_token_layout.video(2)
     layout = layout_numbers(tokens, 0)
     assert width("$5 or $10") > width("5 or 10")
-    width("a$b_$c.mp4")  # is no formula that matplotlib can read
+    width("a$b_$c.mp4")  # not a formula that matplotlib can read
     for figure in all_figures(2, "a$b_$c"):
         assert any("a$b_$c" in text for text, _ in drawn_texts(figure))
     answers_figure({"what costs $b_$": {"exact": 0.5}}).savefig(io.BytesIO())
@@ -561,6 +589,15 @@ def test_names_are_shortened_to_the_room_that_they_take():
     assert shorten("clip_" + "红" * 13) == "clip_红红...红红红红红"
 
 
+def test_titles_end_between_words():
+    answer = "The red circle moves to the left and then it stops"
+    assert shorten_text(answer, 40) == "The red circle moves to the left and ..."
+    assert shorten_text(answer, 39) == "The red circle moves to the left ..."
+    assert shorten_text(f" {answer}\n", 60) == answer
+    assert shorten_text("a" * 50 + " b", 24) == "a" * 10 + "..." + "a" * 10
+    assert shorten_text("红" * 30, 24) == "红" * 5 + "..." + "红" * 5
+
+
 @pytest.mark.parametrize("frame", [np.zeros((6, 9, 3)), np.ones((6, 9, 3)), np.linspace(0, 1, 162).reshape(6, 9, 3)])
 def test_numbers_lie_on_the_place_that_they_are_about_in_a_colour_of_the_bar(frame):
     """A colour that is blended with the frame cannot be found on the bar."""
@@ -581,7 +618,7 @@ def test_a_strip_needs_a_picture_for_each_frame():
     row = StripRow(name="frame", pictures=[np.ones((2, 2, 3))])
     with pytest.raises(ValueError, match="'frame' does not have one picture .* of 2 frames"):
         frame_strip([row], ["0 s", "1 s"], title="")
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no row has a picture"):
         frame_strip([StripRow(name="frame", pictures=[None])], ["0 s"], title="")
 
 
@@ -680,7 +717,7 @@ def test_a_head_that_sees_later_frames_is_told(tmp_path):
         visualize.visualize(settings, tmp_path / "out", model, tiny_processor(model.config), progress=False)
         text = Page(tmp_path / "out" / "index.html").text
         assert ("predicted from the columns to its left alone" in text) == causal
-        assert ("the head has seen the frames that it predicts (use_frame_causal_mask=False)" in text) != causal
+        assert ("the head has read the frames that it predicts (use_frame_causal_mask=False)" in text) != causal
 
 
 def test_videos_that_cannot_be_read_are_left_out(folder, tmp_path, capsys):
@@ -763,13 +800,15 @@ def test_the_command_repeats_itself(folder, tmp_path, capsys):
     question = 'Which color is the "shape"?'
     arguments = ["--model", str(folder / "base"), "--video", str(clip), "--output", str(tmp_path / "a b")]
     visualize.main([*arguments, "--question", question, "--num-frames", "3", "--device", "cpu"])
-    assert str(tmp_path / "a b" / "index.html") in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert str(tmp_path / "a b" / "index.html") in said and "replaces" not in said
     first = json.loads((tmp_path / "a b" / "numbers.json").read_text())
     assert first["settings"]["question"] == question and len(first["videos"][0]["seconds"]) == 3
     assert re.fullmatch("[0-9a-f]{64}", first["model"]["weights_sha256"])
     program, script, *words = visualize.shlex.split(first["command"])
     assert (program, script) == ("llava-next-ar", "visualize")
     visualize.main(words)
+    assert "index.html (replaces that of an earlier run)" in capsys.readouterr().out
     assert json.loads((tmp_path / "a b" / "numbers.json").read_text()) == first
 
 
@@ -783,7 +822,7 @@ chromium = pytest.mark.skipif(find_chromium() is None, reason="no Chromium is in
 
 
 def problems_of(browser: Browser, page: Path, **options) -> list[str]:
-    """What is wrong with a page as a browser shows it."""
+    """Faults of a page as a browser shows it."""
     browser.requests.clear()
     browser.complaints.clear()
     browser.open(page, **options)
