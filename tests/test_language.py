@@ -13,7 +13,9 @@ import pytest
 from modules import MODULES, ROOT, name_of
 
 TESTS = sorted(path for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__))
-PAGES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "model_card.md"))])
+PAGES = sorted(
+    [*(ROOT / "docs").glob("*.md"), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "model_card.md"))]
+)
 RIDDLES = r"(What|Which|How|Whether|Of|Who|Whom|Whose|Where|Whatever|Whichever|Why)\b"
 PHRASES = {
     r"\b(is|are|was|were|be) no (?!longer|more\b|less\b|other\b|further\b)": "write 'not a ...' or 'has no ...'",

@@ -45,23 +45,25 @@ class SourceClip:
     """Unique in its source."""
     split: str
     group: str
-    """Name of the map, camera or scene. Groups of the splits are disjoint where a source holds them out."""
+    """Name of the map, camera or level. Groups of the splits are disjoint where a source holds them out."""
     recording: int
     """Index of the recording."""
     backwards: bool = False
+    pair: str = ""
+    """Name that both clips of a pair share."""
     questions: tuple[ClipQuestion, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipPair:
-    """Two clips, given by index, that are equal before `event_frame`."""
+    """Violation of expectation: two clips, given by index, that are equal before `event_frame`."""
 
     possible: int
     changed: int
     """The clip in which the event happens."""
     event: str
     event_frame: int
-    """Index of the first frame that differs."""
+    """Index of the first shown frame that differs."""
     impossible: bool = True
     """False for a harmless change of the appearance, such as that of the light."""
 
@@ -73,23 +75,46 @@ class ClipLibrary:
     recordings: Any
     """Sequence of `[T, H, W, 3]` uint8 arrays: an array on disk, a list, or frames that are drawn when they are read."""
     clips: Sequence[SourceClip]
+    questions: Mapping[str, Sequence[tuple[int, ClipQuestion]]]
+    """By split: the index of a clip and a question about it, in an order that mixes types and answers."""
     pairs: Mapping[str, Sequence[ClipPair]]
     """By split; training has none."""
-    num_frames: int
-    """Of each clip (T)."""
+    num_source_frames: int
+    """Of each recording before frames are left out."""
+    frame_step: int = 1
+    """Every so many frames of a recording one is shown: with 3, frames 0, 3, 6..."""
     frame_seconds: float
-    """Time from one frame to the next."""
+    """Time from one shown frame to the next."""
     fingerprint: str
     """Of all settings that the clips depend on."""
 
-    def recording_order(self, clip: int) -> np.ndarray:
-        """Indices `[T]` of the recording's frames in the order in which the clip shows them."""
+    @property
+    def num_frames(self) -> int:
+        """Of each clip, as it is shown (T)."""
+        return len(range(0, self.num_source_frames, self.frame_step))
+
+    def frame_order(self, clip: int, *, shuffled: bool = False) -> np.ndarray:
+        """Indices `[T]` of the recording's frames in the order in which the clip shows them.
+
+        Args:
+            shuffled: in a random order that both clips of a pair share. The drawn order covers frames that are not shown, so
+                that a few clips keep their order by chance.
+        """
+        own = self.clips[clip]
+        if shuffled:
+            rng = np.random.default_rng(list(f"shuffled {own.pair or own.name}".encode()))
+            drawn = rng.permutation(self.num_source_frames) // self.frame_step
+            return drawn[np.sort(np.unique(drawn, return_index=True)[1])]
         order = np.arange(self.num_frames)
-        return order[::-1].copy() if self.clips[clip].backwards else order
+        return order[::-1].copy() if own.backwards else order
+
+    def recording_frames(self, recording: int) -> np.ndarray:
+        """`[T, H, W, 3]` uint8 of a recording, forwards."""
+        return np.asarray(self.recordings[recording])
 
     def frames(self, clip: int) -> np.ndarray:
         """`[T, H, W, 3]` uint8."""
-        return np.asarray(self.recordings[self.clips[clip].recording])[self.recording_order(clip)]
+        return self.recording_frames(self.clips[clip].recording)[self.frame_order(clip)]
 
     def of_split(self, split: str) -> list[int]:
         """Indices of the clips of a split.
@@ -100,6 +125,17 @@ class ClipLibrary:
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}, expected one of {SPLITS}")
         return [number for number, clip in enumerate(self.clips) if clip.split == split]
+
+
+def mixed_questions(clips: Sequence[SourceClip]) -> dict[str, list[tuple[int, ClipQuestion]]]:
+    """All questions of the clips by split, in a fixed random order."""
+    questions: dict[str, list[tuple[int, ClipQuestion]]] = {split: [] for split in SPLITS}
+    for number, clip in enumerate(clips):
+        questions[clip.split] += [(number, question) for question in clip.questions]
+    return {
+        split: [own[place] for place in np.random.default_rng(len(own)).permutation(len(own))]
+        for split, own in questions.items()
+    }
 
 
 class LibraryBuilder:
@@ -117,6 +153,7 @@ class LibraryBuilder:
         name: str,
         split: str,
         group: str,
+        pair: str = "",
         questions: Sequence[ClipQuestion] = (),
         backwards_questions: Sequence[ClipQuestion] = (),
     ) -> int:
@@ -125,7 +162,7 @@ class LibraryBuilder:
         Returns:
             the index of the forward clip.
         """
-        common = {"split": split, "group": group, "recording": len(self.recordings)}
+        common = {"split": split, "group": group, "pair": pair, "recording": len(self.recordings)}
         self.recordings.append(np.ascontiguousarray(frames, dtype=np.uint8))
         self.clips.append(SourceClip(name=name, questions=tuple(questions), **common))
         number = len(self.clips) - 1
@@ -156,7 +193,7 @@ class LibraryBuilder:
             raise ValueError(
                 f"clips of the pair {name!r} differ in frames {np.flatnonzero(differs).tolist()}, expected some but not the first"
             )
-        common = {"split": split, "group": group}
+        common = {"split": split, "group": group, "pair": name}
         numbers = [
             self.add_clip(frames, name=f"{name}_{label}", **common)
             for label, frames in (("possible", possible), (event, changed))
@@ -198,11 +235,13 @@ def open_library(settings: SourceSettings, cache: Path) -> ClipLibrary:
     if not (folder / "clips.json").exists():
         _write(settings.record(), folder)
     content = json.loads((folder / "clips.json").read_text(encoding="utf-8"))
+    clips = [_clip_from_json(entry) for entry in content["clips"]]
     return ClipLibrary(
         recordings=np.load(folder / "frames.npy", mmap_mode="r"),
-        clips=[_clip_from_json(entry) for entry in content["clips"]],
+        clips=clips,
+        questions=mixed_questions(clips),
         pairs={split: [ClipPair(**entry) for entry in entries] for split, entries in content["pairs"].items()},
-        num_frames=settings.num_frames,
+        num_source_frames=settings.num_frames,
         frame_seconds=settings.frame_seconds,
         fingerprint=folder.name,
     )
@@ -237,27 +276,28 @@ def join(libraries: Sequence[ClipLibrary]) -> ClipLibrary:
     Raises:
         ValueError: if their clips have different numbers of frames or times between frames.
     """
-    shapes = {(library.num_frames, library.frame_seconds) for library in libraries}
+    shapes = {(library.num_source_frames, library.frame_step, library.frame_seconds) for library in libraries}
     if len(shapes) != 1:
-        raise ValueError(f"libraries have (frames, seconds between them) {sorted(shapes)}, expected the same for all")
-    ((num_frames, frame_seconds),) = shapes
+        raise ValueError(f"libraries have (frames, step, seconds) {sorted(shapes)}, expected the same for all")
+    ((num_source_frames, frame_step, frame_seconds),) = shapes
     clips: list[SourceClip] = []
     pairs: dict[str, list[ClipPair]] = {split: [] for split in SPLITS}
     num_recordings = 0
     for library in libraries:
-        first_clip = len(clips)
+        first = len(clips)
         clips += [replace(clip, recording=clip.recording + num_recordings) for clip in library.clips]
         for split, own in library.pairs.items():
             pairs[split] += [
-                replace(pair, possible=pair.possible + first_clip, changed=pair.changed + first_clip) for pair in own
+                replace(pair, possible=pair.possible + first, changed=pair.changed + first) for pair in own
             ]
         num_recordings += len(library.recordings)
     return ClipLibrary(
         recordings=ConcatDataset([library.recordings for library in libraries]),
         clips=clips,
+        questions=mixed_questions(clips),
         pairs=pairs,
-        num_frames=num_frames,
+        num_source_frames=num_source_frames,
+        frame_step=frame_step,
         frame_seconds=frame_seconds,
         fingerprint="+".join(library.fingerprint for library in libraries),
     )
-

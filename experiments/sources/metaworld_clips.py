@@ -17,7 +17,6 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -33,7 +32,10 @@ AZIMUTHS = {"train": (100.0, 125.0), "val": (128.0, 134.0), "test": (137.0, 150.
 """Directions of the cameras in degrees."""
 MAX_STEPS = 250
 NOISE = 0.1  # of the actions, whose range is -1 to 1
-MIN_CHANGE, MIN_PIXELS = 25, 30  # as many pixels of a pair differ by so much at the event; with fewer, it is hardly seen
+MIN_CHANGE, MIN_PIXELS = (
+    25,
+    30,
+)  # as many pixels of a pair differ by so much at the event; with fewer, it is hardly seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,9 +202,7 @@ class _Stage:
 def questions_of(thing: str, action: str) -> list[ClipQuestion]:
     """Both questions about a clip."""
     return [
-        ClipQuestion(
-            question_type="opens", text="does the robot open or close it ?", choices=ACTIONS, answer=action
-        ),
+        ClipQuestion(question_type="opens", text="does the robot open or close it ?", choices=ACTIONS, answer=action),
         ClipQuestion(
             question_type="object", text="which object does the robot move ?", choices=tuple(OBJECTS), answer=thing
         ),

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,20 +131,42 @@ def feature_statistics(features: np.ndarray) -> tuple[torch.Tensor, torch.Tensor
 
     The class token counts as none.
     """
-    patches = torch.from_numpy(np.array(features[:, 1:])).flatten(0, 1)
+    patches = torch.from_numpy(np.array(features[:, 1:], dtype=np.float32)).flatten(0, 1)
     mean = patches.mean(0)
     return mean, (patches - mean).square().mean().sqrt()
+
+
+class StackedFeatures:
+    """Features of several sources, numbered through; indexed with an array of frame numbers or with a slice."""
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
+        numbers = np.arange(len(self))[index]
+        rows = np.empty((len(numbers), *self._parts[0].shape[1:]), dtype=self._parts[0].dtype)
+        sources = np.searchsorted(self._ends, numbers, side="right")
+        for source in np.unique(sources):
+            part = self._parts[source]
+            own = sources == source
+            rows[own] = part[numbers[own] - (self._ends[source] - len(part))]
+        return rows
 
 
 class FeatureBank(nn.Module):
     """Stands in for a `StandardizedTower` whose features were computed before.
 
     Args:
-        features: `[N, 1 + P, Dv]` float32 of all frames, before they are standardized; may be an array on disk.
+        features: `[N, 1 + P, Dv]` of all frames, before they are standardized: an array in memory or on disk, or
+            `StackedFeatures`.
         mean, deviation: those of the tower.
     """
 
-    def __init__(self, features: np.ndarray, mean: torch.Tensor, deviation: torch.Tensor) -> None:
+    def __init__(self, features: np.ndarray | StackedFeatures, mean: torch.Tensor, deviation: torch.Tensor) -> None:
         super().__init__()
         self.features = features
         self.register_buffer("mean", mean, persistent=False)
@@ -153,7 +175,7 @@ class FeatureBank(nn.Module):
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """`[F, 1, 1, 1]` numbers of frames in the place of pixels -> what the tower returns for these frames."""
         numbers = pixel_values.flatten().long()
-        hidden_state = torch.from_numpy(self.features[numbers.numpy()])
+        hidden_state = torch.from_numpy(self.features[numbers.numpy()]).float()
         return _as_output((hidden_state - self.mean) / self.deviation)
 
 
@@ -162,14 +184,19 @@ def _as_output(hidden_state: torch.Tensor) -> BaseModelOutputWithPooling:
 
 
 def open_features(
-    path: Path, num_clips: int, frames_of: Callable[[int], np.ndarray], tower: Callable[[], nn.Module]
+    path: Path,
+    num_clips: int,
+    frames_of: Callable[[int], np.ndarray],
+    tower: Callable[[], nn.Module],
+    dtype: type = np.float32,
 ) -> np.ndarray:
     """Features of all frames of all clips, `[num_clips * T, 1 + P, Dv]` on disk; computed now if `path` is missing.
 
     Args:
-        path: a `.npy` file; its name must tell all that the features depend on.
-        frames_of: clip number -> its frames `[T, H, W, 3]` uint8, as many for every clip.
-        tower: called where features are to be computed.
+        path: a `.npy` file; its name must identify all that the features depend on.
+        frames_of: clip number -> its frames `[T, H, W, 3]` uint8, as many for each clip.
+        tower: called if features must be computed.
+        dtype: of the file.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +207,7 @@ def open_features(
                 encoded, length = encode_frames(encoder, np.concatenate(some)).numpy(), len(some[0])
                 if features is None:
                     shape = (num_clips * length, *encoded.shape[1:])
-                    features = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=shape)
+                    features = np.lib.format.open_memmap(unfinished, mode="w+", dtype=dtype, shape=shape)
                 features[first * length :][: len(encoded)] = encoded
                 bar.update(len(some))
         features.flush()

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 from ...evaluation.measures import linear_errors
 from ...modeling.frame_surprise import VideoSurprise
 from ...training.collator import LlavaVideoCollator
-from .data import PAD, EventPair, StudyData, StudyQuestion, StudySamples
+from ..sources.clips import ClipPair
+from .data import PAD, StudyData, StudyQuestion, StudySamples
 
 BATCH_SIZE = 32
 
@@ -70,14 +71,13 @@ SCORES = tuple(f"{what}_{where}" for what in WHAT for where in WHERE)
 
 
 @torch.inference_mode()
-def measure_pairs(model: Any, data: StudyData, pairs: Sequence[EventPair]) -> dict[str, list[float]]:
-    """For each way of scoring a clip and each pair: 1.0 where the impossible clip scores higher, 0.5 if as high, else 0.0."""
-    clips = [clip for pair in pairs for clip in (pair.possible, pair.impossible)]
+def measure_pairs(model: Any, data: StudyData, pairs: Sequence[ClipPair]) -> dict[str, list[float]]:
+    """For each score and each pair: 1.0 where the clip with the event scores higher, 0.5 if as high, else 0.0."""
+    clips = [clip for pair in pairs for clip in (pair.possible, pair.changed)]
     surprises = [one for batch in _batches(model, _videos(model, data, clips)) for one in model.surprise(**batch)]
     results: dict[str, list[float]] = {name: [] for name in SCORES}
-    for pair, possible, impossible in zip(pairs, surprises[::2], surprises[1::2], strict=True):
-        event = -(-pair.event_frame // data.settings.frame_step)  # among the frames that are shown
-        scores = [clip_scores(one, event) for one in (possible, impossible)]
+    for pair, possible, changed in zip(pairs, surprises[::2], surprises[1::2], strict=True):
+        scores = [clip_scores(one, pair.event_frame) for one in (possible, changed)]
         for name in SCORES:
             low, high = (some[name] for some in scores)
             results[name].append(0.5 + 0.5 * ((high > low) - (high < low)))

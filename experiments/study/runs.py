@@ -23,12 +23,13 @@ from ...modeling.modeling_llava_next_ar import LlavaNextARForConditionalGenerati
 from ...training.collator import LlavaVideoCollator
 from ...training.trainer import AutoregressiveTrainer
 from .arms import HEAD, LAYOUT, Arm, RunSettings
-from .data import END, IMAGE, PAD, VIDEO, StudyData, StudyQuestion, StudySamples
+from .data import END, IMAGE, PAD, VIDEO, SimulatedSettings, StudyData, StudyQuestion, StudySamples
 from .features import (
     PATCH_SIZE,
     TOWER_WHEEL,
     TOWER_WIDTH,
     FeatureBank,
+    StackedFeatures,
     feature_statistics,
     load_tower,
     open_features,
@@ -146,9 +147,14 @@ def open_bank(data: StudyData, cache: Path) -> FeatureBank:
     """The features of all clips, from `cache` or computed into it."""
     settings = data.settings
     tower = partial(load_tower, cache / "tower", num_layers=settings.tower_layers, image_size=settings.image_size)
-    path = cache / f"features-{TOWER_WHEEL}-{data.fingerprint}.npy"
-    features = open_features(path, len(data.clips), data.frames, tower)
-    return FeatureBank(features, *feature_statistics(features[data.training_frames][:STATISTICS_FRAMES]))
+    # Recordings are many: half precision halves their features on disk.
+    dtype = np.float16 if isinstance(settings, SimulatedSettings) else np.float32
+    parts = []
+    for library in data.libraries:
+        path = cache / f"features-{TOWER_WHEEL}-{settings.tower_layers}layers-{library.fingerprint}.npy"
+        parts.append(open_features(path, len(library.recordings), library.recording_frames, tower, dtype))
+    features = parts[0] if len(parts) == 1 else StackedFeatures(parts)
+    return FeatureBank(features, *feature_statistics(features[data.training_frames(STATISTICS_FRAMES)]))
 
 
 def run_arm(arm: Arm, common: RunSettings, seed: int, data: StudyData, bank: nn.Module) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from .arms import TABLES, Arm, RunSettings
-from .data import StudyData
+from .data import open_data
 from .runs import open_bank, read_run, run_arm, write_run
 from .tables import write_tables
 
@@ -65,7 +65,7 @@ def run_tables(
     missing = [(arm, seed) for arm, seed in wanted if read_run(results, arm, common, seed) is None]
     if not missing:
         return 0
-    data = StudyData(common.data)
+    data = open_data(common.data, cache)
     bank = open_bank(data, cache)
     with tqdm(missing, desc="study", unit="run") as bar:
         for arm, seed in bar:
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     common = RunSettings()
     try:
         if options.what == "features":
-            open_bank(StudyData(common.data), options.cache)
+            open_bank(open_data(common.data, options.cache), options.cache)
         elif options.what == "run":
             number = run_tables(
                 options.table,
