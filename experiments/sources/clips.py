@@ -191,7 +191,8 @@ class LibraryBuilder:
         differs = (possible != changed).any(axis=(1, 2, 3))
         if differs[0] or not differs.any():
             raise ValueError(
-                f"clips of the pair {name!r} differ in frames {np.flatnonzero(differs).tolist()}, expected some but not the first"
+                f"clips of the pair {name!r} differ in frames {np.flatnonzero(differs).tolist()}, expected one or more, but "
+                "not the first"
             )
         common = {"split": split, "group": group, "pair": name}
         numbers = [

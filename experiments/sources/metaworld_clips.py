@@ -1,15 +1,15 @@
 """Clips of scripted robot tasks of MetaWorld, with the true state of the object that the robot moves.
 
 MetaWorld (Yu et al., 2019; MIT licence) on MuJoCo (Apache 2.0), rendered on the CPU. Cameras of training, validation and test
-look from different directions. A clip shows the middle of the motion and is also played backwards, where opening becomes closing.
-Each frame alone is the same in both directions, so the mean frame answers half of these questions.
+look from different directions. A clip shows the middle of the motion. It is also played backwards: opening becomes closing, and
+the mean frame is the same for both answers.
 
 | question type | choices |
 |---|---|
 | opens | opens, closes |
 | object (static control) | door, drawer, window, faucet |
 
-Pairs: the moving part jumps along its joint (jump), the whole object is displaced (shift) or removed (vanish). The pairs `light` and
+Pairs: the moving part slips along its joint (slip), the whole object is lifted (lift) or gone (gone). The pairs `light` and
 `floor` change only the appearance: nothing impossible happens in them.
 """
 
@@ -26,7 +26,7 @@ from .clips import ClipQuestion, LibraryBuilder
 OBJECTS = {"door": "doorjoint", "drawer": "goal_slidey", "window": "window_slide", "faucet": "knob_Joint_1"}
 """Objects that the robot opens and closes, with their joints."""
 ACTIONS = ("opens", "closes")
-EVENTS = ("jump", "shift", "vanish")
+EVENTS = ("slip", "lift", "gone")
 APPEARANCES = ("light", "floor")
 AZIMUTHS = {"train": (100.0, 125.0), "val": (128.0, 134.0), "test": (137.0, 150.0)}
 """Directions of the cameras in degrees."""
@@ -169,11 +169,11 @@ class _Stage:
         def edit(number: int) -> None:
             if number < first:
                 return
-            if event == "jump":
+            if event == "slip":
                 self.data.qpos[place] = states[0][place] if number > len(states) // 2 else states[-1][place]
-            elif event == "shift":
+            elif event == "lift":
                 model.body_pos[body] = kept[0][body] + (0.0, 0.0, 0.12)
-            elif event == "vanish":
+            elif event == "gone":
                 model.body_pos[body] = kept[0][body] + (0.0, 0.0, -5.0)
             elif event == "light":
                 model.vis.headlight.ambient[:] = kept[2] + 0.25

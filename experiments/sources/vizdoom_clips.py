@@ -7,8 +7,10 @@ test are not among those of training. The viewer stands at the place of some ite
 |---|---|---|
 | turn | the view turns steadily | left, right |
 | strafe | the viewer steps sideways steadily | left, right |
-| order | first a turn, then a step, or the other way round; each also played backwards | turning, stepping |
-| next | turns to the left and right alternate, two frames each | left, right |
+| order | first a turn to one side, then one to the other; the first one is asked | left, right |
+| next | turns to the left and right alternate, two frames each; the next one is asked | left, right |
+
+A clip and its mirror image have different answers, and both sides are equally frequent: a single frame does not help.
 
 Pairs: the viewer is moved elsewhere (warp), the view jumps (jump), a barrel vanishes or appears.
 """
@@ -27,7 +29,6 @@ from tqdm import tqdm
 from .clips import ClipQuestion, LibraryBuilder
 
 LEFT_RIGHT = ("left", "right")
-ORDER = ("turning", "stepping")
 EVENTS = ("warp", "jump", "vanish", "appear")
 MAPS = (
     *(("freedoom2", f"MAP{number:02}") for number in range(1, 33)),
@@ -91,8 +92,8 @@ class _Failed(Exception):
     """The drawn place does not allow the motion; another one is drawn."""
 
 
-def draw_motion(kind: str, number: int, num_frames: int, rng: np.random.Generator) -> tuple[Motion, str, str]:
-    """A motion of a question type with its answer, and the answer if it is played backwards.
+def draw_motion(kind: str, number: int, num_frames: int, rng: np.random.Generator) -> tuple[Motion, str]:
+    """A motion of a question type with its answer.
 
     Args:
         kind: `turn`, `strafe`, `order`, `next`, `walk` or `slow`; the last two have no question and no answer.
@@ -103,32 +104,30 @@ def draw_motion(kind: str, number: int, num_frames: int, rng: np.random.Generato
     """
     turn, step, walk = np.zeros((3, num_frames - 1))
     sign = 1 - 2 * (number % 2)  # to the right first
-    answer, backwards = "", ""
+    answer = ""
     if kind == "turn":
-        turn[:] = sign * rng.uniform(4, 9)
-        answer, backwards = LEFT_RIGHT[sign > 0], LEFT_RIGHT[sign < 0]
+        turn[:] = sign * rng.uniform(8, 18)
+        answer = LEFT_RIGHT[sign > 0]
     elif kind == "strafe":
-        step[:] = sign * rng.uniform(16, 32)
-        answer, backwards = LEFT_RIGHT[sign > 0], LEFT_RIGHT[sign < 0]
+        step[:] = sign * rng.uniform(24, 48)
+        answer = LEFT_RIGHT[sign > 0]
     elif kind == "order":
         change = (num_frames - 1) // 2 + int(rng.integers(2))
-        signs = rng.choice([-1, 1], size=2)
-        first, second = slice(0, change), slice(change, None)
-        turned, stepped = (first, second) if sign > 0 else (second, first)
-        turn[turned], step[stepped] = signs[0] * rng.uniform(4, 9), signs[1] * rng.uniform(16, 32)
-        answer, backwards = ORDER[sign < 0], ORDER[sign > 0]
+        turn[:] = sign * rng.uniform(8, 18)
+        turn[change:] *= -1
+        answer = LEFT_RIGHT[sign > 0]
     elif kind == "next":
         phase = int(rng.integers(2))
         signs = sign * (1 - 2 * ((np.arange(num_frames) + phase) // 2 % 2))
-        turn[:] = signs[:-1] * rng.uniform(4, 9)
+        turn[:] = signs[:-1] * rng.uniform(8, 18)
         answer = LEFT_RIGHT[int(signs[-1] > 0)]
     elif kind == "walk":
-        walk[:] = rng.uniform(16, 32)
+        walk[:] = rng.uniform(24, 48)
     elif kind == "slow":
-        turn[:] = sign * rng.uniform(1, 4)
+        turn[:] = sign * rng.uniform(2, 6)
     else:
         raise ValueError(f"kind is {kind!r}, expected turn, strafe, order, next, walk or slow")
-    return Motion(turn=turn, step=step, walk=walk), answer, backwards
+    return Motion(turn=turn, step=step, walk=walk), answer
 
 
 def question_of(kind: str, answer: str) -> ClipQuestion:
@@ -136,7 +135,7 @@ def question_of(kind: str, answer: str) -> ClipQuestion:
     texts = {
         "turn": ("which way does the view turn ?", LEFT_RIGHT),
         "strafe": ("which way does the viewer step ?", LEFT_RIGHT),
-        "order": ("which comes first ?", ORDER),
+        "order": ("which way does the view turn first ?", LEFT_RIGHT),
         "next": ("which way does the view turn next ?", LEFT_RIGHT),
     }
     text, choices = texts[kind]
@@ -204,8 +203,7 @@ class _Recorder:
         pairs = {"val": settings.num_val_pairs, "test": settings.num_test_pairs, "train": 0}
         for split, number in asked.items():
             maps, rng = maps_of_split(split), np.random.default_rng([settings.seed, len(split)])
-            kinds = [kind for kind in ("turn", "strafe", "next") for _ in range(number)]
-            kinds += ["order"] * (number // 2)  # each is shown twice
+            kinds = [kind for kind in ("turn", "strafe", "order", "next") for _ in range(number)]
             kinds += [EVENTS[n % len(EVENTS)] for n in range(pairs[split])]
             if split == "train":
                 kinds += [("walk", "slow")[n % 2] for n in range(settings.num_watched)]
@@ -235,7 +233,7 @@ class _Recorder:
     def _record_clip(
         self, game: Any, place: str, split: str, kind: str, number: int, name: str, rng: np.random.Generator
     ) -> None:
-        motion, answer, backwards = draw_motion(kind, number, self.settings.num_frames, rng)
+        motion, answer = draw_motion(kind, number, self.settings.num_frames, rng)
         if self._map != place:  # a new episode takes longer than a clip
             _start(game, place, self.settings.seed)
             self._map = place
@@ -251,7 +249,6 @@ class _Recorder:
             split=split,
             group=place,
             questions=[question_of(kind, answer)] if answer else (),
-            backwards_questions=[question_of(kind, backwards)] if kind == "order" else (),
         )
 
     def _record_pair(
@@ -259,7 +256,7 @@ class _Recorder:
     ) -> None:
         """Two takes with one seed, one place and one motion; the second has the event."""
         kind = "slow" if event in ("vanish", "appear") else ("strafe", "walk", "turn")[number // len(EVENTS) % 3]
-        motion, _, _ = draw_motion(kind, int(rng.integers(2)), self.settings.num_frames, rng)
+        motion, _ = draw_motion(kind, int(rng.integers(2)), self.settings.num_frames, rng)
         seed, frame = int(rng.integers(1 << 30)), int(rng.integers(2, self.settings.num_frames - 1))
         stood, takes, self._map = rng.bit_generator.state, [], ""
         for commands in ({}, {frame: event}):

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from ..sources.drawn_clips import DataSettings, drawn_library
 from ..sources.metaworld_clips import MetaworldSettings
 from ..sources.vizdoom_clips import VizdoomSettings
 
-PAD, VIDEO, IMAGE, END = range(4)  # ids of the tokens that are no words
+PAD, VIDEO, IMAGE, END = range(4)  # ids of the tokens that are not words, in the study's own vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,15 @@ class SimulatedSettings:
 Settings = DataSettings | SimulatedSettings
 
 
+class SpecialTokens(NamedTuple):
+    """Ids of the tokens that are not words."""
+
+    pad: int = PAD
+    video: int = VIDEO
+    image: int = IMAGE
+    end: int = END
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudyQuestion:
     clip: int
@@ -63,6 +73,8 @@ class StudyQuestion:
 
 class Vocabulary:
     """Mapping between words, punctuation and whole choices and token ids, as they occur in questions."""
+
+    special = SpecialTokens()
 
     def __init__(self, questions: Sequence[ClipQuestion]) -> None:
         phrases = sorted(
@@ -97,16 +109,24 @@ class StudyData:
     Args:
         settings: of the clips.
         libraries: one for each source.
+        vocabulary: of a pretrained language model; otherwise one is made of the words of the questions.
+
+    Raises:
+        ValueError: if a choice is not a single token of the vocabulary.
     """
 
-    def __init__(self, settings: Settings, libraries: Sequence[ClipLibrary]) -> None:
+    def __init__(
+        self, settings: Settings, libraries: Sequence[ClipLibrary], vocabulary: Vocabulary | Any | None = None
+    ) -> None:
         self.settings, self.libraries = settings, libraries
         self.library = libraries[0] if len(libraries) == 1 else join(libraries)
         asked = {
             split: [(clip, question) for clip, question in own if question.question_type in settings.question_types]
             for split, own in self.library.questions.items()
         }
-        self.vocabulary = Vocabulary([question for own in asked.values() for _, question in own])
+        if vocabulary is None:
+            vocabulary = Vocabulary([question for own in asked.values() for _, question in own])
+        self.vocabulary = vocabulary
         self.questions = {
             split: [self._question(clip, question) for clip, question in own] for split, own in asked.items()
         }
@@ -118,6 +138,8 @@ class StudyData:
 
     def _question(self, clip: int, question: ClipQuestion) -> StudyQuestion:
         choices = [self.vocabulary.encode(choice) for choice in question.choices]
+        if any(len(tokens) != 1 for tokens in choices):
+            raise ValueError(f"choices {question.choices} have the tokens {choices}, expected one token each")
         return StudyQuestion(
             id=f"{self.library.clips[clip].name}_{question.question_type}",
             clip=clip,
@@ -155,16 +177,19 @@ class StudyData:
         return self.library.clips[clip].recording * self.num_frames + order
 
 
-def open_data(settings: Settings, cache: Path) -> StudyData:
+def open_data(settings: Settings, cache: Path, vocabulary: Vocabulary | Any | None = None) -> StudyData:
     """The clips of the study, drawn, or recorded into `cache/sources` unless they lie there.
+
+    Args:
+        vocabulary: of a pretrained language model.
 
     Raises:
         ImportError: if clips must be recorded and the simulator is not installed.
     """
     if isinstance(settings, DataSettings):
-        return StudyData(settings, [drawn_library(settings)])
+        return StudyData(settings, [drawn_library(settings)], vocabulary)
     sources = [open_library(own, cache / "sources") for own in (settings.vizdoom, settings.metaworld)]
-    return StudyData(settings, sources)
+    return StudyData(settings, sources, vocabulary)
 
 
 class StudySamples(Dataset):
@@ -192,13 +217,13 @@ class StudySamples(Dataset):
         return len(self.questions)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        question = self.questions[index]
-        video = [VIDEO] * self.layout.num_tokens(self.data.num_frames)
+        question, special = self.questions[index], self.data.vocabulary.special
+        video = [special.video] * self.layout.num_tokens(self.data.num_frames)
         if question.prompt:
-            answer = [question.choices[question.answer], END] if self.answered else []
+            answer = [question.choices[question.answer], special.end] if self.answered else []
             text = [*question.prompt, *answer]
         else:
-            text, answer = [END], []
+            text, answer = [special.end], []
         labels = [-100] * (len(video) + len(text) - len(answer)) + answer
         numbers = torch.from_numpy(self.data.frame_numbers(question.clip, shuffled=self.shuffled))
         return {

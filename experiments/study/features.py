@@ -175,7 +175,7 @@ class FeatureBank(nn.Module):
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """`[F, 1, 1, 1]` numbers of frames in the place of pixels -> what the tower returns for these frames."""
         numbers = pixel_values.flatten().long()
-        hidden_state = torch.from_numpy(self.features[numbers.numpy()]).float()
+        hidden_state = torch.from_numpy(self.features[numbers.cpu().numpy()]).to(pixel_values.device).float()
         return _as_output((hidden_state - self.mean) / self.deviation)
 
 

@@ -11,15 +11,15 @@ from ...evaluation.measures import linear_errors
 from ...modeling.frame_surprise import VideoSurprise
 from ...training.collator import LlavaVideoCollator
 from ..sources.clips import ClipPair
-from .data import PAD, StudyData, StudyQuestion, StudySamples
+from .data import StudyData, StudyQuestion, StudySamples
 
 BATCH_SIZE = 32
 
 
 def _batches(model: Any, samples: StudySamples) -> Iterator[dict[str, torch.Tensor]]:
-    loader = DataLoader(samples, batch_size=BATCH_SIZE, collate_fn=LlavaVideoCollator(PAD))
-    for batch in loader:
-        yield {name: value for name, value in batch.items() if name != "labels"}
+    collator = LlavaVideoCollator(samples.data.vocabulary.special.pad)
+    for batch in DataLoader(samples, batch_size=BATCH_SIZE, collate_fn=collator):
+        yield {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
 
 
 @torch.inference_mode()

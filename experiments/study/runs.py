@@ -22,8 +22,7 @@ from ...evaluation.settings import versions
 from ...modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from ...training.collator import LlavaVideoCollator
 from ...training.trainer import AutoregressiveTrainer
-from .arms import HEAD, LAYOUT, Arm, RunSettings
-from .data import END, IMAGE, PAD, VIDEO, SimulatedSettings, StudyData, StudyQuestion, StudySamples
+from .data import END, PAD, SimulatedSettings, StudyData, StudyQuestion, StudySamples
 from .features import (
     PATCH_SIZE,
     TOWER_WHEEL,
@@ -34,7 +33,9 @@ from .features import (
     load_tower,
     open_features,
 )
+from .language_models import language_config, language_weights
 from .measures import measure_answers, measure_frames, measure_pairs
+from .variants import HEAD, LAYOUT, RunSettings, Variant
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +46,20 @@ STATISTICS_FRAMES = 2000  # of training clips, by which features are standardize
 
 
 def build_model(
-    settings: RunSettings, seed: int, vocab_size: int, tower: nn.Module | None = None
+    settings: RunSettings,
+    seed: int,
+    vocabulary: Any,
+    tower: nn.Module | None = None,
+    cache: Path | None = None,
 ) -> LlavaNextARForConditionalGeneration:
-    """A model with random weights drawn by the seed; `tower` takes the place of its vision tower, frozen."""
+    """A model with random weights drawn by the seed, but for a pretrained language model.
+
+    Args:
+        vocabulary: of the data.
+        tower: takes the place of the model's vision tower, frozen.
+        cache: folder of the pretrained language model, if the settings name one.
+    """
+    special = vocabulary.special
     config = LlavaNextARConfig(
         vision_config={
             "model_type": "dinov2",
@@ -57,27 +69,14 @@ def build_model(
             "image_size": settings.data.image_size,
             "patch_size": PATCH_SIZE,
         },
-        text_config={
-            # Positions that rotate: the same patch of the frame before is always as many tokens away. A GPT-2, which learns
-            # a vector for each position instead, was far slower to see motion.
-            "model_type": "qwen2",
-            "hidden_size": settings.hidden_size,
-            "intermediate_size": settings.intermediate_size,
-            "num_hidden_layers": settings.num_layers,
-            "num_attention_heads": settings.num_attention_heads,
-            "num_key_value_heads": settings.num_attention_heads,
-            "max_position_embeddings": 1024,
-            "rope_parameters": {"rope_type": "default", "rope_theta": settings.rope_theta},
-            "initializer_range": settings.initializer_range,
-            "vocab_size": vocab_size,
-            "tie_word_embeddings": False,
-            "bos_token_id": None,
-            "eos_token_id": END,
-            "pad_token_id": PAD,
-        },
-        image_token_index=IMAGE,
-        video_token_index=VIDEO,
-        tie_word_embeddings=False,
+        text_config=(
+            language_config(cache, settings.num_layers)
+            if settings.language_model
+            else _small_language_config(settings, len(vocabulary))
+        ),
+        image_token_index=special.image,
+        video_token_index=special.video,
+        tie_word_embeddings=bool(settings.language_model),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         autoregressive_config={**HEAD, **settings.head},
@@ -85,14 +84,37 @@ def build_model(
     )
     torch.manual_seed(seed)
     model = LlavaNextARForConditionalGeneration(config)
+    if settings.language_model:
+        model.model.language_model.load_state_dict(language_weights(cache, settings.num_layers))
     if tower is not None:
         model.model.vision_tower = tower
     model.model.vision_tower.requires_grad_(False)
     return model
 
 
+def _small_language_config(settings: RunSettings, vocab_size: int) -> dict[str, Any]:
+    return {
+        # Positions that rotate: the same patch of the frame before is always as many tokens away. A GPT-2, which learns a
+        # vector for each position instead, was far slower to see motion.
+        "model_type": "qwen2",
+        "hidden_size": settings.hidden_size,
+        "intermediate_size": settings.intermediate_size,
+        "num_hidden_layers": settings.num_layers,
+        "num_attention_heads": settings.num_attention_heads,
+        "num_key_value_heads": settings.num_attention_heads,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": settings.rope_theta},
+        "initializer_range": settings.initializer_range,
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": END,
+        "pad_token_id": PAD,
+    }
+
+
 def training_samples(settings: RunSettings, seed: int, data: StudyData, model: Any) -> Subset:
-    """All samples of a run in their order; the same for every arm that does not say otherwise.
+    """All samples of a run in their order; the same for every variant that does not say otherwise.
 
     A step is `batch_size` questions and then `unlabeled_batch_size` clips of which nothing is asked. Both go through their
     pool in random order, again and again.
@@ -157,10 +179,24 @@ def open_bank(data: StudyData, cache: Path) -> FeatureBank:
     return FeatureBank(features, *feature_statistics(features[data.training_frames(STATISTICS_FRAMES)]))
 
 
-def run_arm(arm: Arm, common: RunSettings, seed: int, data: StudyData, bank: nn.Module) -> dict[str, Any]:
-    """Trains and measures; returns what the file of the run holds."""
-    settings, start = arm.settings(common), time.process_time()
-    model = build_model(settings, seed, len(data.vocabulary), bank)
+def run_variant(
+    variant: Variant,
+    common: RunSettings,
+    seed: int,
+    data: StudyData,
+    bank: nn.Module,
+    *,
+    cache: Path | None = None,
+    use_cpu: bool = True,
+) -> dict[str, Any]:
+    """Train and measure; returns the content of the file of the run.
+
+    Args:
+        cache: folder of the pretrained language model, if the settings name one.
+        use_cpu: False trains on the accelerator, with bf16 where the settings name a pretrained language model.
+    """
+    settings, start, begun = variant.settings(common), time.process_time(), time.monotonic()
+    model = build_model(settings, seed, data.vocabulary, bank, cache)
 
     def measure(model: Any) -> dict[str, Any]:
         questions = data.questions["val"]
@@ -170,7 +206,10 @@ def run_arm(arm: Arm, common: RunSettings, seed: int, data: StudyData, bank: nn.
             "answers": _by_type(questions, right),
             **measure_frames(model, data, sorted({question.clip for question in questions})),
             "pairs": {
-                name: float(np.mean(some)) for name, some in measure_pairs(model, data, data.pairs["val"]).items()
+                name: float(np.mean(some))
+                for name, some in measure_pairs(
+                    model, data, [pair for pair in data.pairs["val"] if pair.impossible]
+                ).items()
             },
         }
 
@@ -191,17 +230,18 @@ def run_arm(arm: Arm, common: RunSettings, seed: int, data: StudyData, bank: nn.
                 save_strategy="no",
                 report_to=[],
                 seed=seed,
-                use_cpu=True,
+                use_cpu=use_cpu,
+                bf16=bool(settings.language_model) and not use_cpu,
             ),
             training_samples(settings, seed, data, model),
-            data_collator=LlavaVideoCollator(PAD),
+            data_collator=LlavaVideoCollator(data.vocabulary.special.pad),
             callbacks=[curve],
         )
         trainer.train()
     model.eval()
     questions = data.questions["test"]
     return {
-        "arm": arm.name,
+        "variant": variant.name,
         "seed": seed,
         "settings": as_json(settings),
         "versions": versions(),
@@ -219,6 +259,7 @@ def run_arm(arm: Arm, common: RunSettings, seed: int, data: StudyData, bank: nn.
             if "main_loss" in entry
         ],
         "cpu_seconds": round(time.process_time() - start, 1),
+        "seconds": round(time.monotonic() - begun, 1),
     }
 
 
@@ -247,22 +288,23 @@ def as_json(settings: RunSettings) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(settings), default=dict))
 
 
-def run_path(results: Path, arm: Arm, seed: int) -> Path:
-    return results / arm.table / f"{arm.name}_seed{seed}.json"
+def run_path(results: Path, variant: Variant, seed: int) -> Path:
+    return results / variant.experiment / f"{variant.name}_seed{seed}.json"
 
 
-def read_run(results: Path, arm: Arm, common: RunSettings, seed: int) -> dict[str, Any] | None:
+def read_run(results: Path, variant: Variant, common: RunSettings, seed: int) -> dict[str, Any] | None:
     """The finished run, or None.
 
     Raises:
         ValueError: if there is one with other settings or another tower.
     """
-    path = run_path(results, arm, seed)
+    path = run_path(results, variant, seed)
     if not path.exists():
         return None
     run = json.loads(path.read_text(encoding="utf-8"))
-    wanted = {"tower": TOWER_WHEEL, **as_json(arm.settings(common))}
-    found = {"tower": run["tower"], **run["settings"]}
+    wanted = {"tower": TOWER_WHEEL, **as_json(variant.settings(common))}
+    # A setting that did not exist when the run was made had its default.
+    found = {"tower": run["tower"], **as_json(RunSettings()), **run["settings"]}
     if found != wanted:
         names = [name for name in wanted if wanted[name] != found.get(name)]
         raise ValueError(
@@ -272,9 +314,9 @@ def read_run(results: Path, arm: Arm, common: RunSettings, seed: int) -> dict[st
     return run
 
 
-def write_run(results: Path, arm: Arm, seed: int, run: dict[str, Any]) -> None:
+def write_run(results: Path, variant: Variant, seed: int, run: dict[str, Any]) -> None:
     """All at once: a file that exists is complete."""
-    path = run_path(results, arm, seed)
+    path = run_path(results, variant, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
     unfinished.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
