@@ -494,7 +494,7 @@ def main() -> None:
     parser.add_argument("--ffmpeg", help="command to compare with")
     parser.add_argument("--backends", nargs="+", default=["pyav", "decord", "torchcodec"])
     parser.add_argument("--only", default="*", help="pattern of file names")
-    parser.add_argument("--causes", action="store_true", help="print why files are refused")
+    parser.add_argument("--causes", action="store_true", help="print why files cannot be read")
     parser.add_argument("--write-samples", type=Path, metavar="FOLDER", help="write the committed files instead")
     options = parser.parse_args()
     ffmpeg = find_ffmpeg(options.ffmpeg)

@@ -230,7 +230,7 @@ def judge(results: dict[str, Any]) -> list[str]:
     reasons = []
     frames = results["reconstruction"]
     if frames["skill"] <= 0:
-        reasons.append(f"skill is {frames['skill']:+.3f}: predictions are no better than copying the last frame")
+        reasons.append(f"skill is {frames['skill']:+.3f}: predictions are not better than copying the last frame")
     for name, summary in results["question_answering"]["by_type"].items():
         low = summary["exact_interval"][0]
         if summary["exact"] < summary["chance"] + CLEAR_MARGIN or low <= summary["chance"]:

@@ -90,7 +90,7 @@ class ClipLibrary:
 
     @property
     def num_frames(self) -> int:
-        """Of each clip, as it is shown (T)."""
+        """Number of shown frames of each clip (T)."""
         return len(range(0, self.num_source_frames, self.frame_step))
 
     def frame_order(self, clip: int, *, shuffled: bool = False) -> np.ndarray:
@@ -120,7 +120,7 @@ class ClipLibrary:
         """Indices of the clips of a split.
 
         Raises:
-            ValueError: if there is no such split.
+            ValueError: for an unknown split.
         """
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}, expected one of {SPLITS}")

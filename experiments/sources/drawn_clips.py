@@ -36,7 +36,7 @@ class DataSettings:
 
     @property
     def shown_frames(self) -> range:
-        """Of each clip."""
+        """Indices of the shown frames of each clip."""
         return range(0, self.num_frames, self.frame_step)
 
 

@@ -9,13 +9,14 @@ the mean frame is the same for both answers.
 | opens | opens, closes |
 | object (static control) | door, drawer, window, faucet |
 
-Pairs: the moving part slips along its joint (slip), the whole object is lifted (lift) or gone (gone). The pairs `light` and
-`floor` change only the appearance: nothing impossible happens in them.
+Pairs: the moving part slips along its joint (slip), the whole object is lifted (lift) or gone (gone); the part is stuck while
+the hand moves on (stuck), or moves against the hand (reverse). The pairs `light` and `floor` change the appearance alone, and
+nothing impossible happens in them.
 """
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +28,11 @@ OBJECTS = {"door": "doorjoint", "drawer": "goal_slidey", "window": "window_slide
 """Objects that the robot opens and closes, with their joints."""
 ACTIONS = ("opens", "closes")
 EVENTS = ("slip", "lift", "gone")
+"""Sudden changes, which the difference of two frames shows as well."""
+MOTIONS = ("stuck", "reverse")
+"""Impossible motions without a sudden change."""
 APPEARANCES = ("light", "floor")
+"""Harmless changes of the appearance."""
 AZIMUTHS = {"train": (100.0, 125.0), "val": (128.0, 134.0), "test": (137.0, 150.0)}
 """Directions of the cameras in degrees."""
 MAX_STEPS = 250
@@ -49,8 +54,9 @@ class MetaworldSettings:
     num_cameras: int = 3
     """Views of each run; each is a recording that is played in both directions."""
     num_val_pairs: int = 40
-    """Of each split, three of five are impossible, the others change the appearance."""
     num_test_pairs: int = 160
+    events: tuple[str, ...] = EVENTS + APPEARANCES
+    """Of the pairs, in turn."""
     num_frames: int = 6
     frame_seconds: float = 4 / 35
     """As in the clips of ViZDoom; the robot's own time is stretched to it."""
@@ -175,13 +181,17 @@ class _Stage:
                 model.body_pos[body] = kept[0][body] + (0.0, 0.0, 0.12)
             elif event == "gone":
                 model.body_pos[body] = kept[0][body] + (0.0, 0.0, -5.0)
+            elif event == "stuck":
+                self.data.qpos[place] = states[first - 1][place]
+            elif event == "reverse":
+                self.data.qpos[place] = states[max(0, 2 * (first - 1) - number)][place]
             elif event == "light":
                 model.vis.headlight.ambient[:] = kept[2] + 0.25
             elif event == "floor":
                 for surface in ("basic_floor", "table_wood"):
                     model.mat(surface).rgba[:] = (0.6, 0.8, 1.0, 1.0)
             else:
-                raise ValueError(f"event is {event!r}, expected one of {EVENTS + APPEARANCES}")
+                raise ValueError(f"event is {event!r}, expected one of {EVENTS + MOTIONS + APPEARANCES}")
 
         try:
             return self.render(states, camera, edit)
@@ -279,14 +289,14 @@ def _add_pairs(
     """The pairs of one run: as many as bring the split's number together."""
     wanted = {"val": settings.num_val_pairs, "test": settings.num_test_pairs}.get(split, 0)
     total = {"val": settings.num_val, "test": settings.num_test}.get(split, 0) * len(OBJECTS) * len(ACTIONS)
-    events: Sequence[str] = EVENTS + APPEARANCES
     for pair in range(wanted * number // max(total, 1), wanted * (number + 1) // max(total, 1)):
-        event = events[pair % len(events)]
+        event = settings.events[pair % len(settings.events)]
         for _ in range(10):
             camera, first = draw_camera(split, rng), int(rng.integers(2, settings.num_frames - 1))
             possible = stage.render(states, camera)
             changed = stage.render_with(event, states, camera, first)
-            change = np.abs(possible[first].astype(np.int16) - changed[first]).max(axis=-1)
+            seen = -1 if event in MOTIONS else first
+            change = np.abs(possible[seen].astype(np.int16) - changed[seen]).max(axis=-1)
             if (change >= MIN_CHANGE).sum() >= MIN_PIXELS:
                 break
         else:
@@ -298,5 +308,5 @@ def _add_pairs(
             split=split,
             group=f"azimuth {camera.azimuth:.1f}",
             event=event,
-            impossible=event in EVENTS,
+            impossible=event not in APPEARANCES,
         )

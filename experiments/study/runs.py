@@ -22,6 +22,7 @@ from ...evaluation.settings import versions
 from ...modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from ...training.collator import LlavaVideoCollator
 from ...training.trainer import AutoregressiveTrainer
+from ..sources.clips import ClipPair
 from .data import END, PAD, SimulatedSettings, StudyData, StudyQuestion, StudySamples
 from .features import (
     PATCH_SIZE,
@@ -199,18 +200,14 @@ def run_variant(
     model = build_model(settings, seed, data.vocabulary, bank, cache)
 
     def measure(model: Any) -> dict[str, Any]:
-        questions = data.questions["val"]
+        questions, pairs = _measured(settings, data, "val")
         right = measure_answers(model, data, questions)
+        wins = measure_pairs(model, data, [pair for pair in pairs if pair.impossible])
         return {
             "accuracy": float(np.mean(right)),
             "answers": _by_type(questions, right),
             **measure_frames(model, data, sorted({question.clip for question in questions})),
-            "pairs": {
-                name: float(np.mean(some))
-                for name, some in measure_pairs(
-                    model, data, [pair for pair in data.pairs["val"] if pair.impossible]
-                ).items()
-            },
+            "pairs": {name: float(np.mean(some)) for name, some in wins.items()},
         }
 
     curve = _Curve(settings.curve_points, measure)
@@ -239,19 +236,13 @@ def run_variant(
         )
         trainer.train()
     model.eval()
-    questions = data.questions["test"]
     return {
         "variant": variant.name,
         "seed": seed,
         "settings": as_json(settings),
         "versions": versions(),
         "tower": TOWER_WHEEL,
-        "frames": measure_frames(model, data, sorted({question.clip for question in questions})),
-        "answers": _by_type(questions, measure_answers(model, data, questions)),
-        "answers_shuffled": _by_type(questions, measure_answers(model, data, questions, shuffled=True)),
-        "pairs": {
-            name: _by_event(data, some) for name, some in measure_pairs(model, data, data.pairs["test"]).items()
-        },
+        **_measure_test(model, settings, data),
         "curve": curve.points,
         "training_log": [
             {name: entry[name] for name in ("step", "main_loss", "autoregressive_loss") if name in entry}
@@ -263,6 +254,26 @@ def run_variant(
     }
 
 
+def _measure_test(model: Any, settings: RunSettings, data: StudyData) -> dict[str, Any]:
+    questions, pairs = _measured(settings, data, "test")
+    return {
+        "frames": measure_frames(model, data, sorted({question.clip for question in questions})),
+        "answers": _by_type(questions, measure_answers(model, data, questions)),
+        "answers_shuffled": _by_type(questions, measure_answers(model, data, questions, shuffled=True)),
+        "pairs": {name: _by_event(pairs, some) for name, some in measure_pairs(model, data, pairs).items()},
+    }
+
+
+def _measured(settings: RunSettings, data: StudyData, split: str) -> tuple[list[StudyQuestion], list[ClipPair]]:
+    """Questions and pairs of a split, or a fixed random share of them."""
+    parts = []
+    for own in (data.questions[split], data.pairs[split]):
+        count = max(1, round(settings.measured_share * len(own)))
+        chosen = np.sort(np.random.default_rng(0).permutation(len(own))[:count])
+        parts.append([own[number] for number in chosen])
+    return parts[0], parts[1]
+
+
 def _by_type(questions: Sequence[Any], right: Sequence[bool]) -> dict[str, str]:
     """For each type a digit for each of its questions, 1 where the answer was right."""
     digits: dict[str, str] = {}
@@ -271,10 +282,10 @@ def _by_type(questions: Sequence[Any], right: Sequence[bool]) -> dict[str, str]:
     return dict(sorted(digits.items()))
 
 
-def _by_event(data: StudyData, wins: Sequence[float]) -> dict[str, str]:
+def _by_event(pairs: Sequence[ClipPair], wins: Sequence[float]) -> dict[str, str]:
     """For each event a digit for each of its pairs: 2 the impossible clip scored higher, 1 as high, 0 lower."""
     digits: dict[str, str] = {}
-    for pair, win in zip(data.pairs["test"], wins, strict=True):
+    for pair, win in zip(pairs, wins, strict=True):
         digits[pair.event] = digits.get(pair.event, "") + str(round(2 * win))
     return dict(sorted(digits.items()))
 

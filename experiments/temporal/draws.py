@@ -17,11 +17,11 @@ HELD_OUT = frozenset({("red", "triangle"), ("green", "diamond"), ("blue", "squar
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """How difficult a clip is. Lengths are fractions of the picture, speeds are per frame."""
+    """Level of difficulty. Lengths are fractions of the picture, speeds are per frame."""
 
     name: str
     distractors: int
-    """Shapes that nobody asks about."""
+    """Number of shapes without a question."""
     step: tuple[float, float]
     """Range of speeds."""
     ratio: float
@@ -115,7 +115,7 @@ class Draft:
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """What a recipe draws from."""
+    """Source of random draws of a recipe."""
 
     rng: np.random.Generator
     level: Level

@@ -152,7 +152,7 @@ class Look:
 class Body:
     look: Look
     path: np.ndarray
-    """Centers in the world, `[T, 2]`; NaN where there is no body."""
+    """Centers in the world, `[T, 2]`; NaN in frames without the body."""
     radius: float
 
 
@@ -255,7 +255,7 @@ def render(scenes: Sequence[Scene], size: int = 96, frames: Sequence[int] | None
 
 
 def _view(camera: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where in the world the columns and the rows of pixels are: `[size]` each."""
+    """World coordinates of the columns and the rows of pixels: `[size]` each."""
     offset = ((np.arange(size) + 0.5) / size - 0.5) / camera[2]
     return camera[0] + offset, camera[1] + offset
 

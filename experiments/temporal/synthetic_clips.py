@@ -290,7 +290,7 @@ def training_mix(entries: Sequence[dict[str, Any]], one_in: int = 4) -> list[dic
 
 
 def chance_levels(entries: Sequence[dict]) -> dict[str, dict[str, float]]:
-    """What guessing is worth, per question type.
+    """Accuracy of guessing, per question type.
 
     Returns:
         for each type `num_questions`, `chance` (the mean of one over the number of choices) and `best_guess`, the
