@@ -16,7 +16,7 @@ LMMS_EVAL_ARGS ?=
 DEEPSPEED_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-versions test-lmms-eval test-deepspeed lint demo benchmark clean
+.PHONY: help setup test test-versions test-lmms-eval test-deepspeed test-sources lint demo benchmark clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -46,6 +46,10 @@ test-lmms-eval: setup ## run lmms-eval itself on a tiny model, in an environment
 
 test-deepspeed: setup ## train under DeepSpeed ZeRO on the CPU, in an environment of its own (needs a package index)
 	$(BIN)/python tests/environments/deepspeed_run.py $(DEEPSPEED_ARGS)
+
+test-sources: setup ## record clips with the simulators of the extra `sources`, and test them (needs a package index and libegl1)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[sources]"
+	$(BIN)/python -m pytest -m "slow or not slow" tests/experiments/test_video_sources.py
 
 lint: setup ## check the style, and that static tools see the package's types
 	$(BIN)/python -m ruff check .

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import ConcatDataset
 
 SPLITS = ("val", "test", "train")
@@ -302,3 +303,32 @@ def join(libraries: Sequence[ClipLibrary]) -> ClipLibrary:
         frame_seconds=frame_seconds,
         fingerprint="+".join(library.fingerprint for library in libraries),
     )
+
+
+def contact_sheet(library: ClipLibrary, rows: Sequence[tuple[str, int]], size: int = 56) -> Image.Image:
+    """A picture with one row for each clip: its label, then its frames.
+
+    Args:
+        rows: label and index of each clip.
+        size: side of a frame in pixels.
+    """
+    margin = 110
+    sheet = Image.new("RGB", (margin + library.num_frames * (size + 2), len(rows) * (size + 2)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    for row, (label, clip) in enumerate(rows):
+        top = row * (size + 2)
+        pen.text((4, top + size // 3), label, fill="black", font=font)
+        for column, frame in enumerate(library.frames(clip)):
+            sheet.paste(Image.fromarray(frame).resize((size, size)), (margin + column * (size + 2), top))
+    return sheet
+
+
+def sheet_rows(library: ClipLibrary) -> list[tuple[str, int]]:
+    """The first test clip of each question type with its answer, and the first clip of each event."""
+    rows: dict[str, tuple[str, int]] = {}
+    for clip, question in library.questions["test"]:
+        rows.setdefault(question.question_type, (f"{question.question_type}: {question.answer}", clip))
+    for pair in library.pairs["test"]:
+        name = pair.event if pair.impossible else f"{pair.event} (harmless)"
+        rows.setdefault(f"event {pair.event}", (name, pair.changed))
+    return list(rows.values())

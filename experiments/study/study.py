@@ -4,6 +4,7 @@
     python scripts/study.py run --experiment main               # trains missing runs; a repeated call resumes after a kill
     python scripts/study.py run --experiment main --seeds 0 1   # a part of it, beside another process with the other seeds
     python scripts/study.py ceilings                            # linear probes on the features of the simulators' clips
+    python scripts/study.py clips                               # a picture of clips of each question type and event
     python scripts/study.py tables                              # reads the runs; writes tables and plots beside them
 
 One file for each variant and seed lies in `experiments/study/results/<experiment>/`, with its settings, the versions of the
@@ -22,6 +23,7 @@ from subprocess import CalledProcessError
 import torch
 from tqdm import tqdm
 
+from ..sources.clips import contact_sheet, sheet_rows
 from .ceilings import measure_ceilings
 from .data import Settings, SimulatedSettings, StudyData, open_data
 from .features import TOWER_WHEEL, FeatureBank
@@ -32,6 +34,7 @@ from .variants import EXPERIMENTS, RunSettings, Variant
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path("outputs/study")
+CLIPS_PICTURE = "simulated_clips.jpg"
 
 
 def run_experiments(
@@ -103,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("what", choices=("features", "run", "ceilings", "tables"))
+    parser.add_argument("what", choices=("features", "run", "ceilings", "clips", "tables"))
     parser.add_argument(
         "--experiment",
         nargs="+",
@@ -129,6 +132,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 open_bank(open_data(settings, options.cache), options.cache)
         elif options.what == "ceilings":
             print(write_ceilings(SimulatedSettings(), results=options.results, cache=options.cache))
+        elif options.what == "clips":
+            library = open_data(SimulatedSettings(), options.cache).library
+            contact_sheet(library, sheet_rows(library)).save(options.results / CLIPS_PICTURE, quality=85)
         elif options.what == "run":
             number = run_experiments(
                 options.experiment,

@@ -2,8 +2,8 @@
 
 Each number is a mean over seeds with its 95% t interval. A variant is compared with the first one of its experiment seed by
 seed. Equal seeds have the same first weights and the same order of samples, so that the interval of the differences is
-narrower than those of the means. Pairs of possible and impossible clips are resampled instead (bootstrap): there, the choice of the pairs
-is the greater uncertainty.
+narrower than those of the means. Pairs of possible and impossible clips are resampled instead (bootstrap): there, the choice
+of the pairs is the greater uncertainty.
 """
 
 import json

@@ -29,10 +29,11 @@ What is asked (and the best accuracy that is to be had from one frame | from all
     color      the color of a shape: the easy control                    4 choices    all    | all
 
 The columns are the best accuracy with one frame and with all frames without their order. questions.py and, for `possible`,
-events.py describe the constructions. `count` needs the order if the number of frames less one has no factor 2 or 3 (12, 14, 18,
-20 and 24 frames); otherwise the frames repeat themselves more often for some numbers. The controls measure the table for a
-model instead of taking it from here: trained and tested on shuffled frames (`--control-splits train test`), it shows what can be
-learned without order. The clips of a pair of `possible` are identical before `event_frame`, in the decoded pixels too.
+events.py describe the constructions. `count` needs the order if the number of frames less one has no factor 2 or 3 (12, 14,
+18, 20 and 24 frames); otherwise the frames repeat themselves more often for some numbers. The controls measure the table for
+a model instead of taking it from here: trained and tested on shuffled frames (`--control-splits train test`), it shows the
+accuracy that can be learned without order. The clips of a pair of `possible` are identical before `event_frame`, in the
+decoded pixels too.
 
 Answers are balanced exactly: in every type, level and split, each place among the choices is right equally often.
 Levels (easy, medium, hard) differ in distractors, range and difference of speeds, texture, camera motion and screens;
