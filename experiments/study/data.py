@@ -37,7 +37,7 @@ class SimulatedSettings:
     )  # fmt: skip
     """Further pairs, whose event is an impossible motion without a sudden change."""
     question_types: tuple[str, ...] = ("turn", "strafe", "order", "next", "opens", "object")
-    """Questions of other types are left out; their clips are shown without a question."""
+    """Questions of other types are left out, and clips that have no other questions too."""
     tower_layers: int = 6
 
     def __post_init__(self) -> None:
@@ -109,7 +109,7 @@ class Vocabulary:
 class StudyData:
     """All clips of the study, numbered through, with their questions and pairs by split.
 
-    Training clips without a question are shown without one.
+    Training clips without a question are shown without one; those whose questions are of other types are left out.
 
     Args:
         settings: of the clips.
@@ -136,7 +136,7 @@ class StudyData:
             split: [self._question(clip, question) for clip, question in own] for split, own in asked.items()
         }
         self.pairs = {split: pairs for split, pairs in self.library.pairs.items() if split != "train"}
-        with_question = {question.clip for question in self.questions["train"]}
+        with_question = {clip for clip, _ in self.library.questions["train"]}
         self.questions["train"] += [
             StudyQuestion(clip=clip) for clip in self.library.of_split("train") if clip not in with_question
         ]

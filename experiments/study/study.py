@@ -29,7 +29,8 @@ from .data import Settings, SimulatedSettings, StudyData, open_data
 from .features import TOWER_WHEEL, FeatureBank
 from .language_models import open_vocabulary
 from .runs import open_bank, read_run, run_variant, write_run
-from .tables import CEILINGS, write_tables
+from .summaries import accuracy_summary, event_summary
+from .tables import CEILINGS, read_ceilings, read_experiment, write_tables
 from .variants import EXPERIMENTS, RunSettings, Variant
 
 RESULTS = Path(__file__).parent / "results"
@@ -102,6 +103,18 @@ def write_ceilings(settings: Settings, *, results: Path, cache: Path) -> Path:
     return path
 
 
+def write_summaries(names: Sequence[str], common: RunSettings, results: Path) -> None:
+    """Write `<experiment>_summary.md` for each experiment on recorded clips that has runs."""
+    ceilings = read_ceilings(results)
+    for name in names:
+        experiment = EXPERIMENTS[name]
+        runs = read_experiment(experiment, common, results)
+        if not runs or not isinstance(experiment.variants[0].settings(common).data, SimulatedSettings):
+            continue
+        parts = [accuracy_summary(experiment, runs, ceilings), event_summary(experiment, runs)]
+        (results / f"{name}_summary.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -148,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{number} runs were missing, and are done")
         else:
             print(write_tables(options.experiment, common, options.results))
+            write_summaries(options.experiment, common, options.results)
     except (ValueError, OSError, ImportError, CalledProcessError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 

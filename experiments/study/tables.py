@@ -143,24 +143,25 @@ def format_table(experiment: Experiment, runs: Runs, ceilings: Ceilings = Mappin
         *(f"{variant.title}, less {variants[0].title}" for variant in variants[1:]),
     ]
     rows = [[name, *_row(variants, runs, measure)] for name, measure in MEASURES.items()]
-    lines += ["", *_markdown([header, *rows]), "", "Accuracy by question type:", ""]
-    types = _question_types(runs, variants)
+    lines += ["", *markdown([header, *rows]), "", "Accuracy by question type:", ""]
+    types = question_types(runs, variants)
     probed = not set(types) <= set(QUESTION_TYPES)
     header[1:1] = ["best without order", *(f"{view}, linear" for view in ORDERED_VIEWS if probed)]
     rows = [
         [
             name if answers == "answers" else f"{name}, shuffled",
-            f"{_unordered_ceiling(name, ceilings):.2f}",
+            f"{unordered_ceiling_of(name, ceilings):.2f}",
             *(f"{ceilings[name][view]:.2f}" for view in ORDERED_VIEWS if probed),
             *_row(variants, runs, lambda run, name=name, answers=answers: accuracy(run, name, answers)),
         ]
         for name in types
         for answers in ("answers", "answers_shuffled")
     ]
-    return "\n".join([*lines, *_markdown([header, *rows]), "", *_pair_lines(variants, runs)])
+    return "\n".join([*lines, *markdown([header, *rows]), "", *_pair_lines(variants, runs)])
 
 
-def _question_types(runs: Runs, variants: Sequence[Variant]) -> list[str]:
+def question_types(runs: Runs, variants: Sequence[Variant]) -> list[str]:
+    """Those of the runs, in a fixed order."""
     known = [*QUESTION_TYPES, *SimulatedSettings().question_types]
     return sorted(runs[variants[0].name][0]["answers"], key=known.index)
 
@@ -174,7 +175,7 @@ def read_ceilings(results: Path) -> Ceilings:
     return {entry["question_type"]: entry for entry in entries}
 
 
-def _unordered_ceiling(question_type: str, ceilings: Ceilings) -> float:
+def unordered_ceiling_of(question_type: str, ceilings: Ceilings) -> float:
     """The best accuracy without the order of the shown frames: by construction, or of the linear probes."""
     if question_type in QUESTION_TYPES:
         return unordered_ceiling(question_type, len(RunSettings().data.shown_frames))[0]
@@ -195,7 +196,7 @@ def ceilings_table(ceilings: Ceilings) -> str:
         ]
         for name, own in ceilings.items()
     ]
-    return "\n".join(["### Linear ceilings, clips of simulators", "", *_markdown(rows)])
+    return "\n".join(["### Linear ceilings, clips of simulators", "", *markdown(rows)])
 
 
 def _row(variants: Sequence[Variant], runs: Runs, measure: Callable[[dict[str, Any]], float]) -> list[str]:
@@ -239,11 +240,11 @@ def _pair_lines(variants: Sequence[Variant], runs: Runs) -> list[str]:
     return [
         "Pairs in which the impossible clip scores higher (intervals over pairs):",
         "",
-        *_markdown([header, *rows]),
+        *markdown([header, *rows]),
         "",
         f"The same by event, for {SURPRISE_SCORE} (and first for {CHEAP_SCORE}, which no model has a part in):",
         "",
-        *_markdown([["event", CHEAP_SCORE, *(variant.title for variant in variants)], *_event_rows(variants, runs)]),
+        *markdown([["event", CHEAP_SCORE, *(variant.title for variant in variants)], *_event_rows(variants, runs)]),
     ]
 
 
@@ -261,7 +262,8 @@ def _event_rows(variants: Sequence[Variant], runs: Runs) -> list[list[str]]:
     ]
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose first row is the header."""
     head, *body = [f"| {' | '.join(row)} |" for row in rows]
     return [head, "|" + "---|" * len(rows[0]), *body]
 
@@ -323,11 +325,11 @@ def _draw_curves(
 
 def type_curves_figure(variants: Sequence[Variant], runs: Runs, ceilings: Ceilings = MappingProxyType({})) -> Figure:
     """Accuracy of each question type on the development split over training: when a variant begins to see motion."""
-    types = _question_types(runs, variants)
+    types = question_types(runs, variants)
     figure = Figure(figsize=(3 * len(types), 2.8), layout="constrained")
     for axes, question_type in zip(figure.subplots(1, len(types), squeeze=False)[0], types, strict=True):
         _draw_curves(axes, variants, runs, lambda point, name=question_type: _share(point["answers"][name]))
-        axes.axhline(_unordered_ceiling(question_type, ceilings), color="black", linewidth=1, linestyle="--")
+        axes.axhline(unordered_ceiling_of(question_type, ceilings), color="black", linewidth=1, linestyle="--")
         axes.set(xlabel="step", title=question_type, ylim=(0, 1.02))
     axes.legend(fontsize="small")
     return figure
@@ -337,7 +339,7 @@ def types_figure(variants: Sequence[Variant], runs: Runs, ceilings: Ceilings = M
     """Accuracy by question type, with 95% intervals over seeds; the marks are what is to be had without order."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     axes = figure.subplots()
-    types = _question_types(runs, variants)
+    types = question_types(runs, variants)
     places, width = np.arange(len(types)), 0.8 / len(variants)
     for number, variant in enumerate(variants):
         stats = [mean_interval([accuracy(run, name) for run in runs[variant.name]]) for name in types]
@@ -345,7 +347,7 @@ def types_figure(variants: Sequence[Variant], runs: Runs, ceilings: Ceilings = M
         left = places + (number - (len(variants) - 1) / 2) * width
         axes.bar(left, means, width, yerr=np.nan_to_num(halves), color=f"C{number}", label=variant.title)
     axes.scatter(
-        places, [_unordered_ceiling(name, ceilings) for name in types], marker="_", s=400, color="black", zorder=3
+        places, [unordered_ceiling_of(name, ceilings) for name in types], marker="_", s=400, color="black", zorder=3
     )
     axes.set(xticks=places, xticklabels=types, ylabel="accuracy", ylim=(0, 1))
     axes.legend(fontsize="small")

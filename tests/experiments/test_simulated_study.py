@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from modules import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -243,3 +244,23 @@ def test_the_experiments_with_a_pretrained_language_model_run_whole(cache, tmp_p
     for variant in variants:
         skill = read_run(tmp_path, variant, RunSettings(), 0)["frames"]["skill"]
         assert (skill == 0) == (weights[variant.name] == 0)
+
+
+# --- tables in the repository -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["simulated", "pretrained-pilot"])
+def test_the_summaries_in_the_repository_are_what_their_runs_say(tmp_path, name):
+    ceilings = (study.RESULTS / study.CEILINGS).read_text()
+    (tmp_path / study.CEILINGS).write_text(ceilings)
+    (tmp_path / name).symlink_to(study.RESULTS / name)
+    study.write_summaries([name], RunSettings(), tmp_path)
+    written = (tmp_path / f"{name}_summary.md").read_text()
+    assert written == (study.RESULTS / f"{name}_summary.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["simulated_ceilings.md", "simulated_summary.md"])
+def test_the_page_shows_the_tables_of_the_repository(name):
+    page = (ROOT / "docs" / "study.md").read_text()
+    tables = [part for part in (study.RESULTS / name).read_text().split("\n\n") if part.startswith("|")]
+    assert tables and all(table.strip() in page for table in tables)

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from llava_next_ar.experiments.sources import metaworld_clips, vizdoom_clips
-from llava_next_ar.experiments.sources.clips import ClipQuestion, LibraryBuilder, join, open_library
+from llava_next_ar.experiments.sources.clips import (
+    ClipQuestion,
+    LibraryBuilder,
+    contact_sheet,
+    join,
+    open_library,
+    sheet_rows,
+)
 from llava_next_ar.experiments.sources.drawn_clips import DataSettings, drawn_library
 from llava_next_ar.experiments.sources.metaworld_clips import AZIMUTHS, MetaworldSettings, draw_camera, shown_states
 from llava_next_ar.experiments.sources.vizdoom_clips import MAPS, VizdoomSettings, draw_motion, maps_of_split
@@ -132,6 +139,15 @@ def test_libraries_of_different_length_are_not_joined(tmp_path):
 def test_settings_are_told_apart_by_their_fingerprint(tmp_path):
     names = {open_library(FakeSettings(frame_seconds=seconds), tmp_path).fingerprint for seconds in (0.5, 1.0)}
     assert len(names) == 2
+
+
+def test_a_sheet_shows_a_clip_of_each_question_type_and_event(tmp_path):
+    library = open_library(FakeSettings(), tmp_path)
+    rows = sheet_rows(library)
+    assert [label for label, _ in rows] == ["opens: no", "jump"] and rows[1][1] == library.pairs["test"][0].changed
+    sheet = np.asarray(contact_sheet(library, rows, size=10))
+    assert sheet.shape == (2 * 12, 110 + T * 12, 3)
+    assert sheet[5, 115].tolist() == [20, 20, 20] and sheet[17, 110 + 2 * 12 + 5].tolist() == [132, 132, 132]
 
 
 # --- ViZDoom ------------------------------------------------------------------------------------------------------
@@ -261,6 +277,32 @@ def test_metaworld_records_the_same_clips_again_with_true_answers(tmp_path):
     pairs = library.pairs["test"]
     assert {pair.event for pair in pairs if pair.impossible} == set(metaworld_clips.EVENTS)
     assert {pair.event for pair in pairs if not pair.impossible} == set(metaworld_clips.APPEARANCES)
+
+
+@pytest.mark.slow
+def test_impossible_motions_change_no_more_than_possible_ones(tmp_path):
+    """The difference of two frames does not give them away: what is stuck moves less, what moves back moves as much."""
+    pytest.importorskip("metaworld", reason="MetaWorld is not installed (pip install 'llava-next-ar[sources]')")
+    settings = MetaworldSettings(
+        num_train=0,
+        num_val=0,
+        num_test=1,
+        num_cameras=0,
+        num_val_pairs=0,
+        num_test_pairs=16,
+        events=metaworld_clips.MOTIONS,
+    )
+    library = open_library(settings, tmp_path)
+    assert not library.questions["test"]
+    changes = {event: [] for event in metaworld_clips.MOTIONS}
+    for pair in library.pairs["test"]:
+        assert pair.impossible and 0 < pair.event_frame < settings.num_frames
+        moved = [
+            np.abs(np.diff(library.frames(clip).astype(float)[pair.event_frame - 1 :], axis=0)).mean()
+            for clip in (pair.possible, pair.changed)
+        ]
+        changes[pair.event].append(moved[1] / moved[0])
+    assert np.mean(changes["stuck"]) < 1 and np.mean(changes["reverse"]) < 1.3
 
 
 # --- drawn clips --------------------------------------------------------------------------------------------------
