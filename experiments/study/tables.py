@@ -324,7 +324,7 @@ def _draw_curves(
 
 
 def type_curves_figure(variants: Sequence[Variant], runs: Runs, ceilings: Ceilings = MappingProxyType({})) -> Figure:
-    """Accuracy of each question type on the development split over training: when a variant begins to see motion."""
+    """Accuracy of each question type on the development split over training; dashed: the best accuracy without order."""
     types = question_types(runs, variants)
     figure = Figure(figsize=(3 * len(types), 2.8), layout="constrained")
     for axes, question_type in zip(figure.subplots(1, len(types), squeeze=False)[0], types, strict=True):
@@ -336,7 +336,7 @@ def type_curves_figure(variants: Sequence[Variant], runs: Runs, ceilings: Ceilin
 
 
 def types_figure(variants: Sequence[Variant], runs: Runs, ceilings: Ceilings = MappingProxyType({})) -> Figure:
-    """Accuracy by question type, with 95% intervals over seeds; the marks are what is to be had without order."""
+    """Accuracy by question type, with 95% intervals over seeds; the marks are the best accuracy without order."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     axes = figure.subplots()
     types = question_types(runs, variants)

@@ -143,7 +143,7 @@ def make_clips(
 
 
 def render_clip(clip: BenchmarkClip, size: int = 96, frames: Sequence[int] | None = None) -> np.ndarray:
-    """All frames, or some: `[T, size, size, 3]` uint8, RGB."""
+    """Frames of a clip, all or those with the given indices: `[T, size, size, 3]` uint8, RGB."""
     return render(clip.draft.scenes, size, frames)
 
 
@@ -271,7 +271,7 @@ def write_benchmark(
 
 
 def type_table(entries: Sequence[dict], num_frames: int) -> dict[str, dict]:
-    """For each question type of the entries: what it asks, `chance`, and what `one_frame` and `unordered` frames allow.
+    """Description and ceilings of each question type of the entries: `chance`, `one_frame` and `unordered`.
 
     Args:
         num_frames: of the clips.

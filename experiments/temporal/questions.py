@@ -96,7 +96,7 @@ def count(draw: Draw) -> list[Draft]:
 
 
 def _bouncing(draw: Draw, x: float, number: int, radius: float) -> np.ndarray:
-    """A ball that touches the ground so many times and loses no height: `[T, 2]`.
+    """A ball that touches the ground a given number of times and keeps its height: `[T, 2]`.
 
     The clip lasts for as many periods, from any of as many phases as it has steps. So at every moment the ball is at
     each height equally often, whatever the number; and if the number of steps has no factor in common with it, the
