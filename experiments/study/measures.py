@@ -64,7 +64,7 @@ def _videos(model: Any, data: StudyData, clips: Sequence[int]) -> StudySamples:
     return StudySamples(data, [StudyQuestion(clip=clip) for clip in clips], model.config.frame_token_layout)
 
 
-# How a clip is scored, by what is surprising in it and where that is looked for.
+# Scores of a clip: a quantity, and the frames or patches over which it is taken.
 WHAT = ("surprise", "error", "difference")
 WHERE = ("at_event", "frame", "patch")
 SCORES = tuple(f"{what}_{where}" for what in WHAT for where in WHERE)

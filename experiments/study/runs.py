@@ -117,8 +117,8 @@ def _small_language_config(settings: RunSettings, vocab_size: int) -> dict[str, 
 def training_samples(settings: RunSettings, seed: int, data: StudyData, model: Any) -> Subset:
     """All samples of a run in their order; equal for all variants with the same pool and batch sizes.
 
-    A step is `batch_size` questions and then `unlabeled_batch_size` clips of which nothing is asked. Both go through their
-    pool in random order, again and again.
+    A step is `batch_size` questions and then `unlabeled_batch_size` clips without a question. Both go through their pool in
+    random order, again and again.
     """
     questions = data.questions["train"]
     num_shared = round(settings.train_share * len(questions))

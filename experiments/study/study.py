@@ -138,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     common = RunSettings()
     try:
+        if options.device == "accelerator" and not torch.accelerator.is_available():
+            raise ValueError("--device is accelerator, and PyTorch finds none here: expected a GPU, or --device cpu")
         if options.what == "features":
             for settings in {
                 v.settings(common).data for name in options.experiment for v in EXPERIMENTS[name].variants

@@ -246,6 +246,14 @@ def test_the_experiments_with_a_pretrained_language_model_run_whole(cache, tmp_p
         assert (skill == 0) == (weights[variant.name] == 0)
 
 
+def test_an_accelerator_that_is_not_there_is_reported(monkeypatch, capsys):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as raised:
+        study.main(["run", "--experiment", "pretrained", "--device", "accelerator"])
+    assert raised.value.code == 2
+    assert "--device is accelerator, and PyTorch finds none here" in capsys.readouterr().err
+
+
 # --- tables in the repository -------------------------------------------------------------------------------------
 
 
