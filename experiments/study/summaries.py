@@ -35,7 +35,8 @@ def accuracy_summary(experiment: Experiment, runs: Runs, ceilings: Ceilings) -> 
     first, last = runs[variants[0].name], runs[variants[-1].name]
     header = ["", "best without order", *(f"{view}, linear" for view in ORDERED_VIEWS)]
     header += [variant.title for variant in variants]
-    header += [f"{variants[-1].title}, frames shuffled", f"{variants[-1].title}, less {variants[0].title}"]
+    header += [f"{variants[-1].title}, frames shuffled"]
+    header += [f"{variants[-1].title}, less {variants[0].title}"] if len(variants) > 1 else []
     rows = [header]
     for name in question_types(runs, variants):
         own = [[accuracy(run, name) for run in runs[variant.name]] for variant in variants]
@@ -56,7 +57,7 @@ def accuracy_summary(experiment: Experiment, runs: Runs, ceilings: Ceilings) -> 
         shuffled = _cell([MEASURES["accuracy, frames shuffled"](run) for run in last]) if name == "accuracy" else ""
         rows.append(["all types" if name == "accuracy" else name, *[""] * 3, *map(_cell, own), shuffled,
                      _cell(difference.tolist(), "+")])  # fmt: skip
-    return "\n".join(markdown(rows))
+    return "\n".join(markdown([row[: len(header)] for row in rows]))
 
 
 def event_summary(experiment: Experiment, runs: Runs) -> str:

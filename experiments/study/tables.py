@@ -177,7 +177,7 @@ def read_ceilings(results: Path) -> Ceilings:
 
 def unordered_ceiling_of(question_type: str, ceilings: Ceilings) -> float:
     """The best accuracy without the order of the shown frames: by construction, or of the linear probes."""
-    if question_type in QUESTION_TYPES:
+    if question_type not in ceilings:  # `next` exists in both
         return unordered_ceiling(question_type, len(RunSettings().data.shown_frames))[0]
     return max(ceilings[question_type][view] for view in UNORDERED_VIEWS)
 
