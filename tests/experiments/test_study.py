@@ -113,7 +113,7 @@ def all_variants() -> list[Variant]:
 
 def tiny(variant: Variant) -> RunSettings:
     """Tiny settings of a variant: drawn clips and a language model with random weights."""
-    return replace(variant.settings(TINY), data=TINY_DATA, language_model="", num_layers=1)
+    return replace(variant.settings(TINY), data=TINY_DATA, language_model="", num_layers=1, batch_size=4)
 
 
 # --- data ----------------------------------------------------------------------------------------------------------
