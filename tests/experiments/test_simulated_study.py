@@ -196,6 +196,7 @@ def test_a_run_on_recorded_clips(data, bank):
     assert {name: len(digits) for name, digits in run["pairs"]["error_frame"].items()} == {
         "gone": 1,
         "light": 1,
+        "stuck": 1,
         "warp": 1,
     }
     assert len(pair_wins(run, "error_frame")) == 3  # the change of light is not an impossible event
@@ -220,7 +221,12 @@ def test_a_pretrained_language_model_is_cut_to_its_first_layers(cache, bank):
 def test_the_experiments_with_a_pretrained_language_model_run_whole(cache, tmp_path, monkeypatch, name):
     """The rehearsal of `study.py run --experiment pretrained`: each variant and seed, then the tables."""
     experiment = EXPERIMENTS[name]
-    small = {**TINY, "num_layers": 2, "train_share": 0.5 if name == "pretrained-few-labels" else 1.0}
+    small = {
+        **TINY,
+        "num_layers": 2,
+        "measured_share": 1.0,
+        "train_share": 0.5 if name == "pretrained-few-labels" else 1.0,
+    }
     variants = tuple(
         replace(
             variant, changes={**variant.changes, **small, "head": {**variant.changes["head"], "embedding_dim": 16}}
