@@ -15,8 +15,10 @@ nothing impossible happens in them.
 """
 
 import os
+import sys
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,7 +110,11 @@ class _Stage:
     """One task: its simulator, its scripted policy and its renderer."""
 
     def __init__(self, thing: str, action: str, size: int, seed: int) -> None:
-        os.environ.setdefault("MUJOCO_GL", "egl")
+        if "mujoco" in sys.modules and "MUJOCO_GL" not in os.environ:
+            raise RuntimeError(
+                "mujoco was imported before MUJOCO_GL was set, expected MUJOCO_GL=egl in the environment"
+            )
+        os.environ.setdefault("MUJOCO_GL", "egl")  # read once, when mujoco is imported
         os.environ.setdefault("PYOPENGL_PLATFORM", "egl")
         os.environ.setdefault("LP_NUM_THREADS", "0")
         try:
@@ -225,16 +231,15 @@ def _record(settings: MetaworldSettings) -> LibraryBuilder:
     runs = {"val": settings.num_val, "test": settings.num_test, "train": settings.num_train}
     with tqdm(total=len(tasks) * sum(runs.values()), desc="metaworld", unit="run") as bar:
         for index, (thing, action) in enumerate(tasks):
-            stage = _Stage(thing, action, settings.image_size, settings.seed)
-            for split, number in runs.items():
-                rng = np.random.default_rng([settings.seed, index, len(split)])
-                for run in range(number):
-                    states, shown = _successful_run(stage, settings.num_frames, rng)
-                    name = f"{split}_{thing}_{action}_{run:03}"
-                    _add_views(built, stage, states[shown], split, name, (thing, action), settings, rng)
-                    _add_pairs(built, stage, states[shown], split, name, run * len(tasks) + index, settings, rng)
-                    bar.update()
-            stage.close()
+            with closing(_Stage(thing, action, settings.image_size, settings.seed)) as stage:
+                for split, number in runs.items():
+                    rng = np.random.default_rng([settings.seed, index, len(split)])
+                    for run in range(number):
+                        states, shown = _successful_run(stage, settings.num_frames, rng)
+                        name = f"{split}_{thing}_{action}_{run:03}"
+                        _add_views(built, stage, states[shown], split, name, (thing, action), settings, rng)
+                        _add_pairs(built, stage, states[shown], split, name, run * len(tasks) + index, settings, rng)
+                        bar.update()
     return built
 
 

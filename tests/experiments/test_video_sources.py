@@ -1,5 +1,6 @@
 """Sources of video: libraries of clips, the answers of their questions, and pairs with an event."""
 
+import importlib.util
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -60,6 +61,12 @@ class FakeSettings:
         if self.fails:
             raise KeyboardInterrupt
         return small_builder()
+
+
+def skip_without(package: str) -> None:
+    """Skip the test without a simulator; it is not imported, since MuJoCo reads its environment once."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed (pip install 'llava-next-ar[sources]')")
 
 
 # --- libraries ----------------------------------------------------------------------------------------------------
@@ -209,7 +216,7 @@ TINY_VIZDOOM = VizdoomSettings(num_train=4, num_val=2, num_test=2, num_watched=2
 
 @pytest.mark.slow
 def test_vizdoom_records_the_same_clips_again_with_true_answers(tmp_path):
-    pytest.importorskip("vizdoom", reason="ViZDoom is not installed (pip install 'llava-next-ar[sources]')")
+    skip_without("vizdoom")
     library = open_library(TINY_VIZDOOM, tmp_path / "one")
     again = open_library(TINY_VIZDOOM, tmp_path / "two")
     assert np.array_equal(library.recordings, again.recordings) and library.clips == again.clips
@@ -261,9 +268,16 @@ def test_the_middle_of_the_motion_is_shown():
     assert shown_states(np.array([0.0, 0.0, 1.0, 1.0]), 3) is None  # faster than frames are shown
 
 
+def test_a_mujoco_that_was_imported_without_a_renderer_is_reported(tmp_path, monkeypatch):
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setitem(sys.modules, "mujoco", object())
+    with pytest.raises(RuntimeError, match="imported before MUJOCO_GL was set, expected MUJOCO_GL=egl"):
+        open_library(MetaworldSettings(num_train=1), tmp_path)
+
+
 @pytest.mark.slow
 def test_metaworld_records_the_same_clips_again_with_true_answers(tmp_path):
-    pytest.importorskip("metaworld", reason="MetaWorld is not installed (pip install 'llava-next-ar[sources]')")
+    skip_without("metaworld")
     settings = MetaworldSettings(num_train=1, num_val=0, num_test=1, num_cameras=1, num_val_pairs=0, num_test_pairs=10)
     library = open_library(settings, tmp_path / "one")
     again = open_library(settings, tmp_path / "two")
@@ -282,7 +296,7 @@ def test_metaworld_records_the_same_clips_again_with_true_answers(tmp_path):
 @pytest.mark.slow
 def test_impossible_motions_change_no_more_than_possible_ones(tmp_path):
     """The difference of two frames does not give them away: what is stuck moves less, what moves back moves as much."""
-    pytest.importorskip("metaworld", reason="MetaWorld is not installed (pip install 'llava-next-ar[sources]')")
+    skip_without("metaworld")
     settings = MetaworldSettings(
         num_train=0,
         num_val=0,
