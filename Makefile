@@ -18,7 +18,7 @@ VLLM_ARGS ?=
 APP_MODEL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-versions test-lmms-eval test-deepspeed test-vllm test-app lint demo benchmark clean
+.PHONY: help setup test test-versions test-lmms-eval test-deepspeed test-vllm test-app test-sources lint demo benchmark clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -56,6 +56,10 @@ test-app: setup ## run the app in Chromium, with screenshots in outputs/app (APP
 	$(BIN)/python -m pip install --quiet "playwright==1.65.2"
 	APP_SCREENSHOTS=$(or $(APP_SCREENSHOTS),outputs/app) APP_MODEL=$(APP_MODEL) \
 		$(BIN)/python -m pytest -m slow tests/serving/test_app_browser.py $(PYTEST_ARGS)
+
+test-sources: setup ## record clips with the simulators of the extra `sources`, and test them (needs a package index and libegl1)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[sources]"
+	$(BIN)/python -m pytest -m "slow or not slow" tests/experiments/test_video_sources.py
 
 lint: setup ## check the style, and that static tools see the package's types
 	$(BIN)/python -m ruff check .

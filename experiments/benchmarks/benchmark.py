@@ -97,7 +97,7 @@ def real_clips(cache: Path) -> list[Path]:
 
 
 def generated_clip(cache: Path, minutes: float, width: int = 1280, height: int = 720, fps: int = 25) -> Path:
-    """H.264 with a key frame every 250 frames: the view wanders over a landscape, before which a patch moves."""
+    """An H.264 file with a key frame every 250 frames: a moving view of a landscape with a moving patch before it."""
     path = cache / f"generated_{height}p_{minutes:g}min.mp4"
     if path.exists():
         return path
@@ -119,7 +119,7 @@ def generated_clip(cache: Path, minutes: float, width: int = 1280, height: int =
 
 
 def _texture(height: int, width: int, seed: int) -> np.ndarray:
-    """`[H, W, 3]` uint8: noise at several scales, as in natural pictures."""
+    """Noise at several scales, as in natural pictures: `[H, W, 3]` uint8."""
     generator = torch.Generator().manual_seed(seed)
     texture = torch.full((3, height, width), 128.0)
     for cells, contrast in ((8, 60), (32, 50), (128, 30), (512, 15)):
@@ -132,7 +132,7 @@ def _texture(height: int, width: int, seed: int) -> np.ndarray:
 
 
 def normalise(frames: torch.Tensor) -> torch.Tensor:
-    """uint8 to float32 in [-1, 1], as SigLIP wants it."""
+    """Convert uint8 to float32 in [-1, 1], the range of SigLIP's inputs."""
     return frames.float().sub_(127.5).div_(127.5)
 
 
@@ -327,7 +327,7 @@ _CHECKPOINT_SIZES = {
 
 
 def _write_checkpoints(folder: Path, width: int, layers: int, vocabulary: int) -> dict[str, str]:
-    """One with the reconstruction head, one without it as OneVision's; the weights that both have are the same."""
+    """A model with the reconstruction head, and OneVision's without it; common weights are equal."""
     from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
     from ...configuration.configuration_llava_next_ar import LlavaNextARConfig

@@ -51,14 +51,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class NotRun(RuntimeError):
-    """A measurement that cannot be made here; the message says why."""
+    """A measurement that cannot be made here; the message is the reason."""
 
 
 # -- Models and inputs
 
 
 def build(options: argparse.Namespace, shape: str, *, ours: bool = True, dtype: torch.dtype, **keys: Any) -> nn.Module:
-    """A model of random weights on the device, the same for the same shape; the head no longer predicts the copy."""
+    """A model of random weights on the device, equal for equal shapes; its head does not predict the copy."""
     torch.manual_seed(0)
     config_class = LlavaNextARConfig if ours else LlavaOnevisionConfig
     model_class = LlavaNextARForConditionalGeneration if ours else LlavaOnevisionForConditionalGeneration
@@ -110,7 +110,7 @@ def parity(options: argparse.Namespace, shape: str) -> Iterator[Row]:
 
 
 def precision(options: argparse.Namespace, shape: str) -> Iterator[Row]:
-    """Rounded once to the lower type, so that the error is that of computing in it."""
+    """The model rounded once to the lower type, so that the error is that of computing in it."""
     for dtype in (torch.bfloat16, torch.float16):
         model = build(options, shape, dtype=torch.float32).to(dtype)
         inputs = inputs_of(options, shape, options.frames[0], dtype)
@@ -235,7 +235,7 @@ def inference(options: argparse.Namespace, shape: str) -> Iterator[Row]:
 
 
 def entries(options: argparse.Namespace, shape: str) -> Iterator[Row]:
-    """Every entry point, with everything that the processor gives on the CPU moved by `.to(device)` alone."""
+    """Run each entry point on the processor's CPU output, moved by `.to(device)` alone."""
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
     model = build(options, shape, dtype=dtype)
     model.model.vision_tower.requires_grad_(False)  # it is its own teacher, without which nothing can be imagined
@@ -272,7 +272,7 @@ def entries(options: argparse.Namespace, shape: str) -> Iterator[Row]:
 
 
 def launch(options: argparse.Namespace, shape: str) -> Iterator[Row]:
-    """The packaged launch files on one GPU, with the demo's recipe on a tiny checkpoint and generated clips."""
+    """Run the packaged launch files on one GPU, with the demo's recipe on a tiny checkpoint and generated clips."""
     from ..demo.tiny_checkpoint import build_tiny_checkpoint, texts_of
     from ..temporal.synthetic_clips import write_dataset
 
@@ -332,7 +332,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _run_part(connection: Any, name: str, options: argparse.Namespace, shape: str) -> None:
-    """In a process of its own: sends each row as it comes, then None."""
+    """Send each row as it comes, then None; runs in a separate process."""
     torch.backends.cuda.matmul.allow_tf32 = False
     for row in PARTS[name][0](options, shape):
         connection.send({"part": name, "shape": shape, **row})
@@ -340,7 +340,7 @@ def _run_part(connection: Any, name: str, options: argparse.Namespace, shape: st
 
 
 def run(options: argparse.Namespace) -> list[Row]:
-    """All rows of the chosen parts; a part that fails or outlasts the budget gives a row that says so."""
+    """All rows of the chosen parts; a part that fails or outlasts the budget gives a row with the reason."""
     rows, end = [], time.monotonic() + options.budget
     context = multiprocessing.get_context("spawn")  # each part with a peak memory of its own
     chosen = [(name, shape) for name in options.parts for shape in options.shapes[: None if PARTS[name][1] else 1]]

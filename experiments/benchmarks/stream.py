@@ -74,7 +74,7 @@ def stream(options: argparse.Namespace) -> None:
 def _read_whole(
     model: LlavaNextARForConditionalGeneration, frames: torch.Tensor, expected: torch.Tensor
 ) -> tuple[float, float]:
-    """Seconds for all frames at once, and how far their surprise is from the stream's."""
+    """Seconds for all frames at once, and the distance of their surprise from the stream's."""
     tokens = torch.full((1, model.config.frame_token_layout.num_tokens(len(frames))), VIDEO_TOKEN, device=model.device)
     wait()
     start = time.perf_counter()

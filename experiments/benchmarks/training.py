@@ -141,7 +141,7 @@ def with_adapters(model: torch.nn.Module, has_head: bool) -> torch.nn.Module:
 
 
 def _run_way(way: str, options: argparse.Namespace, checkpoint: str) -> dict[str, Any]:
-    """In a process of its own: seconds of each step, peak memory in bytes, first losses."""
+    """Seconds of each step, peak memory in bytes and first losses; runs in a separate process."""
     model = _load(way, options, checkpoint)
     batch = make_batch(options.frames, options.batch_size)
     clock = StepClock()

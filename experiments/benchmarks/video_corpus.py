@@ -1,4 +1,4 @@
-"""Compares every back end with the ffmpeg command on about a hundred odd video files, which it makes with that command.
+"""Compare each back end with the ffmpeg command on about a hundred odd video files, which it makes with that command.
 
     python -m llava_next_ar.experiments.benchmarks.video_corpus --ffmpeg /usr/bin/ffmpeg
     python -m llava_next_ar.experiments.benchmarks.video_corpus --only 'avi_*' --backends pyav
@@ -84,7 +84,7 @@ def generate(
 
 
 def derived(*steps: tuple[str, ...], **options: object) -> Callable[[str, Path, Path], None]:
-    """Encodes with the first step into a file named by its last item, and each further step reads the one before."""
+    """Encode with the first step into a file named by its last item; each further step reads the file of the step before."""
 
     def make(ffmpeg: str, folder: Path, path: Path) -> None:
         (*first, name), *others = steps
@@ -100,7 +100,7 @@ def derived(*steps: tuple[str, ...], **options: object) -> Callable[[str, Path, 
 
 
 def without_packets(first: int, *arguments: str) -> Callable[[str, Path, Path], None]:
-    """An MPEG-TS without its first packets, as a recording starts in the middle."""
+    """An MPEG-TS without its first packets, like a recording that starts in the middle."""
     drop = ("INPUT", "-c", "copy", "-bsf:v", f"noise=drop='lt(n,{first})'", "-f", "mpegts")
     return derived((*arguments, "whole.ts"), drop)
 
@@ -248,7 +248,7 @@ def _codecs() -> list[Entry]:
 
 
 def _times() -> list[Entry]:
-    """Uneven times, edit lists, AVI with empty places, streams without times."""
+    """Uneven times, edit lists, AVI with empty packets, streams without times."""
     found = []
     for container in ("mp4", "mkv", "mov", "ts", "flv", "webm"):
         codec = VP9 if container == "webm" else H264
@@ -363,7 +363,7 @@ def entries() -> list[Entry]:
 
 
 def write(entry: Entry, ffmpeg: str, folder: Path) -> Path:
-    """Writes the file of an entry into a folder, and returns its path."""
+    """Write the file of an entry into a folder; returns its path."""
     path = folder / entry.name
     if callable(entry.make):
         entry.make(ffmpeg, folder, path)
@@ -423,14 +423,14 @@ def decode_with_ffmpeg(entry: Entry, ffmpeg: str, path: Path) -> Decoded:
 
 
 def decode_with(backend: str, path: Path) -> tuple[Decoded, int]:
-    """The same by `load_video`, and how many frames are missing."""
+    """Frames, times and pixels by `load_video`, and the number of missing frames."""
     video = load_video(path, backend=backend, allow_partial=True)
     frames = video.frames.permute(0, 2, 3, 1).numpy()
     return Decoded(frames.shape[1:3], video.timestamps.numpy(), block_means(frames)), video.missing
 
 
 def difference(decoded: Decoded, reference: Decoded, tolerance: float) -> str | None:
-    """The first difference of two results, None if there is none."""
+    """The first difference of two results, or None."""
     if decoded.size != reference.size:
         return f"size {decoded.size}, not {reference.size}"
     if len(decoded.times) != len(reference.times):
@@ -445,7 +445,7 @@ def difference(decoded: Decoded, reference: Decoded, tolerance: float) -> str | 
 
 
 def compare(entry: Entry, reference: Decoded, backend: str, path: Path) -> tuple[str, str]:
-    """(verdict, remark) of one back end on one file."""
+    """Verdict and remark of one back end on one file."""
     try:
         decoded, missing = decode_with(backend, path)
     except VideoReadError as error:
@@ -460,7 +460,7 @@ def compare(entry: Entry, reference: Decoded, backend: str, path: Path) -> tuple
 
 
 def find_ffmpeg(given: str | None = None) -> str | None:
-    """Path of an ffmpeg command: the given one, that of imageio-ffmpeg, or the one on the PATH; None if there is none."""
+    """Path of an ffmpeg command: the given one, that of imageio-ffmpeg, or the one on the PATH; None without any."""
     if given is None:
         try:
             import imageio_ffmpeg
@@ -472,7 +472,7 @@ def find_ffmpeg(given: str | None = None) -> str | None:
 
 
 def write_samples(ffmpeg: str, folder: Path) -> None:
-    """Writes the tiny files and `expected.json`: size, times, and mean colours of each frame by ffmpeg."""
+    """Write the tiny files and `expected.json`: size, times, and mean colours of each frame by ffmpeg."""
     folder.mkdir(parents=True, exist_ok=True)
     expected = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -495,7 +495,7 @@ def main() -> None:
     parser.add_argument("--ffmpeg", help="command to compare with")
     parser.add_argument("--backends", nargs="+", default=["pyav", "decord", "torchcodec"])
     parser.add_argument("--only", default="*", help="pattern of file names")
-    parser.add_argument("--causes", action="store_true", help="print why files are refused")
+    parser.add_argument("--causes", action="store_true", help="print why files cannot be read")
     parser.add_argument("--write-samples", type=Path, metavar="FOLDER", help="write the committed files instead")
     options = parser.parse_args()
     ffmpeg = find_ffmpeg(options.ffmpeg)

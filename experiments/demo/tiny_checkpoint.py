@@ -30,7 +30,7 @@ _PATCH_GAIN, _POSITION_GAIN = 4.0, 0.1
 
 
 def texts_of(entries: Sequence[dict[str, Any]]) -> list[str]:
-    """All that is said in LLaVA JSON entries, answers that are not given included; a video alone says nothing."""
+    """All texts of LLaVA JSON entries, with the choices that are not the answer."""
     said = [turn["value"] for entry in entries for turn in entry.get("conversations") or ()]
     for message in (message for entry in entries for message in entry.get("messages") or ()):
         content = message["content"]
@@ -99,7 +99,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerBase, *, image_size: int = 64, num
 def build_tiny_checkpoint(
     directory: Path | str, texts: Iterable[str], *, num_frames: int = 8, seed: int = 0, **config_options: Any
 ) -> LlavaNextARForConditionalGeneration:
-    """Writes model, processor and code to `directory` and returns the model.
+    """Write model, processor and code to `directory` and returns the model.
 
     Args:
         texts: everything that the model shall be able to read and say.

@@ -1,55 +1,65 @@
 """Clips and questions of the study as samples for the package's collator; frames are given by their numbers.
 
-Clips are those of the temporal benchmark (temporal_benchmark.py), drawn by seed and rendered without a video file in
-between. Words are tokens, and so is every choice as a whole: the model's answer is one token and the end of its turn.
+Clips come from a library of experiments/sources: drawn by seed, or recorded in simulators. Words are tokens, and so is each
+choice as a whole: the model's answer is one token and the end of its turn.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from ...configuration.frame_token_layout import FrameTokenLayout
-from ..temporal.benchmark import BenchmarkClip, entries_of, frame_order, make_clips, render_clip
+from ..sources.clips import ClipLibrary, ClipQuestion, fingerprint_of, join, open_library
+from ..sources.drawn_clips import DataSettings, drawn_library
+from ..sources.metaworld_clips import MOTIONS, MetaworldSettings
+from ..sources.vizdoom_clips import VizdoomSettings
 
-PAD, VIDEO, IMAGE, END = range(4)  # ids of the tokens that are no words
+PAD, VIDEO, IMAGE, END = range(4)  # ids of the tokens that are not words, in the study's own vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """Which clips there are."""
+class SimulatedSettings:
+    """Clips of two simulators, recorded once into a cache."""
 
-    question_types: tuple[str, ...] = ("direction", "camera", "color")
-    """Those of the benchmark that a model of this size begins to learn in minutes, and `color`, which needs no time."""
-    num_train: int = 480
-    """Clips of each kind, a multiple of 4."""
-    num_watched: int = 160
-    """Training clips of which nothing is asked. They are possible ones of the kind of the pairs: what a model is to find
-    surprising later must not have happened before."""
-    num_val: int = 20
-    num_test: int = 80
-    num_val_pairs: int = 100
-    """Pairs of a possible and an impossible clip, a multiple of 2."""
-    num_test_pairs: int = 400
-    levels: tuple[str, ...] = ("easy",)
-    num_frames: int = 14
-    frame_step: int = 3
-    """Every so many frames one is shown: with 3, frames 0, 3, 6..."""
-    image_size: int = 56
-    fps: float = 4.0
+    vizdoom: VizdoomSettings = field(default_factory=VizdoomSettings)
+    metaworld: MetaworldSettings = field(default_factory=MetaworldSettings)
+    motions: MetaworldSettings = field(
+        default_factory=lambda: MetaworldSettings(
+            name="metaworld_motions", num_train=0, num_val=2, num_test=8, num_cameras=0, num_val_pairs=16,
+            num_test_pairs=80, events=MOTIONS, seed=1,
+        )
+    )  # fmt: skip
+    """Further pairs, whose event is an impossible motion without a sudden change."""
+    question_types: tuple[str, ...] = ("turn", "strafe", "order", "next", "opens", "object")
+    """Questions of other types are left out, and clips that have no other questions too."""
     tower_layers: int = 6
-    seed: int = 0
+
+    def __post_init__(self) -> None:
+        sizes = {own.name: own.image_size for own in (self.vizdoom, self.metaworld, self.motions)}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"image_size is {sizes}, expected the same for all")
 
     @property
-    def shown_frames(self) -> range:
-        """Of each clip."""
-        return range(0, self.num_frames, self.frame_step)
+    def image_size(self) -> int:
+        return self.vizdoom.image_size
+
+
+Settings = DataSettings | SimulatedSettings
+
+
+class SpecialTokens(NamedTuple):
+    """Ids of the tokens that are not words."""
+
+    pad: int = PAD
+    video: int = VIDEO
+    image: int = IMAGE
+    end: int = END
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,34 +69,26 @@ class StudyQuestion:
     id: str = ""
     question_type: str = ""
     prompt: tuple[int, ...] = ()
-    """Tokens after the video; none: the clip is shown, and nothing is asked."""
+    """Tokens after the video; empty if the clip has no question."""
     choices: tuple[int, ...] = ()
     """One token each."""
     answer: int = 0
-    """The place of the right one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EventPair:
-    """Violation of expectation: two clips that are equal before `event_frame`."""
-
-    possible: int
-    impossible: int
-    event: str
-    event_frame: int
+    """Index of the right choice."""
 
 
 class Vocabulary:
-    """Words, punctuation and whole choices <-> numbers, as they occur in some entries of the benchmark."""
+    """Mapping between words, punctuation and whole choices and token ids, as they occur in questions."""
 
-    def __init__(self, entries: Sequence[dict[str, Any]]) -> None:
+    special = SpecialTokens()
+
+    def __init__(self, questions: Sequence[ClipQuestion]) -> None:
         phrases = sorted(
-            {choice for entry in entries for choice in entry["choices"]}, key=lambda text: (-len(text), text)
+            {choice for question in questions for choice in question.choices}, key=lambda text: (-len(text), text)
         )
         self._pattern = re.compile(
             "|".join([*(rf"\b{re.escape(phrase)}\b" for phrase in phrases), r"\w+", r"[^\w\s]"])
         )
-        pieces = sorted({piece for entry in entries for piece in self._pieces(_prompt_of(entry))} | set(phrases))
+        pieces = sorted({piece for question in questions for piece in self._pieces(question.text)} | set(phrases))
         self._ids = {piece: number for number, piece in enumerate(pieces, start=END + 1)}
 
     def __len__(self) -> int:
@@ -96,94 +98,105 @@ class Vocabulary:
         return self._pattern.findall(text)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Raises KeyError for a word that no entry has."""
+        """Token ids of a text.
+
+        Raises:
+            KeyError: for a word that occurs in no question.
+        """
         return tuple(self._ids[piece] for piece in self._pieces(text))
-
-
-def _prompt_of(entry: dict[str, Any]) -> str:
-    return entry["conversations"][0]["value"].removeprefix("<video>\n")
 
 
 class StudyData:
     """All clips of the study, numbered through, with their questions and pairs by split.
 
-    Of some training clips nothing is asked (`DataSettings.num_watched`).
+    Training clips without a question are shown without one; those whose questions are of other types are left out.
+
+    Args:
+        settings: of the clips.
+        libraries: one for each source.
+        vocabulary: of a pretrained language model; otherwise one is made of the words of the questions.
+
+    Raises:
+        ValueError: if a choice is not a single token of the vocabulary.
     """
 
-    def __init__(self, settings: DataSettings) -> None:
-        self.settings = settings
-        numbers = {"val": settings.num_val, "test": settings.num_test, "train": settings.num_train}
-        num_pairs = {"val": settings.num_val_pairs, "test": settings.num_test_pairs, "train": settings.num_watched}
-        options = {"seed": settings.seed, "num_frames": settings.num_frames, "levels": settings.levels}
-        self.clips: list[BenchmarkClip] = []
-        entries, pairs = {}, {}
-        for split, number in numbers.items():
-            clips = make_clips(number, split=split, question_types=settings.question_types, **options)
-            entries[split] = entries_of(clips, question_types=settings.question_types)
-            pairs[split] = make_clips(2 * num_pairs[split], split=split, question_types=["possible"], **options)
-            clips += pairs[split][::2] if split == "train" else pairs[split]
-            self.clips += sorted(
-                clips, key=lambda clip: clip.name[-4:]
-            )  # kinds are mixed: the first ones stand for all
-        self.vocabulary = Vocabulary([entry for some in entries.values() for entry in some])
-        places = {clip.name: place for place, clip in enumerate(self.clips)}
-        self.questions = {split: [self._question(entry, places) for entry in some] for split, some in entries.items()}
-        self.pairs = {
-            split: [
-                EventPair(
-                    possible=places[one.name],
-                    impossible=places[other.name],
-                    event=one.draft.notes["event"],
-                    event_frame=one.draft.notes["event_frame"],
-                )
-                for one, other in zip(clips[::2], clips[1::2], strict=True)
-            ]
-            for split, clips in pairs.items()
-            if split != "train"
+    def __init__(
+        self, settings: Settings, libraries: Sequence[ClipLibrary], vocabulary: Vocabulary | Any | None = None
+    ) -> None:
+        self.settings, self.libraries = settings, libraries
+        self.library = libraries[0] if len(libraries) == 1 else join(libraries)
+        asked = {
+            split: [(clip, question) for clip, question in own if question.question_type in settings.question_types]
+            for split, own in self.library.questions.items()
         }
-        self.questions["train"] += [StudyQuestion(clip=places[clip.name]) for clip in pairs["train"][::2]]
+        if vocabulary is None:
+            vocabulary = Vocabulary([question for own in asked.values() for _, question in own])
+        self.vocabulary = vocabulary
+        self.questions = {
+            split: [self._question(clip, question) for clip, question in own] for split, own in asked.items()
+        }
+        self.pairs = {split: pairs for split, pairs in self.library.pairs.items() if split != "train"}
+        with_question = {clip for clip, _ in self.library.questions["train"]}
+        self.questions["train"] += [
+            StudyQuestion(clip=clip) for clip in self.library.of_split("train") if clip not in with_question
+        ]
 
-    def _question(self, entry: dict[str, Any], places: dict[str, int]) -> StudyQuestion:
-        name = entry["video"].removeprefix("videos/").removesuffix(".mp4")
-        choices = [self.vocabulary.encode(choice) for choice in entry["choices"]]
+    def _question(self, clip: int, question: ClipQuestion) -> StudyQuestion:
+        choices = [self.vocabulary.encode(choice) for choice in question.choices]
+        if any(len(tokens) != 1 for tokens in choices):
+            raise ValueError(f"choices {question.choices} have the tokens {choices}, expected one token each")
         return StudyQuestion(
-            id=entry["id"],
-            clip=places[name],
-            question_type=entry["question_type"],
-            prompt=self.vocabulary.encode(_prompt_of(entry)),
+            id=f"{self.library.clips[clip].name}_{question.question_type}",
+            clip=clip,
+            question_type=question.question_type,
+            prompt=self.vocabulary.encode(question.text),
             choices=tuple(token for (token,) in choices),
-            answer=entry["choices"].index(entry["conversations"][1]["value"]),
+            answer=question.choices.index(question.answer),
         )
 
     @property
     def fingerprint(self) -> str:
-        """Of the settings that the clips depend on, not of the code that draws them."""
-        return hashlib.sha256(json.dumps(asdict(self.settings)).encode()).hexdigest()[:12]
+        """Twelve hexadecimal digits of the settings, not of the code that makes the clips."""
+        return fingerprint_of(self.settings)
 
     @property
     def num_frames(self) -> int:
-        """Of each clip, as it is shown (T)."""
-        return len(self.settings.shown_frames)
+        """Number of shown frames of each clip (T)."""
+        return self.library.num_frames
 
-    @property
-    def training_frames(self) -> slice:
-        """Where those of training clips lie among the frames of all clips."""
-        return slice(min(question.clip for question in self.questions["train"]) * self.num_frames, None)
+    def training_frames(self, count: int) -> np.ndarray:
+        """Numbers of at most `count` frames of training recordings; kinds are mixed."""
+        recordings = sorted({self.library.clips[clip].recording for clip in self.library.of_split("train")})
+        if isinstance(self.settings, SimulatedSettings):  # sorted by source and map
+            recordings = np.random.default_rng(0).permutation(recordings)
+        frames = np.asarray(recordings)[:, None] * self.num_frames + np.arange(self.num_frames)
+        return frames.flatten()[:count]
 
     def frames(self, clip: int) -> np.ndarray:
         """`[T, H, W, 3]` uint8."""
-        return render_clip(self.clips[clip], self.settings.image_size, self.settings.shown_frames)
+        return self.library.frames(clip)
 
     def frame_numbers(self, clip: int, *, shuffled: bool = False) -> np.ndarray:
-        """`[T]`, numbered through all clips; in the order of the benchmark's control if `shuffled`.
+        """Numbers `[T]` of a clip's frames among those of all recordings; in random order if `shuffled`."""
+        order = self.library.frame_order(clip, shuffled=shuffled)
+        return self.library.clips[clip].recording * self.num_frames + order
 
-        Of the few frames that are shown, the control leaves now and then all in their places: 7 of 240 test questions.
-        """
-        order = np.arange(self.num_frames)
-        if shuffled:
-            drawn = frame_order(self.clips[clip], "shuffled") // self.settings.frame_step
-            order = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
-        return clip * self.num_frames + order
+
+def open_data(settings: Settings, cache: Path, vocabulary: Vocabulary | Any | None = None) -> StudyData:
+    """The clips of the study, drawn, or recorded into `cache/sources` unless they lie there.
+
+    Args:
+        vocabulary: of a pretrained language model.
+
+    Raises:
+        ImportError: if clips must be recorded and the simulator is not installed.
+    """
+    if isinstance(settings, DataSettings):
+        return StudyData(settings, [drawn_library(settings)], vocabulary)
+    sources = [
+        open_library(own, cache / "sources") for own in (settings.vizdoom, settings.metaworld, settings.motions)
+    ]
+    return StudyData(settings, sources, vocabulary)
 
 
 class StudySamples(Dataset):
@@ -211,13 +224,13 @@ class StudySamples(Dataset):
         return len(self.questions)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        question, settings = self.questions[index], self.data.settings
-        video = [VIDEO] * self.layout.num_tokens(self.data.num_frames)
+        question, special = self.questions[index], self.data.vocabulary.special
+        video = [special.video] * self.layout.num_tokens(self.data.num_frames)
         if question.prompt:
-            answer = [question.choices[question.answer], END] if self.answered else []
+            answer = [question.choices[question.answer], special.end] if self.answered else []
             text = [*question.prompt, *answer]
         else:
-            text, answer = [END], []
+            text, answer = [special.end], []
         labels = [-100] * (len(video) + len(text) - len(answer)) + answer
         numbers = torch.from_numpy(self.data.frame_numbers(question.clip, shuffled=self.shuffled))
         return {
@@ -225,6 +238,6 @@ class StudySamples(Dataset):
             "labels": torch.tensor(labels),
             "pixel_values_videos": numbers.float().view(1, -1, 1, 1, 1),
             "video_frame_mask": torch.ones(1, self.data.num_frames, dtype=torch.bool),
-            "video_timestamps": torch.arange(self.data.num_frames)[None] * settings.frame_step / settings.fps,
+            "video_timestamps": torch.arange(self.data.num_frames)[None] * self.data.library.frame_seconds,
             "video_layout": self.layout.as_tensor()[None],
         }

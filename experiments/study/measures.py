@@ -10,22 +10,23 @@ from torch.utils.data import DataLoader
 from ...evaluation.measures import linear_errors
 from ...modeling.frame_surprise import VideoSurprise
 from ...training.collator import LlavaVideoCollator
-from .data import PAD, EventPair, StudyData, StudyQuestion, StudySamples
+from ..sources.clips import ClipPair
+from .data import StudyData, StudyQuestion, StudySamples
 
 BATCH_SIZE = 32
 
 
 def _batches(model: Any, samples: StudySamples) -> Iterator[dict[str, torch.Tensor]]:
-    loader = DataLoader(samples, batch_size=BATCH_SIZE, collate_fn=LlavaVideoCollator(PAD))
-    for batch in loader:
-        yield {name: value for name, value in batch.items() if name != "labels"}
+    collator = LlavaVideoCollator(samples.data.vocabulary.special.pad)
+    for batch in DataLoader(samples, batch_size=BATCH_SIZE, collate_fn=collator):
+        yield {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
 
 
 @torch.inference_mode()
 def measure_answers(
     model: Any, data: StudyData, questions: Sequence[StudyQuestion], *, shuffled: bool = False
 ) -> list[bool]:
-    """For each question whether the right choice is the most probable one."""
+    """For each question True if the right choice is the most probable one."""
     samples = StudySamples(data, questions, model.config.frame_token_layout, answered=False, shuffled=shuffled)
     right: list[bool] = []
     for batch in _batches(model, samples):
@@ -63,21 +64,20 @@ def _videos(model: Any, data: StudyData, clips: Sequence[int]) -> StudySamples:
     return StudySamples(data, [StudyQuestion(clip=clip) for clip in clips], model.config.frame_token_layout)
 
 
-# How a clip is scored, by what is surprising in it and where that is looked for.
+# Scores of a clip: a quantity, and the frames or patches over which it is taken.
 WHAT = ("surprise", "error", "difference")
 WHERE = ("at_event", "frame", "patch")
 SCORES = tuple(f"{what}_{where}" for what in WHAT for where in WHERE)
 
 
 @torch.inference_mode()
-def measure_pairs(model: Any, data: StudyData, pairs: Sequence[EventPair]) -> dict[str, list[float]]:
-    """For each way of scoring a clip and each pair: 1.0 where the impossible clip scores higher, 0.5 if as high, else 0.0."""
-    clips = [clip for pair in pairs for clip in (pair.possible, pair.impossible)]
+def measure_pairs(model: Any, data: StudyData, pairs: Sequence[ClipPair]) -> dict[str, list[float]]:
+    """For each score and each pair: 1.0 where the clip with the event scores higher, 0.5 if as high, else 0.0."""
+    clips = [clip for pair in pairs for clip in (pair.possible, pair.changed)]
     surprises = [one for batch in _batches(model, _videos(model, data, clips)) for one in model.surprise(**batch)]
     results: dict[str, list[float]] = {name: [] for name in SCORES}
-    for pair, possible, impossible in zip(pairs, surprises[::2], surprises[1::2], strict=True):
-        event = -(-pair.event_frame // data.settings.frame_step)  # among the frames that are shown
-        scores = [clip_scores(one, event) for one in (possible, impossible)]
+    for pair, possible, changed in zip(pairs, surprises[::2], surprises[1::2], strict=True):
+        scores = [clip_scores(one, pair.event_frame) for one in (possible, changed)]
         for name in SCORES:
             low, high = (some[name] for some in scores)
             results[name].append(0.5 + 0.5 * ((high > low) - (high < low)))
@@ -87,10 +87,15 @@ def measure_pairs(model: Any, data: StudyData, pairs: Sequence[EventPair]) -> di
 def clip_scores(surprise: VideoSurprise, event: int) -> dict[str, float]:
     """One number for each of `SCORES`.
 
-    `surprise` relates errors to those of copying (frame_surprise.py), `error` does not, and `difference` is the cheap way:
-    how much a frame differs from the one before. `at_event` is the mean over the patches of the frame `event`, the first
-    that differs between the clips of a pair: both clips then come with the same prediction. The others know of no moment:
-    the greatest of all frames, or of all patches, from there on (before it the two clips are the same).
+    | score | |
+    |---|---|
+    | `surprise` | error of the prediction, relative to that of copying (frame_surprise.py) |
+    | `error` | error of the prediction |
+    | `difference` | baseline without a model: the difference of a frame from the one before |
+
+    `at_event` is the mean over the patches of the frame `event`, the first that differs between the clips of a pair: both clips
+    then have the same prediction. `frame` and `patch` are event-agnostic: the greatest value of all frames, or of all patches,
+    from that frame on (before it the two clips are equal).
     """
     (first,) = (surprise.frame_index == event).nonzero().flatten().tolist()
     of_frames = {

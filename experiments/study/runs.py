@@ -22,18 +22,21 @@ from ...evaluation.settings import versions
 from ...modeling.modeling_llava_next_ar import LlavaNextARForConditionalGeneration
 from ...training.collator import LlavaVideoCollator
 from ...training.trainer import AutoregressiveTrainer
-from .arms import HEAD, LAYOUT, Arm, RunSettings
-from .data import END, IMAGE, PAD, VIDEO, StudyData, StudyQuestion, StudySamples
+from ..sources.clips import ClipPair
+from .data import END, PAD, SimulatedSettings, StudyData, StudyQuestion, StudySamples
 from .features import (
     PATCH_SIZE,
     TOWER_WHEEL,
     TOWER_WIDTH,
     FeatureBank,
+    StackedFeatures,
     feature_statistics,
     load_tower,
     open_features,
 )
+from .language_models import language_config, language_weights
 from .measures import measure_answers, measure_frames, measure_pairs
+from .variants import HEAD, LAYOUT, RunSettings, Variant
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +47,20 @@ STATISTICS_FRAMES = 2000  # of training clips, by which features are standardize
 
 
 def build_model(
-    settings: RunSettings, seed: int, vocab_size: int, tower: nn.Module | None = None
+    settings: RunSettings,
+    seed: int,
+    vocabulary: Any,
+    tower: nn.Module | None = None,
+    cache: Path | None = None,
 ) -> LlavaNextARForConditionalGeneration:
-    """A model with random weights drawn by the seed; `tower` takes the place of its vision tower, frozen."""
+    """A model with random weights drawn by the seed, but for a pretrained language model.
+
+    Args:
+        vocabulary: of the data.
+        tower: takes the place of the model's vision tower, frozen.
+        cache: folder of the pretrained language model, if the settings name one.
+    """
+    special = vocabulary.special
     config = LlavaNextARConfig(
         vision_config={
             "model_type": "dinov2",
@@ -56,27 +70,14 @@ def build_model(
             "image_size": settings.data.image_size,
             "patch_size": PATCH_SIZE,
         },
-        text_config={
-            # Positions that rotate: the same patch of the frame before is always as many tokens away. A GPT-2, which learns
-            # a vector for each position instead, was far slower to see motion.
-            "model_type": "qwen2",
-            "hidden_size": settings.hidden_size,
-            "intermediate_size": settings.intermediate_size,
-            "num_hidden_layers": settings.num_layers,
-            "num_attention_heads": settings.num_attention_heads,
-            "num_key_value_heads": settings.num_attention_heads,
-            "max_position_embeddings": 1024,
-            "rope_parameters": {"rope_type": "default", "rope_theta": settings.rope_theta},
-            "initializer_range": settings.initializer_range,
-            "vocab_size": vocab_size,
-            "tie_word_embeddings": False,
-            "bos_token_id": None,
-            "eos_token_id": END,
-            "pad_token_id": PAD,
-        },
-        image_token_index=IMAGE,
-        video_token_index=VIDEO,
-        tie_word_embeddings=False,
+        text_config=(
+            language_config(cache, settings.num_layers)
+            if settings.language_model
+            else _small_language_config(settings, len(vocabulary))
+        ),
+        image_token_index=special.image,
+        video_token_index=special.video,
+        tie_word_embeddings=bool(settings.language_model),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         autoregressive_config={**HEAD, **settings.head},
@@ -84,17 +85,40 @@ def build_model(
     )
     torch.manual_seed(seed)
     model = LlavaNextARForConditionalGeneration(config)
+    if settings.language_model:
+        model.model.language_model.load_state_dict(language_weights(cache, settings.num_layers))
     if tower is not None:
         model.model.vision_tower = tower
     model.model.vision_tower.requires_grad_(False)
     return model
 
 
-def training_samples(settings: RunSettings, seed: int, data: StudyData, model: Any) -> Subset:
-    """All samples of a run in their order; the same for every arm that does not say otherwise.
+def _small_language_config(settings: RunSettings, vocab_size: int) -> dict[str, Any]:
+    return {
+        # Positions that rotate: the same patch of the frame before is always as many tokens away. A GPT-2, which learns a
+        # vector for each position instead, was far slower to see motion.
+        "model_type": "qwen2",
+        "hidden_size": settings.hidden_size,
+        "intermediate_size": settings.intermediate_size,
+        "num_hidden_layers": settings.num_layers,
+        "num_attention_heads": settings.num_attention_heads,
+        "num_key_value_heads": settings.num_attention_heads,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": settings.rope_theta},
+        "initializer_range": settings.initializer_range,
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": END,
+        "pad_token_id": PAD,
+    }
 
-    A step is `batch_size` questions and then `unlabeled_batch_size` clips of which nothing is asked. Both go through their
-    pool in random order, again and again.
+
+def training_samples(settings: RunSettings, seed: int, data: StudyData, model: Any) -> Subset:
+    """All samples of a run in their order; equal for all variants with the same pool and batch sizes.
+
+    A step is `batch_size` questions and then `unlabeled_batch_size` clips without a question. Both go through their pool in
+    random order, again and again.
     """
     questions = data.questions["train"]
     num_shared = round(settings.train_share * len(questions))
@@ -115,7 +139,7 @@ def training_samples(settings: RunSettings, seed: int, data: StudyData, model: A
 
 
 def _rounds(pool: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
-    """So many members of a pool, each one again only after all others."""
+    """A given number of members of a pool; each one is repeated only after all others."""
     rounds = [rng.permutation(pool) for _ in range(-(-number // len(pool)))]
     return np.concatenate([*rounds, pool[:0]])[:number]
 
@@ -125,7 +149,7 @@ def _rounds(pool: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarr
 
 
 class _Curve(TrainerCallback):
-    """Measures the development split now and then."""
+    """Callback that measures the development split a few times during training."""
 
     def __init__(self, num_points: int, measure: Any) -> None:
         self.num_points, self.measure, self.points = num_points, measure, []
@@ -146,26 +170,44 @@ def open_bank(data: StudyData, cache: Path) -> FeatureBank:
     """The features of all clips, from `cache` or computed into it."""
     settings = data.settings
     tower = partial(load_tower, cache / "tower", num_layers=settings.tower_layers, image_size=settings.image_size)
-    path = cache / f"features-{TOWER_WHEEL}-{data.fingerprint}.npy"
-    features = open_features(path, len(data.clips), data.frames, tower)
-    return FeatureBank(features, *feature_statistics(features[data.training_frames][:STATISTICS_FRAMES]))
+    # Recordings are many: half precision halves their features on disk.
+    dtype = np.float16 if isinstance(settings, SimulatedSettings) else np.float32
+    parts = []
+    for library in data.libraries:
+        path = cache / f"features-{TOWER_WHEEL}-{settings.tower_layers}layers-{library.fingerprint}.npy"
+        parts.append(open_features(path, len(library.recordings), library.recording_frames, tower, dtype))
+    features = parts[0] if len(parts) == 1 else StackedFeatures(parts)
+    return FeatureBank(features, *feature_statistics(features[data.training_frames(STATISTICS_FRAMES)]))
 
 
-def run_arm(arm: Arm, common: RunSettings, seed: int, data: StudyData, bank: nn.Module) -> dict[str, Any]:
-    """Trains and measures; returns what the file of the run holds."""
-    settings, start = arm.settings(common), time.process_time()
-    model = build_model(settings, seed, len(data.vocabulary), bank)
+def run_variant(
+    variant: Variant,
+    common: RunSettings,
+    seed: int,
+    data: StudyData,
+    bank: nn.Module,
+    *,
+    cache: Path | None = None,
+    use_cpu: bool = True,
+) -> dict[str, Any]:
+    """Train and measure; returns the content of the file of the run.
+
+    Args:
+        cache: folder of the pretrained language model, if the settings name one.
+        use_cpu: False trains on the accelerator, with bf16 where the settings name a pretrained language model.
+    """
+    settings, start, begun = variant.settings(common), time.process_time(), time.monotonic()
+    model = build_model(settings, seed, data.vocabulary, bank, cache)
 
     def measure(model: Any) -> dict[str, Any]:
-        questions = data.questions["val"]
+        questions, pairs = _measured(settings, data, "val")
         right = measure_answers(model, data, questions)
+        wins = measure_pairs(model, data, [pair for pair in pairs if pair.impossible])
         return {
             "accuracy": float(np.mean(right)),
             "answers": _by_type(questions, right),
             **measure_frames(model, data, sorted({question.clip for question in questions})),
-            "pairs": {
-                name: float(np.mean(some)) for name, some in measure_pairs(model, data, data.pairs["val"]).items()
-            },
+            "pairs": {name: float(np.mean(some)) for name, some in wins.items()},
         }
 
     curve = _Curve(settings.curve_points, measure)
@@ -185,27 +227,22 @@ def run_arm(arm: Arm, common: RunSettings, seed: int, data: StudyData, bank: nn.
                 save_strategy="no",
                 report_to=[],
                 seed=seed,
-                use_cpu=True,
+                use_cpu=use_cpu,
+                bf16=bool(settings.language_model) and not use_cpu,
             ),
             training_samples(settings, seed, data, model),
-            data_collator=LlavaVideoCollator(PAD),
+            data_collator=LlavaVideoCollator(data.vocabulary.special.pad),
             callbacks=[curve],
         )
         trainer.train()
     model.eval()
-    questions = data.questions["test"]
     return {
-        "arm": arm.name,
+        "variant": variant.name,
         "seed": seed,
         "settings": as_json(settings),
         "versions": versions(),
         "tower": TOWER_WHEEL,
-        "frames": measure_frames(model, data, sorted({question.clip for question in questions})),
-        "answers": _by_type(questions, measure_answers(model, data, questions)),
-        "answers_shuffled": _by_type(questions, measure_answers(model, data, questions, shuffled=True)),
-        "pairs": {
-            name: _by_event(data, some) for name, some in measure_pairs(model, data, data.pairs["test"]).items()
-        },
+        **_measure_test(model, settings, data),
         "curve": curve.points,
         "training_log": [
             {name: entry[name] for name in ("step", "main_loss", "autoregressive_loss") if name in entry}
@@ -213,21 +250,42 @@ def run_arm(arm: Arm, common: RunSettings, seed: int, data: StudyData, bank: nn.
             if "main_loss" in entry
         ],
         "cpu_seconds": round(time.process_time() - start, 1),
+        "seconds": round(time.monotonic() - begun, 1),
     }
 
 
+def _measure_test(model: Any, settings: RunSettings, data: StudyData) -> dict[str, Any]:
+    questions, pairs = _measured(settings, data, "test")
+    return {
+        "frames": measure_frames(model, data, sorted({question.clip for question in questions})),
+        "answers": _by_type(questions, measure_answers(model, data, questions)),
+        "answers_shuffled": _by_type(questions, measure_answers(model, data, questions, shuffled=True)),
+        "pairs": {name: _by_event(pairs, some) for name, some in measure_pairs(model, data, pairs).items()},
+    }
+
+
+def _measured(settings: RunSettings, data: StudyData, split: str) -> tuple[list[StudyQuestion], list[ClipPair]]:
+    """Questions and pairs of a split, or a fixed random share of them."""
+    parts = []
+    for own in (data.questions[split], data.pairs[split]):
+        count = max(1, round(settings.measured_share * len(own)))
+        chosen = np.sort(np.random.default_rng(0).permutation(len(own))[:count])
+        parts.append([own[number] for number in chosen])
+    return parts[0], parts[1]
+
+
 def _by_type(questions: Sequence[Any], right: Sequence[bool]) -> dict[str, str]:
-    """For each type a digit for each of its questions, 1 where the answer was right."""
+    """For each type a string with a digit for each question: 1 if the answer was right."""
     digits: dict[str, str] = {}
     for question, hit in zip(questions, right, strict=True):
         digits[question.question_type] = digits.get(question.question_type, "") + str(int(hit))
     return dict(sorted(digits.items()))
 
 
-def _by_event(data: StudyData, wins: Sequence[float]) -> dict[str, str]:
-    """For each event a digit for each of its pairs: 2 the impossible clip scored higher, 1 as high, 0 lower."""
+def _by_event(pairs: Sequence[ClipPair], wins: Sequence[float]) -> dict[str, str]:
+    """For each event a string with a digit for each pair: 2 if the impossible clip scored higher, 1 if as high, 0 if lower."""
     digits: dict[str, str] = {}
-    for pair, win in zip(data.pairs["test"], wins, strict=True):
+    for pair, win in zip(pairs, wins, strict=True):
         digits[pair.event] = digits.get(pair.event, "") + str(round(2 * win))
     return dict(sorted(digits.items()))
 
@@ -237,26 +295,27 @@ def _by_event(data: StudyData, wins: Sequence[float]) -> dict[str, str]:
 
 
 def as_json(settings: RunSettings) -> dict[str, Any]:
-    """The settings as they come back from a JSON file."""
+    """The settings in the form that a JSON file returns."""
     return json.loads(json.dumps(asdict(settings), default=dict))
 
 
-def run_path(results: Path, arm: Arm, seed: int) -> Path:
-    return results / arm.table / f"{arm.name}_seed{seed}.json"
+def run_path(results: Path, variant: Variant, seed: int) -> Path:
+    return results / variant.experiment / f"{variant.name}_seed{seed}.json"
 
 
-def read_run(results: Path, arm: Arm, common: RunSettings, seed: int) -> dict[str, Any] | None:
+def read_run(results: Path, variant: Variant, common: RunSettings, seed: int) -> dict[str, Any] | None:
     """The finished run, or None.
 
     Raises:
         ValueError: if there is one with other settings or another tower.
     """
-    path = run_path(results, arm, seed)
+    path = run_path(results, variant, seed)
     if not path.exists():
         return None
     run = json.loads(path.read_text(encoding="utf-8"))
-    wanted = {"tower": TOWER_WHEEL, **as_json(arm.settings(common))}
-    found = {"tower": run["tower"], **run["settings"]}
+    wanted = {"tower": TOWER_WHEEL, **as_json(variant.settings(common))}
+    # A setting that did not exist when the run was made had its default.
+    found = {"tower": run["tower"], **as_json(RunSettings()), **run["settings"]}
     if found != wanted:
         names = [name for name in wanted if wanted[name] != found.get(name)]
         raise ValueError(
@@ -266,9 +325,9 @@ def read_run(results: Path, arm: Arm, common: RunSettings, seed: int) -> dict[st
     return run
 
 
-def write_run(results: Path, arm: Arm, seed: int, run: dict[str, Any]) -> None:
-    """All at once: a file that exists is complete."""
-    path = run_path(results, arm, seed)
+def write_run(results: Path, variant: Variant, seed: int, run: dict[str, Any]) -> None:
+    """Write the file of a run at once: a file that exists is complete."""
+    path = run_path(results, variant, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
     unfinished.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")

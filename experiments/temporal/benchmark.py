@@ -28,12 +28,12 @@ What is asked (and the best accuracy that is to be had from one frame | from all
     possible   could this happen, or is it impossible?                   2 choices    chance | all
     color      the color of a shape: the easy control                    4 choices    all    | all
 
-No single frame says anything about an answer, `color` apart, and where it says chance, neither do all frames without
-their order; how that is brought about is told in temporal_questions.py and, for `possible`, in temporal_events.py.
-`count` needs the order if the number of frames less one has no factor 2 or 3 (12, 14, 18, 20 and 24 frames); else the
-frames repeat themselves more often for some numbers. The controls measure the table for a model instead of taking it
-from here: trained and tested on shuffled frames (`--control-splits train test`), it shows what can be learned without
-order. The clips of a pair of `possible` are identical before `event_frame`, in the decoded pixels too.
+The columns are the best accuracy with one frame and with all frames without their order. questions.py and, for `possible`,
+events.py describe the constructions. `count` needs the order if the number of frames less one has no factor 2 or 3 (12, 14,
+18, 20 and 24 frames); otherwise the frames repeat themselves more often for some numbers. The controls measure the table for
+a model instead of taking it from here: trained and tested on shuffled frames (`--control-splits train test`), it shows the
+accuracy that can be learned without order. The clips of a pair of `possible` are identical before `event_frame`, in the
+decoded pixels too.
 
 Answers are balanced exactly: in every type, level and split, each place among the choices is right equally often.
 Levels (easy, medium, hard) differ in distractors, range and difference of speeds, texture, camera motion and screens;
@@ -82,7 +82,7 @@ class BenchmarkClip:
 
     @property
     def held_out(self) -> bool:
-        """Whether it shows a combination of color and shape that training clips do not."""
+        """True for a clip with a combination of color and shape that training clips do not have."""
         looks = [body.look for scene in self.draft.scenes for body in scene.bodies]
         return any((look.color, look.shape) in HELD_OUT for look in looks)
 
@@ -144,12 +144,12 @@ def make_clips(
 
 
 def render_clip(clip: BenchmarkClip, size: int = 96, frames: Sequence[int] | None = None) -> np.ndarray:
-    """All frames, or some: `[T, size, size, 3]` uint8, RGB."""
+    """Frames of a clip, all or those with the given indices: `[T, size, size, 3]` uint8, RGB."""
     return render(clip.draft.scenes, size, frames)
 
 
 def frame_order(clip: BenchmarkClip, control: str) -> np.ndarray:
-    """Which frames of a clip its control shows, `[T]`; the same ones for both clips of a pair.
+    """Indices `[T]` of the frames that a control of a clip shows; the same ones for both clips of a pair.
 
     `shuffled`: all, in random order. `one_frame`: one at random, again and again, so that a model gets as many tokens.
     """
@@ -272,7 +272,7 @@ def write_benchmark(
 
 
 def type_table(entries: Sequence[dict], num_frames: int) -> dict[str, dict]:
-    """For each question type of the entries: what it asks, `chance`, and what `one_frame` and `unordered` frames allow.
+    """Description and ceilings of each question type of the entries: `chance`, `one_frame` and `unordered`.
 
     Args:
         num_frames: of the clips.

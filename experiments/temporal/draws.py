@@ -17,11 +17,11 @@ HELD_OUT = frozenset({("red", "triangle"), ("green", "diamond"), ("blue", "squar
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """How difficult a clip is. Lengths are fractions of the picture, speeds are per frame."""
+    """Level of difficulty. Lengths are fractions of the picture, speeds are per frame."""
 
     name: str
     distractors: int
-    """Shapes that nobody asks about."""
+    """Number of shapes without a question."""
     step: tuple[float, float]
     """Range of speeds."""
     ratio: float
@@ -94,7 +94,7 @@ def panel(width: float) -> Box:
 
 
 def ground_box() -> Box:
-    """All below `GROUND`."""
+    """A ground that covers all below `GROUND`."""
     return Box(kind="ground", center=(0.5, GROUND + 0.5), half=(2.0, 0.5))
 
 
@@ -115,7 +115,7 @@ class Draft:
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """What a recipe draws from."""
+    """Source of random draws of a recipe."""
 
     rng: np.random.Generator
     level: Level
@@ -148,7 +148,7 @@ class Draw:
         return np.array([np.cos(angle), np.sin(angle)])
 
     def colors(self) -> list[str]:
-        """All of them, in any order: each names one shape of the clip."""
+        """Choices in random order: each names one shape of the clip."""
         return [str(color) for color in self.rng.permutation(list(COLORS))]
 
     def look(self, color: str, shapes: tuple[str, ...] = SHAPES) -> Look:
@@ -159,11 +159,11 @@ class Draw:
         return Body(look=self.look(color, shapes), path=path, radius=RADIUS)
 
     def straight(self, velocity: np.ndarray) -> np.ndarray:
-        """A path from anywhere in a world that wraps: `[T, 2]`."""
+        """A path with a random start in a world that wraps: `[T, 2]`."""
         return self.rng.uniform(size=2) + self.t[:, None] * velocity
 
     def lanes(self, alongs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Paths `[T, 2]` in a world that wraps from the ways along two parallel lanes, `[T]` each: they never meet."""
+        """Paths `[T, 2]` along two parallel lanes of a world that wraps, from the ways `[T]` along them: they never meet."""
         lanes = self.rng.permutation([0.25, 0.75]) + self.rng.uniform(-0.08, 0.08, size=2) + self.uniform(0, 1)
         paths = [
             np.stack([self.uniform(0, 1) + along, np.full_like(along, lane)], axis=1)
@@ -193,7 +193,7 @@ class Draw:
         return bodies
 
     def post(self) -> tuple[Box, ...]:
-        """A square that hides a part of the world, wherever the shapes pass: to keep clear of them would tell their way."""
+        """A square that hides a part of the world, also in the way of the shapes: a free way would give the direction away."""
         if not self.level.post:
             return ()
         return (Box(kind="screen", center=tuple(self.rng.uniform(size=2)), half=(self.level.post / 2,) * 2),)
@@ -207,13 +207,13 @@ class Draw:
         return self._scene(tuple(bodies), boxes, camera, wraps=True)
 
     def gliding(self, velocity: np.ndarray) -> np.ndarray:
-        """A camera that starts anywhere in a world that wraps: `[T, 3]`."""
+        """A camera with a random start in a world that wraps: `[T, 3]`."""
         camera = still_camera(self.num_frames)
         camera[:, :2] = self.rng.uniform(size=2) + (self.t - self.last / 2)[:, None] * velocity
         return camera
 
     def stage(self, bodies: Sequence[Body], boxes: tuple[Box, ...], *, still: bool = False) -> Scene:
-        """A world that does not wrap: the camera moves and zooms so little that all stays in view, or rests."""
+        """A world that does not wrap. The camera rests, or moves and zooms so little that all stays in view."""
         level, share = self.level, self.t / self.last
         camera = still_camera(self.num_frames)
         if not still:

@@ -98,7 +98,7 @@ def possible(draw: Draw) -> list[Draft]:
 
 
 def _two_looks(draw: Draw, event: str, colors: Sequence[str]) -> list[Look]:
-    """Before and after the event, if it changes the look."""
+    """Looks before and after an event that changes the look."""
     look = draw.look(colors[0])
     if event == "color":
         while not draw.may_hold_out and (colors[1], look.shape) in HELD_OUT:
@@ -111,12 +111,12 @@ def _two_looks(draw: Draw, event: str, colors: Sequence[str]) -> list[Look]:
 
 
 def _rolling(draw: Draw, colors: Sequence[str]) -> tuple[np.ndarray, tuple[Box, ...], list[Body]]:
-    """Seen from above: heights `[T]`, boxes and bystanders."""
+    """A scene from above: heights `[T]`, boxes and bystanders."""
     return np.full(draw.num_frames, draw.uniform(0.4, 0.82)), (), draw.bystanders(colors)
 
 
 def _thrown(draw: Draw, moment: float, colors: Sequence[str]) -> tuple[np.ndarray, tuple[Box, ...], list[Body]]:
-    """Seen from the side: up and down again under gravity, over a ground on which others rest."""
+    """A scene from the side: up and down again under gravity, over a ground on which others rest."""
     top, turn = draw.uniform(0.36, 0.46), moment + draw.uniform(-1, 1)
     longest = max(turn, draw.last - turn)
     gravity = draw.uniform(0.7, 0.95) * 2 * (GROUND - 1.3 * RADIUS - top) / longest**2

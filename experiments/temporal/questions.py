@@ -96,7 +96,7 @@ def count(draw: Draw) -> list[Draft]:
 
 
 def _bouncing(draw: Draw, x: float, number: int, radius: float) -> np.ndarray:
-    """A ball that touches the ground so many times and loses no height: `[T, 2]`.
+    """A ball that touches the ground a given number of times and keeps its height: `[T, 2]`.
 
     The clip lasts for as many periods, from any of as many phases as it has steps. So at every moment the ball is at
     each height equally often, whatever the number; and if the number of steps has no factor in common with it, the
@@ -253,10 +253,10 @@ QUESTION_TYPES: Mapping[str, QuestionType] = MappingProxyType(
 
 
 def unordered_ceiling(question_type: str, num_frames: int) -> tuple[float, str]:
-    """The best accuracy that can be had from all frames of clips of that length without their order, and what they tell.
+    """The best accuracy with all frames of clips of that length without their order, and the reason.
 
     For `count`, where a ball touches the ground n times in a number of steps that has the factor g in common with n, every
-    frame is there g times: numbers with different factors can be told apart, those with the same cannot.
+    frame is there g times: numbers with different factors are distinguishable, those with the same are not.
     """
     kind = QUESTION_TYPES[question_type]
     if question_type != "count":

@@ -152,7 +152,7 @@ class Look:
 class Body:
     look: Look
     path: np.ndarray
-    """Centers in the world, `[T, 2]`; NaN where there is no body."""
+    """Centers in the world, `[T, 2]`; NaN in frames without the body."""
     radius: float
 
 
@@ -197,7 +197,7 @@ def still_camera(num_frames: int) -> np.ndarray:
 
 
 def backward(scene: Scene) -> Scene:
-    """The scene as it looks when it is played from its end."""
+    """The scene played backwards."""
     bodies = tuple(replace(body, path=body.path[::-1]) for body in scene.bodies)
     return replace(scene, bodies=bodies, camera=scene.camera[::-1])
 
@@ -207,7 +207,7 @@ def backward(scene: Scene) -> Scene:
 
 
 class Ground:
-    """A still texture: grayish waves of period 1, so that it can be looked at from anywhere."""
+    """A still texture: grayish waves of period 1, which continue in all directions."""
 
     def __init__(self, seed: int, contrast: float, num_waves: int = 40) -> None:
         rng = np.random.default_rng(seed)
@@ -218,7 +218,7 @@ class Ground:
         self.tint = rng.uniform(0.88, 1.12, size=3)
 
     def picture(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """At the places `x` `[W]` and `y` `[H]` of the world: `[H, W, 3]` float."""
+        """Colors `[H, W, 3]` float at the places `x` `[W]` and `y` `[H]` of the world."""
         across, down = x[:, None] * self.waves[:, 0] + self.phases, y[:, None] * self.waves[:, 1]
         # cos(a + b), with the two axes apart; einsum's own loops give the same bits on any number of threads
         rows = np.concatenate([np.cos(down), -np.sin(down)], axis=1) * np.tile(self.strengths, 2)
@@ -255,13 +255,13 @@ def render(scenes: Sequence[Scene], size: int = 96, frames: Sequence[int] | None
 
 
 def _view(camera: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where in the world the columns and the rows of pixels are: `[size]` each."""
+    """World coordinates of the columns and the rows of pixels: `[size]` each."""
     offset = ((np.arange(size) + 0.5) / size - 0.5) / camera[2]
     return camera[0] + offset, camera[1] + offset
 
 
 def _draw(scene: Scene, frame: int, size: int, picture: np.ndarray) -> np.ndarray:
-    """Everything above the ground of one frame, onto `picture` `[size, size, 3]`, which is changed and returned."""
+    """Draw all bodies of one frame onto `picture` `[size, size, 3]`, which is changed and returned."""
     view = _view(scene.camera[frame], size)
     sharpness = size * scene.camera[frame, 2]  # pixels per unit of length: edges are one pixel wide
     boxes = {kind: [box for box in scene.boxes if box.kind == kind] for kind in BOX_COLORS}

@@ -107,7 +107,7 @@ class Clip:
 
     @property
     def moment(self) -> range | None:
-        """The frames that show what is asked about, if not all do."""
+        """Frames that show the moment of the question; None if all do."""
         return next((shape.moment for shape in self.shapes if shape.moment is not None), None)
 
 
@@ -286,13 +286,13 @@ def entries_of(clips: Sequence[Clip], fps: float = 4.0) -> list[dict]:
 
 
 def training_mix(entries: Sequence[dict[str, Any]], one_in: int = 4) -> list[dict[str, Any]]:
-    """All questions about motion and every fourth one about color, the easy control, which needs no more."""
+    """All questions about motion and every fourth one about color, the easy control."""
     colors = [entry for entry in entries if entry["question_type"] == "color"]
     return [entry for entry in entries if entry["question_type"] != "color"] + colors[::one_in]
 
 
 def chance_levels(entries: Sequence[dict]) -> dict[str, dict[str, float]]:
-    """What guessing is worth, per question type.
+    """Accuracy of guessing, per question type.
 
     Returns:
         for each type `num_questions`, `chance` (the mean of one over the number of choices) and `best_guess`, the

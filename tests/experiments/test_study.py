@@ -1,6 +1,5 @@
-"""The study: its arms, its cached features, and how its numbers become tables."""
+"""The study: its variants, its cached features, and how its numbers become tables."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -10,12 +9,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llava_next_ar.experiments.sources.drawn_clips import drawn_library
 from llava_next_ar.experiments.study import features as study_features
 from llava_next_ar.experiments.study import runs as study_runs
 from llava_next_ar.experiments.study import study
 from llava_next_ar.experiments.study import tables as study_tables
-from llava_next_ar.experiments.study.arms import TABLES, Arm, RunSettings, Table
-from llava_next_ar.experiments.study.data import END, PAD, VIDEO, DataSettings, StudyData, StudyQuestion, StudySamples
+from llava_next_ar.experiments.study.data import (
+    END,
+    PAD,
+    VIDEO,
+    DataSettings,
+    StudyData,
+    StudyQuestion,
+    StudySamples,
+    open_data,
+)
 from llava_next_ar.experiments.study.features import (
     FeatureBank,
     StandardizedTower,
@@ -41,8 +49,11 @@ from llava_next_ar.experiments.study.tables import (
     format_table,
     mean_interval,
     pair_accuracy,
-    read_table,
+    read_ceilings,
+    read_experiment,
 )
+from llava_next_ar.experiments.study.variants import EXPERIMENTS, Experiment, RunSettings, Variant
+from llava_next_ar.experiments.temporal.benchmark import make_clips
 from llava_next_ar.modeling.frame_surprise import VideoSurprise
 from llava_next_ar.training.collator import LlavaVideoCollator
 
@@ -74,17 +85,17 @@ TINY = RunSettings(
 
 @pytest.fixture(scope="module")
 def data():
-    return StudyData(TINY_DATA)
+    return StudyData(TINY_DATA, [drawn_library(TINY_DATA)])
 
 
 @pytest.fixture(scope="module")
 def tower(data):
-    return build_model(TINY, 0, len(data.vocabulary)).model.vision_tower.eval()
+    return build_model(TINY, 0, data.vocabulary).model.vision_tower.eval()
 
 
 @pytest.fixture(scope="module")
 def raw_features(data, tower):
-    return encode_frames(tower, np.concatenate([data.frames(clip) for clip in range(len(data.clips))])).numpy()
+    return encode_frames(tower, np.concatenate([data.frames(clip) for clip in range(len(data.library.clips))])).numpy()
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +103,17 @@ def bank(raw_features):
     return FeatureBank(raw_features, *feature_statistics(raw_features))
 
 
-def all_arms() -> list[Arm]:
-    return list({(arm.table, arm.name): arm for table in TABLES.values() for arm in table.arms}.values())
+def all_variants() -> list[Variant]:
+    return list(
+        {
+            (variant.experiment, variant.name): variant for table in EXPERIMENTS.values() for variant in table.variants
+        }.values()
+    )
+
+
+def tiny(variant: Variant) -> RunSettings:
+    """Tiny settings of a variant: drawn clips and a language model with random weights."""
+    return replace(variant.settings(TINY), data=TINY_DATA, language_model="", num_layers=1, batch_size=4)
 
 
 # --- data ----------------------------------------------------------------------------------------------------------
@@ -102,9 +122,9 @@ def all_arms() -> list[Arm]:
 def test_nothing_is_asked_of_clips_that_are_only_watched_and_all_of_them_are_possible(data):
     watched = [question.clip for question in data.questions["train"] if not question.prompt]
     assert len(watched) == TINY_DATA.num_watched
-    answers = [data.clips[clip].draft.questions[0].answer for clip in watched]
-    assert answers == ["possible"] * len(watched)
-    assert data.clips[watched[0]].name.startswith("train")
+    drawn = make_clips(2 * TINY_DATA.num_watched, split="train", levels=["easy"], question_types=["possible"])
+    answers = {clip.name: clip.draft.questions[0].answer for clip in drawn}
+    assert [answers[data.library.clips[clip].name] for clip in watched] == ["possible"] * len(watched)
     assert all(question.prompt for split in ("val", "test") for question in data.questions[split])
 
 
@@ -113,19 +133,18 @@ def test_questions_and_pairs_point_to_their_clips(data):
         asked = [question for question in questions if question.prompt]
         assert {question.question_type for question in asked} == set(TINY_DATA.question_types)
         for question in asked:
-            assert question.id == f"{data.clips[question.clip].name}_{question.question_type}"
+            assert question.id == f"{data.library.clips[question.clip].name}_{question.question_type}"
             assert question.id.startswith(split)
     for split, number in (("val", TINY_DATA.num_val_pairs), ("test", TINY_DATA.num_test_pairs)):
         assert len(data.pairs[split]) == number
         for pair in data.pairs[split]:
-            possible, impossible = (data.frames(clip) for clip in (pair.possible, pair.impossible))
-            first = -(-pair.event_frame // TINY_DATA.frame_step)
+            possible, impossible = (data.frames(clip) for clip in (pair.possible, pair.changed))
             differs = (possible != impossible).any(axis=(1, 2, 3))
-            assert not differs[:first].any() and differs[first]
+            assert not differs[: pair.event_frame].any() and differs[pair.event_frame]
 
 
 def test_a_sample_is_the_video_the_question_and_one_token_of_answer(data):
-    layout = build_model(TINY, 0, len(data.vocabulary)).config.frame_token_layout
+    layout = build_model(TINY, 0, data.vocabulary).config.frame_token_layout
     question = data.questions["train"][0]
     sample = StudySamples(data, [question], layout)[0]
     answer = question.choices[question.answer]
@@ -142,7 +161,7 @@ def test_a_sample_is_the_video_the_question_and_one_token_of_answer(data):
 def test_shuffled_frames_are_all_frames_and_the_same_for_both_clips_of_a_pair(data):
     moved = 0
     for pair in data.pairs["test"]:
-        orders = [data.frame_numbers(clip, shuffled=True) - 7 * clip for clip in (pair.possible, pair.impossible)]
+        orders = [data.frame_numbers(clip, shuffled=True) - 7 * clip for clip in (pair.possible, pair.changed)]
         assert orders[0].tolist() == orders[1].tolist() and sorted(orders[0]) == list(range(7))
         moved += orders[0].tolist() != list(range(7))
     assert moved
@@ -155,7 +174,7 @@ def test_training_on_the_bank_gives_the_losses_and_weights_of_training_on_pixels
     """The very reason why the study's numbers speak about the package: only the tower's pass is left out."""
     seen, numbers = {}, [0, 4, 8, 12]
     for name, own in (("pixels", StandardizedTower(tower, bank.mean, bank.deviation)), ("bank", bank)):
-        model = build_model(TINY, 0, len(data.vocabulary), own)
+        model = build_model(TINY, 0, data.vocabulary, own)
         samples = StudySamples(data, data.questions["train"], model.config.frame_token_layout)
         batch = LlavaVideoCollator(PAD)([samples[number] for number in numbers])
         if name == "pixels":
@@ -232,51 +251,46 @@ def test_the_onnx_file_becomes_a_dinov2(tmp_path):
     assert np.array_equal(state["embeddings.position_embeddings"][:, 1:], arrays["onnx::Reshape_9"])
 
 
-# --- arms ----------------------------------------------------------------------------------------------------------
+# --- variants ----------------------------------------------------------------------------------------------------------
 
 
-def leaves(values: dict, prefix: str = "") -> dict:
-    """Nested dicts -> one dict by dotted names."""
-    out = {}
-    for name, value in values.items():
-        out |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return out
+@pytest.mark.parametrize("variant", all_variants(), ids=lambda variant: f"{variant.experiment}/{variant.name}")
+def test_a_variant_differs_in_what_it_names_alone(variant):
+    common, own = (as_json(settings) for settings in (RunSettings(), variant.settings(RunSettings())))
+    changed = {name for name in own if own[name] != common[name]}
+    assert changed and changed <= set(variant.changes)
+    for name in changed & {"head", "layout"}:
+        assert own[name] == {**common[name], **variant.changes[name]}
 
 
-@pytest.mark.parametrize("arm", all_arms(), ids=lambda arm: f"{arm.table}/{arm.name}")
-def test_an_arm_differs_in_what_it_names_alone(arm):
-    common, own = (leaves(as_json(settings)) for settings in (RunSettings(), arm.settings(RunSettings())))
-    changed = {name: own.get(name) for name in own.keys() | common.keys() if own.get(name) != common.get(name)}
-    assert changed.items() <= leaves(json.loads(json.dumps(dict(arm.changes), default=dict))).items()
-    assert changed
-
-
-@pytest.mark.parametrize("arm", all_arms(), ids=lambda arm: f"{arm.table}/{arm.name}")
-def test_the_model_of_an_arm_learns_what_the_arm_says(data, bank, arm):
-    settings = replace(arm.settings(TINY), batch_size=2)  # few enough for a tenth of the labels
-    model = build_model(settings, 0, len(data.vocabulary), bank).train()
+@pytest.mark.parametrize("variant", all_variants(), ids=lambda variant: f"{variant.experiment}/{variant.name}")
+def test_the_model_of_a_variant_learns_what_the_variant_names(data, bank, variant):
+    settings = replace(tiny(variant), batch_size=2)  # few enough for a tenth of the labels
+    model = build_model(settings, 0, data.vocabulary, bank).train()
     samples = training_samples(settings, 0, data, model)
     batch = LlavaVideoCollator(PAD)([samples[0], samples[len(samples) - 1]])
     outputs = model(**batch, return_reconstruction=True)
     weight = model.config.autoregressive_config.loss_weight
-    assert settings.head["loss_weight"] == weight  # named by the arm, whatever the default is
+    assert settings.head["loss_weight"] == weight  # named by the variant, whatever the default is
     expected = outputs.main_loss + weight * outputs.autoregressive_loss
     assert outputs.loss.item() == pytest.approx(expected.item())
     grids = set(map(tuple, outputs.reconstruction.grids.tolist()))
-    assert grids == ({(2, 2), (1, 1)} if arm.name == "slow-fast" else {(2, 2)})
+    pooled = {"slow-fast": {(2, 2), (1, 1)}}
+    expected = {(1, 1)} if settings.layout.get("mm_spatial_pool_stride") == 2 else {(2, 2)}
+    assert grids == pooled.get(variant.name, expected)
     outputs.loss.backward()
     learns = model.autoregressive_module.change.weight.grad.abs().max().item() > 0
     assert learns == (weight > 0)
 
 
-def test_arms_of_a_table_share_first_weights_and_samples(data, bank):
-    for table in TABLES.values():
-        if table.name in ("layout", "few-labels", "patience"):
+def test_variants_of_a_table_share_first_weights_and_samples(data, bank):
+    for table in EXPERIMENTS.values():
+        if table.name in ("layout", "few-labels", "pretrained-few-labels", "patience"):
             continue  # their models, batches or steps differ, which is what they are about
         weights, orders = [], []
-        for arm in table.arms:
-            settings = arm.settings(TINY)
-            model = build_model(settings, 3, len(data.vocabulary), bank)
+        for variant in table.variants:
+            settings = tiny(variant)
+            model = build_model(settings, 3, data.vocabulary, bank)
             weights.append(torch.nn.utils.parameters_to_vector(model.parameters()))
             orders.append(training_samples(settings, 3, data, model).indices)
         assert all(torch.equal(one, weights[0]) for one in weights)
@@ -284,20 +298,20 @@ def test_arms_of_a_table_share_first_weights_and_samples(data, bank):
 
 
 def test_few_labels_are_the_same_with_and_without_more_clips(data, bank):
-    table = TABLES["few-labels"]
+    table = EXPERIMENTS["few-labels"]
     asked, questions = {}, data.questions["train"]
-    for arm in table.arms:
-        settings = replace(arm.settings(TINY), train_share=0.25, num_steps=20)
-        model = build_model(settings, 1, len(data.vocabulary), bank)
+    for variant in table.variants:
+        settings = replace(variant.settings(TINY), train_share=0.25, num_steps=20)
+        model = build_model(settings, 1, data.vocabulary, bank)
         samples = training_samples(settings, 1, data, model)
         steps = np.array(samples.indices).reshape(20, -1)
-        asked[arm.name] = steps[:, :4].tolist()
+        asked[variant.name] = steps[:, :4].tolist()
         labels = [(samples[number]["labels"] != -100).any().item() for number in range(steps.shape[1])]
         drawn = [samples.dataset.questions[number] for number in steps[0, :4]]
         assert labels == [bool(question.prompt) for question in drawn] + [False] * (steps.shape[1] - 4)
         assert any(labels)
         shown = {samples.dataset.questions[number].clip for number in steps[:, 4:].flatten()}
-        assert shown == ({question.clip for question in questions} if arm.name == "objective-on-all" else set())
+        assert shown == ({question.clip for question in questions} if variant.name == "objective-on-all" else set())
     first, *others = asked.values()
     assert all(other == first for other in others)
     assert len({number for step in first for number in step}) == round(0.25 * len(questions))
@@ -305,7 +319,7 @@ def test_few_labels_are_the_same_with_and_without_more_clips(data, bank):
 
 def test_a_share_of_labels_too_small_for_a_step_is_refused(data, bank):
     settings = replace(TINY, train_share=0.02)
-    model = build_model(settings, 0, len(data.vocabulary), bank)
+    model = build_model(settings, 0, data.vocabulary, bank)
     with pytest.raises(ValueError, match="train_share is 0.02, which leaves 0 of 16 samples"):
         training_samples(settings, 0, data, model)
 
@@ -314,7 +328,7 @@ def test_a_share_of_labels_too_small_for_a_step_is_refused(data, bank):
 
 
 def test_answers_are_those_of_the_most_probable_choice(data, bank):
-    model, questions = build_model(TINY, 0, len(data.vocabulary), bank).eval(), data.questions["test"]
+    model, questions = build_model(TINY, 0, data.vocabulary, bank).eval(), data.questions["test"]
     right = measure_answers(model, data, questions)
     for number in (0, 7, len(questions) - 1):  # one by one, unpadded
         sample = StudySamples(data, questions, model.config.frame_token_layout, answered=False)[number]
@@ -326,7 +340,7 @@ def test_answers_are_those_of_the_most_probable_choice(data, bank):
 
 
 def test_an_untrained_head_copies_and_a_copying_head_is_as_surprised_as_frames_differ(data, bank):
-    model = build_model(TINY, 0, len(data.vocabulary), bank).eval()
+    model = build_model(TINY, 0, data.vocabulary, bank).eval()
     frames = measure_frames(model, data, [0, 1, 2])
     assert frames["skill"] == 0 and frames["mse"] == frames["copy_mse"] > 0
     assert frames["linear_skill"] == 1 - frames["linear_mse"] / frames["copy_mse"] < 0
@@ -365,59 +379,59 @@ def test_a_clip_is_scored_from_the_event_on():
 
 
 @pytest.fixture
-def two_arms(monkeypatch):
-    arms = tuple(
-        Arm(table="pair", name=name, title=name, changes={"head": {"loss_weight": weight}})
+def two_variants(monkeypatch):
+    variants = tuple(
+        Variant(experiment="pair", name=name, title=name, changes={"head": {"loss_weight": weight}})
         for name, weight in (("off", 0.0), ("on", 1.0))
     )
-    table = Table(name="pair", title="On and off", arms=arms, num_seeds=2)
+    table = Experiment(name="pair", title="On and off", variants=variants, num_seeds=2)
     for module in (study, study_tables):
-        monkeypatch.setattr(module, "TABLES", {"pair": table})
+        monkeypatch.setattr(module, "EXPERIMENTS", {"pair": table})
     return table
 
 
-def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, two_arms, bank):
+def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch, two_variants, bank):
     calls = []
 
-    def run_arm(arm, common, seed, data, bank):
-        calls.append((arm.name, seed))
+    def run_variant(variant, common, seed, data, bank, **options):
+        calls.append((variant.name, seed))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return {"settings": as_json(arm.settings(common)), "tower": study_features.TOWER_WHEEL}
+        return {"settings": as_json(variant.settings(common)), "tower": study_features.TOWER_WHEEL}
 
-    monkeypatch.setattr(study, "run_arm", run_arm)
+    monkeypatch.setattr(study, "run_variant", run_variant)
     monkeypatch.setattr(study, "open_bank", lambda data, cache: bank)
     options = {"results": tmp_path / "results", "cache": tmp_path}
     with pytest.raises(KeyboardInterrupt):
-        study.run_tables(["pair"], TINY, **options)
-    assert study.run_tables(["pair"], TINY, **options) == 2
+        study.run_experiments(["pair"], TINY, **options)
+    assert study.run_experiments(["pair"], TINY, **options) == 2
     assert calls == [("off", 0), ("on", 0), ("off", 1), ("off", 1), ("on", 1)]
-    assert study.run_tables(["pair"], TINY, **options) == 0 and len(calls) == 5
+    assert study.run_experiments(["pair"], TINY, **options) == 0 and len(calls) == 5
     with pytest.raises(ValueError, match=r"off_seed0.json was made with other settings \(num_steps\)"):
-        study.run_tables(["pair"], replace(TINY, num_steps=4), **options)
+        study.run_experiments(["pair"], replace(TINY, num_steps=4), **options)
     monkeypatch.setattr(study_runs, "TOWER_WHEEL", "another==1.0")
     with pytest.raises(ValueError, match=r"off_seed0.json was made with other settings \(tower\)"):
-        study.run_tables(["pair"], TINY, **options)
+        study.run_experiments(["pair"], TINY, **options)
 
 
-def test_a_seed_that_no_table_shows_is_not_run(tmp_path, two_arms):
-    with pytest.raises(ValueError, match="no seed 2, 5 in pair"):
-        study.run_tables(["pair"], TINY, results=tmp_path, cache=tmp_path, seeds=[0, 5, 2])
+def test_a_seed_that_no_table_shows_is_not_run(tmp_path, two_variants):
+    with pytest.raises(ValueError, match="seeds 2, 5 belong to no experiment of pair"):
+        study.run_experiments(["pair"], TINY, results=tmp_path, cache=tmp_path, seeds=[0, 5, 2])
 
 
-def test_the_whole_way_from_clips_to_a_table(tmp_path, monkeypatch, two_arms, tower):
+def test_the_whole_way_from_clips_to_a_table(tmp_path, monkeypatch, two_variants, tower):
     monkeypatch.setattr(study_runs, "load_tower", lambda folder, **keys: tower)
     results = tmp_path / "results"
-    assert study.run_tables(["pair"], TINY, results=results, cache=tmp_path / "cache") == 4
-    off, on = (read_run(results, arm, TINY, 0) for arm in two_arms.arms)
+    assert study.run_experiments(["pair"], TINY, results=results, cache=tmp_path / "cache") == 4
+    off, on = (read_run(results, variant, TINY, 0) for variant in two_variants.variants)
     assert off["frames"]["skill"] == 0 != on["frames"]["skill"]
     assert [point["step"] for point in on["curve"]] == [2, 3]
     assert [entry["step"] for entry in on["training_log"]] == [1, 2, 3]
     assert on["training_log"][0] == off["training_log"][0]  # the first loss is that of the first weights
     assert on["training_log"][2]["autoregressive_loss"] < off["training_log"][2]["autoregressive_loss"]
     assert sum(map(len, on["answers"].values())) == 4 * 3 and sum(map(len, on["pairs"]["error_frame"].values())) == 4
-    again = study_runs.run_arm(two_arms.arms[1], TINY, 0, *_data_and_bank(tmp_path / "cache"))
-    assert {**again, "cpu_seconds": 0} == {**on, "cpu_seconds": 0}
+    again = study_runs.run_variant(two_variants.variants[1], TINY, 0, *_data_and_bank(tmp_path / "cache"))
+    assert {**again, "cpu_seconds": 0, "seconds": 0} == {**on, "cpu_seconds": 0, "seconds": 0}
     text = study.write_tables(["pair"], TINY, results)
     assert "2 of 2 seeds each" in text and (results / "pair.md").read_text() == text + "\n"
     for name in ("pair_curves.png", "pair_types.png", "pair_type_curves.png"):
@@ -425,7 +439,7 @@ def test_the_whole_way_from_clips_to_a_table(tmp_path, monkeypatch, two_arms, to
 
 
 def _data_and_bank(cache):
-    data = StudyData(TINY_DATA)
+    data = open_data(TINY_DATA, cache)
     return data, study_runs.open_bank(data, cache)
 
 
@@ -452,58 +466,64 @@ def test_intervals_are_students():
     assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.005) and high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.005)
 
 
-def test_a_table_of_known_numbers(tmp_path, two_arms):
-    off, on = two_arms.arms
-    for arm, runs in (
+def test_a_table_of_known_numbers(tmp_path, two_variants):
+    off, on = two_variants.variants
+    for variant, runs in (
         (off, [("1100", "2100", 0.0), ("1110", "2100", 0.0)]),
         (on, [("1110", "2220", 0.3), ("1111", "2221", 0.5)]),
     ):
         for seed, (answers, pairs, skill) in enumerate(runs):
-            write_run(tmp_path, arm, seed, {**a_run(answers, pairs, skill), "settings": as_json(arm.settings(TINY))})
-    runs = read_table(two_arms, TINY, tmp_path)
+            write_run(
+                tmp_path, variant, seed, {**a_run(answers, pairs, skill), "settings": as_json(variant.settings(TINY))}
+            )
+    runs = read_experiment(two_variants, TINY, tmp_path)
     assert [accuracy(run) for run in runs["off"]] == [0.5, 0.75]
     assert [pair_accuracy(run, SURPRISE_SCORE) for run in runs["on"]] == [0.75, 0.875]
     rows = [
-        line.strip("| ").split(" | ") for line in format_table(two_arms, runs).splitlines() if line.startswith("| ")
+        line.strip("| ").split(" | ")
+        for line in format_table(two_variants, runs).splitlines()
+        if line.startswith("| ")
     ]
     cells = {row[0]: row[1:] for row in rows}
     # Both seeds are better by 0.25: the difference is certain, though the means are not.
     assert cells["accuracy"] == ["0.625 ± 1.588", "0.875 ± 1.588", "+0.250 ± 0.000"]
     assert cells["skill"] == ["0.000 ± 0.000", "0.400 ± 1.271", "+0.400 ± 1.271"]
     assert [cell.split(" [")[0] for cell in cells[f"{SURPRISE_SCORE}, less {CHEAP_SCORE}"]] == ["-0.125", "+0.312"]
-    assert rows[-1] == ["vanish", "0.500", "0.375", "0.812"]  # frame difference, then the arms
+    assert rows[-1] == ["vanish", "0.500", "0.375", "0.812"]  # frame difference, then the variants
 
 
-def test_what_normalizing_alone_is_worth_is_taken_off(tmp_path, two_arms):
-    off, on = two_arms.arms
-    for arm, surprise in ((off, "2201"), (on, "2221")):
-        run = {**a_run("10", "2210", 0.1), "settings": as_json(arm.settings(TINY))}
+def test_what_normalizing_alone_is_worth_is_taken_off(tmp_path, two_variants):
+    off, on = two_variants.variants
+    for variant, surprise in ((off, "2201"), (on, "2221")):
+        run = {**a_run("10", "2210", 0.1), "settings": as_json(variant.settings(TINY))}
         run["pairs"]["surprise_at_event"] = {"vanish": surprise}
-        write_run(tmp_path, arm, 0, run)
-    lines = format_table(two_arms, read_table(two_arms, TINY, tmp_path)).splitlines()
+        write_run(tmp_path, variant, 0, run)
+    lines = format_table(two_variants, read_experiment(two_variants, TINY, tmp_path)).splitlines()
     (row,) = (line for line in lines if line.startswith("| surprise_at_event, less normalized difference_at_event "))
     assert [cell.split(" [")[0] for cell in row.strip("| ").split(" | ")[1:]] == ["+0.000", "+0.250"]
-    trained_only = replace(two_arms, arms=(on,))  # nothing in it is the difference alone
-    assert "normalized difference" not in format_table(trained_only, read_table(trained_only, TINY, tmp_path))
+    trained_only = replace(two_variants, variants=(on,))  # nothing in it is the difference alone
+    assert "normalized difference" not in format_table(trained_only, read_experiment(trained_only, TINY, tmp_path))
 
 
-def test_only_seeds_that_all_arms_have_are_compared(tmp_path, two_arms):
-    off, on = two_arms.arms
-    for arm, seeds in ((off, [0, 1]), (on, [1])):
+def test_only_seeds_that_all_variants_have_are_compared(tmp_path, two_variants):
+    off, on = two_variants.variants
+    for variant, seeds in ((off, [0, 1]), (on, [1])):
         for seed in seeds:
-            run = {**a_run("10", "20", 0.1), "seed": seed, "settings": as_json(arm.settings(TINY))}
-            write_run(tmp_path, arm, seed, run)
-    runs = read_table(two_arms, TINY, tmp_path)
+            run = {**a_run("10", "20", 0.1), "seed": seed, "settings": as_json(variant.settings(TINY))}
+            write_run(tmp_path, variant, seed, run)
+    runs = read_experiment(two_variants, TINY, tmp_path)
     assert {name: [run["seed"] for run in some] for name, some in runs.items()} == {"off": [1], "on": [1]}
     assert run_path(tmp_path, off, 1).parent.name == "pair"
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_tables_in_the_repository_are_what_their_runs_say(name):
-    """And the runs were made with the settings that the arms have now."""
+    """And the runs were made with the settings that the variants have now."""
     path = study.RESULTS / f"{name}.md"
     if path.exists():
-        runs = read_table(TABLES[name], RunSettings(), study.RESULTS)
-        assert format_table(TABLES[name], runs) + "\n" == path.read_text(encoding="utf-8")
+        runs = read_experiment(EXPERIMENTS[name], RunSettings(), study.RESULTS)
+        assert format_table(EXPERIMENTS[name], runs, read_ceilings(study.RESULTS)) + "\n" == path.read_text(
+            encoding="utf-8"
+        )
     else:
         assert not list((study.RESULTS / name).glob("*.json"))

@@ -85,7 +85,7 @@ def color_in(text: str) -> str:
     return color
 
 
-# -- What a viewer of the pixels answers. Easy clips only: there the camera rests and nobody else is there.
+# -- What a viewer of the pixels answers. Easy clips only: there the camera rests and other shapes are absent.
 
 
 def seen_direction(frames, entry):
@@ -93,7 +93,7 @@ def seen_direction(frames, entry):
 
 
 def seen_camera(frames, entry):
-    """Where the ground goes, by phase correlation of the first frame with the others; the camera goes the other way."""
+    """Motion of the ground, by phase correlation of the first frame with the others; the camera goes the other way."""
     spectra = np.fft.fft2(frames.astype(float).mean(axis=-1))
     ways = []
     for first, second in zip(spectra, spectra[1:], strict=False):
@@ -537,7 +537,7 @@ def test_both_clips_of_a_pair_are_shuffled_alike():
 
 
 def seen_places(clip) -> np.ndarray:
-    """Where each color is in the picture, the colors that are asked about first: `[T, 4, 2]`, NaN where it is not."""
+    """Place of each color in the picture, the colors that are asked about first: `[T, 4, 2]`, NaN where it is not."""
     asked = clip.draft.questions[0]
     named = [color for color in asked.choices if color in COLORS]
     if asked.question_type == "direction":  # named by its shape
@@ -555,7 +555,7 @@ def seen_places(clip) -> np.ndarray:
 
 
 def describe(places: np.ndarray) -> np.ndarray:
-    """Numbers that a place or a constellation can be told by, for each frame: `[T, 4, 2]` -> `[T, F]`."""
+    """Features that identify a place or a constellation, for each frame: `[T, 4, 2]` -> `[T, F]`."""
     there = ~np.isnan(places).any(axis=-1)
     angles = 2 * np.pi * np.nan_to_num(places.reshape(len(places), -1))
     waves = np.concatenate([np.cos(angles), np.sin(angles), np.cos(2 * angles), np.sin(2 * angles)], axis=1)
@@ -567,7 +567,7 @@ def describe(places: np.ndarray) -> np.ndarray:
 
 
 def accuracy(features, clips: dict[str, list]) -> float:
-    """Of a linear classifier (ridge regression) that is trained on one split and tried on another."""
+    """Accuracy of a linear classifier (ridge regression) that is trained on one split and tried on another."""
     numbers, labels = {}, {}
     for split, some in clips.items():
         numbers[split] = np.stack([features(clip) for clip in some])
