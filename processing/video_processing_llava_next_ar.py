@@ -68,8 +68,8 @@ class LlavaNextARVideoProcessorKwargs(VideosKwargs, total=False):
     r"""
     sampling (`str`, *optional*, defaults to `"uniform"`):
         Which frames: `uniform | num_frames | fps | every_nth | fast_slow`, `uniform_time | fps_time` for videos whose
-        frame rate varies, or one of the `llava_*` policies that reproduce LLaVA-NeXT. `uniform` gives all frames of a
-        clip that has no more than `num_frames`.
+        frame rate varies, `codec` for those with the most coded bytes, or one of the `llava_*` policies that reproduce
+        LLaVA-NeXT. `uniform` gives all frames of a clip that has no more than `num_frames`.
     max_frames (`int`, *optional*):
         Upper limit for the policies that go by frame rate.
     sample_rate (`int`, *optional*):

@@ -117,7 +117,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": f"Policy that chooses frames: {' | '.join(SAMPLING_POLICIES)}. uniform_time and fps_time go by the times "
-            "of frames, for videos whose frame rate varies."
+            "of frames, for videos whose frame rate varies, codec by their coded bytes."
         },
     )
     num_frames: int | None = field(default=None, metadata={"help": "Frames of a video."})

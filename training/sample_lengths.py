@@ -76,7 +76,7 @@ def _video_text(processor: Any, video: Any, options: dict[str, Any]) -> str:
     request = MediaRequest(_opened(request.source), request.options, request.place)
     metadata, sampling, _, loading = video_processor.sampling_of_request(request, None, given)
     clip = _clock(request.source, metadata.fps if metadata else loading.get("fps"), sampling)
-    sampled = SampledFrames(np.arange(clip.total)) if sampling is None else sampling.select(*clip[:3])
+    sampled = SampledFrames(np.arange(clip.total)) if sampling is None else sampling.select(*clip[:4])
     fps = clip.fps or IMAGE_FPS
     timestamps = sampled.indices / fps if clip.times is None else clip.times[sampled.indices]
     processed: dict[str, Any] = {
@@ -97,11 +97,12 @@ def _opened(video: Any) -> Any:
 
 
 class _Clock(NamedTuple):
-    """Of a video: number of frames, frames a second, seconds of each frame, duration; None where it is not looked up."""
+    """Number of frames, frames a second, seconds and cost of each frame, duration of a video; None if not looked up."""
 
     total: int
     fps: float | None
     times: np.ndarray | None = None
+    costs: np.ndarray | None = None
     duration: float | None = None
 
 
@@ -115,8 +116,8 @@ def _clock(video: Any, fps: float | None, sampling: FrameSampling | None) -> _Cl
     if not needs_times:
         total, native_fps = video_length(video)
         return _Clock(total, fps or native_fps)
-    times, native_fps, duration = video_times(video, fps)  # packets are read, which costs more than a header
-    return _Clock(len(times), native_fps, times, duration)
+    times, native_fps, duration, costs = video_times(video, fps)  # packets are read, which costs more than a header
+    return _Clock(len(times), native_fps, times, costs, duration)
 
 
 def _image_texts(processor: Any, images: list[Any]) -> list[str]:
