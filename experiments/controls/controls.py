@@ -1,7 +1,9 @@
 """Controls for violation of expectation: does a trained head separate impossible clips better than nothing learned does?
 
-    python scripts/surprise_controls.py run                      # drawn pairs: trains what is missing, then measures
-    python scripts/surprise_controls.py tables                   # raw numbers -> controls.md
+    python scripts/surprise_controls.py run --source drawn        # trains the models that are missing, then measures
+    python scripts/surprise_controls.py run --source vizdoom      # recorded pairs, without a model
+    python scripts/surprise_controls.py run --source metaworld
+    python scripts/surprise_controls.py tables                    # raw numbers -> controls.md
 
 Scores of a clip, all on the same pairs:
 
@@ -27,18 +29,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 from transformers import Dinov2Model
 
 from ...evaluation.settings import versions
 from ...evaluation.tables import write_results
-from ..study.arms import TABLES, RunSettings
-from ..study.data import StudyData
+from ..sources.clips import ClipLibrary, ClipPair, open_library
+from ..study.data import SimulatedSettings, open_data
 from ..study.features import TOWER_WHEEL, encode_frames, feature_statistics, load_tower
-from ..study.runs import build_model, open_bank, train_arm
-from .pairs import IMPOSSIBLE, DrawnPairs, Pair, PairedClips
+from ..study.runs import build_model, open_bank, run_variant
+from ..study.variants import EXPERIMENTS, RunSettings
+from .pairs import IMPOSSIBLE, LIGHT_CHANGES, with_harmless_pairs
 from .scores import PLACES, clip_values, feature_scores, model_scores, pixel_scores, untrained
 from .tables import write_tables
 
@@ -46,7 +49,8 @@ logger = logging.getLogger(__name__)
 
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path("outputs/study")
-ARM = "weight-1"
+VARIANT = "weight-1"
+SOURCES = ("drawn", "vizdoom", "metaworld")
 CLIPS_AT_A_TIME = 60
 TOLERANCE = 1e-5  # relative: batches of other clips round otherwise
 FALSE_ALARMS = 0.05  # share of possible clips of the development split above the threshold
@@ -63,24 +67,21 @@ def random_tower(tower: Dinov2Model, seed: int) -> Dinov2Model:
     return drawn
 
 
-def trained_models(common: RunSettings, seeds: Sequence[int], cache: Path) -> tuple[dict[str, Any], tuple]:
-    """Models of the study with weight 1.0, trained unless they lie in the cache, and the statistics of their features."""
-    data = StudyData(common.data)
-    bank = open_bank(data, cache)
-    (arm,) = [arm for arm in TABLES["main"].arms if arm.name == ARM]
-    models = {}
+def trained_models(
+    data: Any, bank: nn.Module, common: RunSettings, seeds: Sequence[int], cache: Path
+) -> dict[str, Any]:
+    """Models of the study with weight 1.0, trained unless they lie in the cache, and one without training."""
+    (variant,) = [variant for variant in EXPERIMENTS["main"].variants if variant.name == VARIANT]
+    settings, models = variant.settings(common), {}
     for seed in tqdm(seeds, desc="training", unit="model", disable=None):
-        path = cache / "models" / f"{data.fingerprint}-{arm.name}-{seed}.safetensors"
+        path = cache / "models" / f"{data.fingerprint}-{variant.name}-{seed}.safetensors"
         if not path.exists():
-            trained = train_arm(arm, common, seed, data, bank).model
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.contiguous() for name, value in trained.state_dict().items()}, path)
-        model = build_model(arm.settings(common), seed, len(data.vocabulary), bank)
+            run_variant(variant, common, seed, data, bank, weights=path)
+        model = build_model(settings, seed, data.vocabulary, bank)
         model.load_state_dict(load_file(path))
         models[f"seed {seed}"] = model.eval()
-    if seeds:
-        models["untrained"] = untrained(build_model(arm.settings(common), seeds[0], len(data.vocabulary), bank), 0).eval()
-    return models, (bank.mean, bank.deviation)
+    models["untrained"] = untrained(build_model(settings, 0, data.vocabulary, bank), 0).eval()
+    return models
 
 
 class Scorer:
@@ -93,11 +94,11 @@ class Scorer:
     """
 
     def __init__(
-        self, clips: PairedClips, towers: dict[str, nn.Module], statistics: dict[str, tuple], models: dict[str, Any]
+        self, clips: ClipLibrary, towers: dict[str, nn.Module], statistics: dict[str, tuple], models: dict[str, Any]
     ) -> None:
         self.clips, self.towers, self.statistics, self.models = clips, towers, statistics, models
 
-    def values(self, pairs: Sequence[Pair]) -> dict[int, Values]:
+    def values(self, pairs: Sequence[ClipPair]) -> dict[int, Values]:
         """For each clip of the pairs its `Values`, of the frame at which the event of its pair is."""
         events = {clip: pair.event_frame for pair in pairs for clip in (pair.possible, pair.changed)}
         found: dict[int, Values] = {}
@@ -141,7 +142,7 @@ def measure(scorer: Scorer) -> dict[str, Any]:
     known = scorer.values([pair for pair in development if pair.impossible])
     reference = [known[pair.possible] for pair in development if pair.impossible]
     values = scorer.values(pairs)
-    by_change: dict[str, list[Pair]] = {IMPOSSIBLE: [pair for pair in pairs if pair.impossible]}
+    by_change: dict[str, list[ClipPair]] = {IMPOSSIBLE: [pair for pair in pairs if pair.impossible]}
     for pair in pairs:
         if not pair.impossible:
             by_change.setdefault(pair.event, []).append(pair)
@@ -198,25 +199,33 @@ def _digits(numbers: Any) -> str:
     return "".join(map(str, numbers))
 
 
-def run_drawn(common: RunSettings, seeds: Sequence[int], cache: Path) -> dict[str, Any]:
-    """The raw numbers of the drawn pairs."""
-    settings = common.data
-    models, statistics = trained_models(common, seeds, cache)
-    trained = load_tower(cache / "tower", num_layers=settings.tower_layers, image_size=settings.image_size)
-    towers = {"trained": trained, "random": random_tower(trained, 0)}
-    clips = DrawnPairs(settings)
-    numbers = {"trained": statistics, "random": statistics_of(towers["random"], clips)}
+def run_source(source: str, common: RunSettings, seeds: Sequence[int], cache: Path) -> dict[str, Any]:
+    """The raw numbers of a source of pairs: with models for the drawn clips, and without for those of a simulator."""
+    settings = common.data if source == "drawn" else SimulatedSettings()
+    tower = load_tower(cache / "tower", num_layers=settings.tower_layers, image_size=settings.image_size)
+    towers, models, statistics = {"trained": tower, "random": random_tower(tower, 0)}, {}, {}
+    if source == "drawn":
+        data = open_data(settings, cache)
+        bank = open_bank(data, cache)
+        models, statistics["trained"] = trained_models(data, bank, common, seeds, cache), (bank.mean, bank.deviation)
+        library = with_harmless_pairs(data.library)
+    else:
+        library = open_library(getattr(settings, source), cache / "sources")
+        if all(pair.impossible for pair in library.pairs["test"]):
+            library = with_harmless_pairs(library, LIGHT_CHANGES)
+    for name, own in towers.items():
+        statistics.setdefault(name, statistics_of(own, library))
     return {
-        "source": "drawn",
+        "source": source,
         "tower": TOWER_WHEEL,
-        "variant": ARM,
-        "seeds": list(seeds),
+        "variant": VARIANT,
+        "seeds": list(seeds) if models else [],
         "versions": versions(),
-        **measure(Scorer(clips, towers, numbers, models)),
+        **measure(Scorer(library, towers, statistics, models)),
     }
 
 
-def statistics_of(tower: nn.Module, clips: PairedClips) -> tuple[torch.Tensor, torch.Tensor]:
+def statistics_of(tower: nn.Module, clips: ClipLibrary) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation of a tower's features of the possible clips of the development split."""
     frames = np.concatenate([clips.frames(clip) for clip in sorted({pair.possible for pair in clips.pairs["val"]})])
     return feature_statistics(encode_frames(tower, frames).numpy())
@@ -227,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("what", choices=("run", "tables"))
+    parser.add_argument("--source", choices=SOURCES, default="drawn")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of the models")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the raw numbers")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the tower, its features and the models")
@@ -237,7 +247,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if options.what == "run":
             options.results.mkdir(parents=True, exist_ok=True)
-            write_results(run_drawn(RunSettings(), options.seeds, options.cache), options.results / "drawn.json")
+            numbers = run_source(options.source, RunSettings(), options.seeds, options.cache)
+            write_results(numbers, options.results / f"{options.source}.json")
         print(write_tables(options.results))
     except (ValueError, OSError, CalledProcessError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")

@@ -3,7 +3,7 @@
 Shape letters: N clips, T frames, P patches, Dv features.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from ...modeling.frame_surprise import SURPRISE_FLOOR, VideoSurprise
 from ...training.collator import LlavaVideoCollator
 from ..study.data import END, PAD, VIDEO
 from ..study.features import FeatureBank
-from .signals import SIGNALS, geometric_signals
+from .signals import geometric_signals
 
 PLACES = ("mean", "max", "event")
 """Mean and maximum over all frames of a clip are event-agnostic; `event` is the frame of the event (oracle)."""
@@ -104,7 +104,3 @@ def untrained(model: Any, seed: int) -> Any:
     for layer in layers:
         nn.init.normal_(layer.weight, std=layer.in_features**-0.5, generator=generator)
     return model
-
-
-def geometric_names() -> Sequence[str]:
-    return SIGNALS

@@ -42,7 +42,9 @@ def geometric_signals(features: np.ndarray) -> dict[str, np.ndarray]:
     signals["turning angle"][2:] = angles
     signals["angle variance"][-1] = angles.var()
     signals["acceleration"][2:] = np.linalg.norm(np.diff(steps, axis=0), axis=1)
-    signals["linear residual"][2:] = [np.linalg.norm(points[t] - _extrapolated(points[:t])) for t in range(2, len(points))]
+    signals["linear residual"][2:] = [
+        np.linalg.norm(points[t] - _extrapolated(points[:t])) for t in range(2, len(points))
+    ]
     return signals
 
 

@@ -10,7 +10,11 @@ import numpy as np
 from ..study.tables import bootstrap_of_mean
 from .pairs import IMPOSSIBLE
 
-_PLACES = {"mean": "mean over frames (event-agnostic)", "max": "greatest frame (event-agnostic)", "event": "event frame (oracle)"}
+_PLACES = {
+    "mean": "mean over frames (event-agnostic)",
+    "max": "greatest frame (event-agnostic)",
+    "event": "event frame (oracle)",
+}
 Scores = Mapping[str, Sequence[Mapping[str, Any]]]
 """By name of a row its scores by place: one, or one for each seed."""
 
@@ -20,7 +24,9 @@ def rows_of(numbers: Mapping[str, Any]) -> Scores:
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for name, places in numbers["scores"].items():
         score, _, origin = name.partition(" | ")
-        row = {"untrained": f"{score}, head without training", "random tower": f"{score}, random tower"}.get(origin, score)
+        row = {"untrained": f"{score}, head without training", "random tower": f"{score}, random tower"}.get(
+            origin, score
+        )
         rows.setdefault(row, []).append(places)
     first = [name for name in rows if name in ("prediction error", "surprise")]
     return {name: rows[name] for name in (*first, *(name for name in rows if name not in first))}
@@ -55,7 +61,7 @@ def separation_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
 
 
 def change_rows(numbers: Mapping[str, Any], place: str, kind: str) -> list[list[str]]:
-    """By score and harmless change a share of pairs; `kind` is `wins` (harmless above possible) or `over` (impossible above it)."""
+    """Share of pairs by score and harmless change: harmless above possible (`wins`), impossible above harmless (`over`)."""
     rows = [["score", *numbers["changes"]]]
     for name, places in rows_of(numbers).items():
         cells = [shares(places, place, kind, change) for change in numbers["changes"]]
@@ -123,16 +129,16 @@ def format_tables(numbers: Mapping[str, Any]) -> str:
         parts += [f"By event, {name}:", _markdown(event_rows(numbers, place))]
     for place, name in _PLACES.items():
         parts += [
-            f"Share of pairs in which the clip with a harmless change scores higher than the same clip without (0.5: the change "
-            f"does not count), {name}:",
+            f"Share of pairs in which a harmless change makes the clip score higher (0.5: the "
+            f"change does not count), {name}:",
             _markdown(change_rows(numbers, place, "wins")),
             f"Share of pairs in which the impossible clip scores higher than the possible one with a harmless change, {name}:",
             _markdown(change_rows(numbers, place, "over")),
         ]
     for place, name in _PLACES.items():
         parts += [
-            f"Share of clips called impossible, {name}. The threshold is the 95% quantile of {numbers['num_reference']} possible "
-            "clips of the development split:",
+            f"Share of clips called impossible, {name}. The threshold is the 95% quantile of "
+            f"{numbers['num_reference']} possible clips of the development split:",
             _markdown(alarm_rows(numbers, place)),
         ]
     return "\n\n".join(parts) + "\n"
@@ -147,6 +153,8 @@ def write_tables(results: Path) -> str:
     paths = sorted(results.glob("*.json"))
     if not paths:
         raise FileNotFoundError(f"{results} holds no raw numbers of controls: `run` makes them")
-    text = "\n".join(["# Controls for violation of expectation\n", *(format_tables(json.loads(p.read_text())) for p in paths)])
+    text = "\n".join(
+        ["# Controls for violation of expectation\n", *(format_tables(json.loads(p.read_text())) for p in paths)]
+    )
     (results / "controls.md").write_text(text, encoding="utf-8")
     return text

@@ -7,16 +7,19 @@
         --question-types direction color
 
     # one command for each table; each writes raw numbers
-    published="--results scripts/study_results/inference"
+    published="--results experiments/study/results/inference"
     python scripts/inference_uses.py key-frames --model uses/model --data uses/test/test.json $published
     python scripts/inference_uses.py tokens --model uses/model --data uses/test/test.json $published
     python scripts/inference_uses.py prefill --repeats 5 --shares 1 0.7 0.5 0.3 0.2 0.1 $published
 
+    # methods without a model alone: the time of each, and the moments that their key frames show
+    python scripts/inference_uses.py moments --data glimpse/still/test.json --num-frames 32 --name still $published
+
     # raw numbers -> tables.md and accuracy.png beside them
     python scripts/inference_uses.py tables $published
 
-The same where only a short moment tells the answer, in clips in which the rest stands still, moves steadily, or moves faster
-and slower in turn; numbers go to scripts/study_results/inference_glimpse/:
+The same where a short moment alone shows the answer, in clips in which the rest stands still, moves steadily, or moves faster
+and slower in turn; numbers go to experiments/study/results/inference_glimpse/:
 
     clips="scripts/synthetic_clips.py --num-frames 32 --size 48"
     python $clips --output glimpse/clips --num-train 960 --num-test 240 --question-types glimpse busy_glimpse surging_glimpse
@@ -36,28 +39,29 @@ and slower in turn; numbers go to scripts/study_results/inference_glimpse/:
 
     for name in still busy surging; do
         options="--model glimpse/model --data glimpse/$name/test.json --name $name"
-        options="$options --results scripts/study_results/inference_glimpse"
+        options="$options --results experiments/study/results/inference_glimpse"
         python scripts/inference_uses.py key-frames $options --num-kept 2 4 8 16
         python scripts/inference_uses.py tokens $options
         python scripts/evaluate.py --model glimpse/model --data glimpse/$name/test.json  # skill
     done
-    python scripts/inference_uses.py tables --results scripts/study_results/inference_glimpse --name still busy surging
+    python scripts/inference_uses.py tables --results experiments/study/results/inference_glimpse --name still busy surging
 
-`key-frames`: of a dense sampling, K frames are shown. Chosen evenly, at random, or by a score of each frame: surprise or
-prediction error of the head, the difference of features or of pixels to the frame before. A score chooses in two ways: `top`
-takes the first frame and the K - 1 highest, `spread` goes in equal steps along the sum of the scores.
+`key-frames`: of a dense sampling, K frames are shown. Chosen evenly, at random, or by a score of each frame (measures.py). A
+score chooses in two ways: `top` takes the first frame and the K - 1 highest, `spread` goes in equal steps along the sum of the
+scores.
 
 `tokens`: a share of each video's patch tokens reaches the language model; the others are dropped before it, and those that
-stay keep their positions. Chosen at random, by the difference to the frame before (Efficient Video Sampling), or by surprise or
-prediction error of each patch. The first frame comes first in all of them, and uses up a share below one over the number of
-frames. Newline tokens stay and do not count.
+stay keep their positions. Chosen by a score of each patch. The first frame comes first in all of them, and uses up a share below
+one over the number of frames. Newline tokens stay and do not count.
 
-`prefill`: seconds and memory of the cache over the share, and what the scores cost.
+`moments`: the key frames of the methods without a model, and whether they show the moment of the question.
+
+`prefill`: seconds and memory of the cache over the share, and the cost of the scores.
 
 Accuracy is that of the most probable choice, over the questions that not every frame answers. Intervals are 95% bootstrap
-intervals over clips; differences are paired. Where entries say when the answer is seen (`moment`, the seconds of its first and
-last frame), key frames are counted that show it. Any checkpoint with a head and any LLaVA JSON with `choices` and one video for
-each question will do.
+intervals over clips; differences are paired. Where entries have a `moment` (the seconds of the first and last frame that show the
+answer), key frames are counted that show it. Any checkpoint with a head and any LLaVA JSON with `choices` and one video for each
+question will do.
 """
 
 import argparse
@@ -85,6 +89,7 @@ from ...evaluation.settings import (
 from ...evaluation.tables import write_results
 from ...training.data import LlavaVideoDataset
 from .measures import measure_key_frames, measure_tokens
+from .moments import measure_moments
 from .tables import check_choice_matters, write_tables
 from .timing import PrefillSettings, measure_prefill
 from .training import train_with_parts_left_out
@@ -108,7 +113,7 @@ def measure(
         model, processor: instead of those that `settings.model` names.
 
     Returns:
-        what the numbers were made with, `questions`, and `conditions`: the fields of each `Condition`.
+        settings, versions, model and data; `questions`; and `conditions`: the fields of each `Condition`.
 
     Raises:
         ValueError: for a model without a head, a question without choices or with other media than one video, or, of key
@@ -125,8 +130,8 @@ def measure(
         identity = model_identity(settings.model, model, revision)
     if kind == "key_frames" and processor.add_time_instruction:
         raise ValueError(
-            "the processor has add_time_instruction on: its prompts say how many frames there are and when, which would not be "
-            "true of the key frames; turn it off in the checkpoint's processor"
+            "the processor has add_time_instruction on: its prompts state the number and times of all frames, not of the key "
+            "frames; turn it off in the checkpoint's processor"
         )
     dataset = LlavaVideoDataset(settings.data, processor, video_root=settings.video_root)
     questions = read_questions(dataset, settings.max_samples)
@@ -170,6 +175,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             train_with_parts_left_out(**options)
         elif job == "tables":
             print(write_tables(results, options["name"]))
+        elif job == "moments":
+            name = options["name"]
+            _write({"command": command, **measure_moments(**options)}, results / f"moments_{name}.json")
         elif job == "prefill":
             shares = options.pop("shares")
             settings = PrefillSettings(**options)
@@ -228,6 +236,16 @@ def _make_parser() -> argparse.ArgumentParser:
         own.add_argument("--device", default=device)
         own.add_argument("--seed", type=int, default=0)
         own.add_argument("--results", type=Path, default=RESULTS, help="folder for the raw numbers")
+
+    moments = jobs.add_parser("moments", help="key frames without a model", **defaults)
+    moments.add_argument(
+        "--data", type=Path, required=True, help="LLaVA JSON with `moment`, one video for each question"
+    )
+    moments.add_argument("--num-frames", type=int, default=32, help="of the dense sampling, at even steps")
+    moments.add_argument("--num-kept", dest="budgets", type=int, nargs="+", default=[2, 4, 8, 16])
+    moments.add_argument("--name", default="test", help="of the data, in the name of the results")
+    moments.add_argument("--seed", type=int, default=0)
+    moments.add_argument("--results", type=Path, default=RESULTS, help="folder for the raw numbers")
 
     prefill = jobs.add_parser("prefill", help="time and memory by share", **defaults)
     sizes = PrefillSettings()
