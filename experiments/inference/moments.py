@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ...evaluation.questions import Question
 from ...evaluation.settings import EvaluationSettings, entries_sha256, hardware, versions
 from ...processing.video_frames import FrameSampling, load_video
-from .measures import Condition, choose_frames, key_of, shows_moment
+from .measures import choose_frames, key_of, shows_moment
 from .selection import codec_scores, pixel_changes
 
 
@@ -35,15 +35,15 @@ def measure_moments(
         seed: of the frames that are drawn.
 
     Returns:
-        `questions`, `conditions` as of `key-frames` but without answers, and `cpu_seconds` of one video: `decode` (which all
-        methods but `codec` and `uniform` need for all frames), `pixels` and `codec`.
+        `questions`; `hits`: by method and budget a digit for each question, 1 if a chosen frame shows its moment; and
+        `cpu_seconds` of one video: `decode` (of all frames, which `codec` and `uniform` do not need), `pixels` and `codec`.
 
     Raises:
-        ValueError: for an entry without one video.
+        ValueError: for an entry without one video or without a moment.
     """
     entries = json.loads(Path(data).read_text(encoding="utf-8"))
     settings = EvaluationSettings(model="", data=str(data), seed=seed)
-    conditions: dict[tuple[str, int], Condition] = {}
+    hits: dict[str, dict[str, str]] = {}
     spent = dict.fromkeys(("decode", "pixels", "codec"), 0.0)
     questions = [_question(entry, number, Path(data).parent) for number, entry in enumerate(entries)]
     for question in tqdm(questions, desc="moments", unit="question", disable=not progress):
@@ -59,9 +59,8 @@ def measure_moments(
         for number in budgets:
             chosen = choose_frames({"pixels": pixels, "codec": costs}, number, key_of(question, settings))
             for way, frames in chosen.items():
-                condition = conditions.setdefault((way, number), Condition(way, number))
-                condition.frames.append(frames)
-                condition.hits.append(shows_moment(question, video.timestamps, frames))
+                own = hits.setdefault(way, {})
+                own[str(number)] = own.get(str(number), "") + str(shows_moment(question, video.timestamps, frames))
     return {
         "settings": asdict(settings),
         "budgets": list(budgets),
@@ -79,7 +78,7 @@ def measure_moments(
             }
             for q in questions
         ],
-        "conditions": [asdict(condition) for condition in conditions.values()],
+        "hits": hits,
     }
 
 
@@ -88,6 +87,8 @@ def _question(entry: dict[str, Any], index: int, folder: Path) -> Question:
         raise ValueError(
             f"entry {entry.get('id', index)} has the video {entry.get('video')!r}, expected the path of one file"
         )
+    if "moment" not in entry:
+        raise ValueError(f"entry {entry.get('id', index)} has no `moment`, the seconds at which its answer is seen")
     return Question(
         index=index,
         id=str(entry.get("id", index)),
@@ -96,5 +97,5 @@ def _question(entry: dict[str, Any], index: int, folder: Path) -> Question:
         answer=entry["conversations"][-1]["value"],
         choices=tuple(entry.get("choices", ())),
         media=(str(folder / entry["video"]),),
-        moment=tuple(entry["moment"]) if "moment" in entry else None,
+        moment=tuple(entry["moment"]),
     )

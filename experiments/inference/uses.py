@@ -51,17 +51,17 @@ score chooses in two ways: `top` takes the first frame and the K - 1 highest, `s
 scores.
 
 `tokens`: a share of each video's patch tokens reaches the language model; the others are dropped before it, and those that
-stay keep their positions. Chosen by a score of each patch. The first frame comes first in all of them, and uses up a share below
-one over the number of frames. Newline tokens stay and do not count.
+stay keep their positions. Chosen by a score of each patch. The first frame comes first in all of them, and uses up a share
+below one over the number of frames. Newline tokens stay and do not count.
 
 `moments`: the key frames of the methods without a model, and whether they show the moment of the question.
 
 `prefill`: seconds and memory of the cache over the share, and the cost of the scores.
 
 Accuracy is that of the most probable choice, over the questions that not every frame answers. Intervals are 95% bootstrap
-intervals over clips; differences are paired. Where entries have a `moment` (the seconds of the first and last frame that show the
-answer), key frames are counted that show it. Any checkpoint with a head and any LLaVA JSON with `choices` and one video for each
-question will do.
+intervals over clips; differences are paired. Where entries have a `moment` (the seconds of the first and last frame that show
+the answer), key frames are counted that show it. Any checkpoint with a head and any LLaVA JSON with `choices` and one video for
+each question will do.
 """
 
 import argparse
