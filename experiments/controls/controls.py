@@ -3,6 +3,7 @@
     python scripts/surprise_controls.py run --source drawn        # trains the models that are missing, then measures
     python scripts/surprise_controls.py run --source vizdoom      # recorded pairs, without a model
     python scripts/surprise_controls.py run --source metaworld
+    python scripts/surprise_controls.py run --source motions
     python scripts/surprise_controls.py tables                    # raw numbers -> controls.md
 
 Scores of a clip, all on the same pairs:
@@ -50,7 +51,7 @@ logger = logging.getLogger(__name__)
 RESULTS = Path(__file__).parent / "results"
 CACHE = Path("outputs/study")
 VARIANT = "weight-1"
-SOURCES = ("drawn", "vizdoom", "metaworld")
+SOURCES = ("drawn", "vizdoom", "metaworld", "motions")
 CLIPS_AT_A_TIME = 60
 TOLERANCE = 1e-5  # relative: batches of other clips round otherwise
 FALSE_ALARMS = 0.05  # share of possible clips of the development split above the threshold
