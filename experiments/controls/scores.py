@@ -42,7 +42,7 @@ def feature_scores(features: np.ndarray) -> dict[str, np.ndarray]:
         features: `[T, P, Dv]` of frozen patches.
     """
     raw = np.square(np.diff(features.astype(np.float64), axis=0)).mean(axis=(1, 2))
-    floor = SURPRISE_FLOOR * features[1:].astype(np.float64).var(axis=1).mean(-1)
+    floor = SURPRISE_FLOOR * features[1:].astype(np.float64).var(axis=2).mean(-1)
     scores = _from_second({"feature difference": raw, "feature difference, normalized": raw / (raw + floor)})
     return scores | geometric_signals(features.reshape(len(features), -1))
 

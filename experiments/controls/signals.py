@@ -20,7 +20,7 @@ def geometric_signals(features: np.ndarray) -> dict[str, np.ndarray]:
     |---|---|---|
     | step size | length of the step from t - 1 to t | 1 |
     | turning angle | radians between the last two steps | 2 |
-    | angle variance | variance of the turning angles of the whole clip, at its last frame | 2 |
+    | angle variance | variance of the turning angles of the whole clip, which belongs to no event | 0 alone |
     | acceleration | length of the difference of the last two steps | 2 |
     | linear residual | distance to the straight line that fits all frames before t best, extrapolated to t | 2 |
 
@@ -40,7 +40,7 @@ def geometric_signals(features: np.ndarray) -> dict[str, np.ndarray]:
     signals = {name: np.full(len(points), np.nan) for name in SIGNALS}
     signals["step size"][1:] = lengths
     signals["turning angle"][2:] = angles
-    signals["angle variance"][-1] = angles.var()
+    signals["angle variance"][0] = angles.var()
     signals["acceleration"][2:] = np.linalg.norm(np.diff(steps, axis=0), axis=1)
     signals["linear residual"][2:] = [
         np.linalg.norm(points[t] - _extrapolated(points[:t])) for t in range(2, len(points))

@@ -94,6 +94,9 @@ def gain_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
                 for other, own in all_rows.items()
                 if other not in learned and (values := shares(own, place, "wins", IMPOSSIBLE)) is not None
             }
+            if not free or place not in places[0]:
+                cells.append("-")
+                continue
             best = max(free, key=lambda other: free[other].mean())
             difference = shares(places, place, "wins", IMPOSSIBLE) - free[best]
             low, high = bootstrap_of_mean(difference)
@@ -117,14 +120,18 @@ def event_rows(numbers: Mapping[str, Any], place: str) -> list[list[str]]:
 def format_tables(numbers: Mapping[str, Any]) -> str:
     """Markdown of all tables of a source."""
     seeds, pairs = numbers["seeds"], len(numbers["events"])
+    models = f"variant `{numbers['variant']}`, seeds {', '.join(map(str, seeds))}" if seeds else "none"
     parts = [
         f"## Pairs: {numbers['source']}",
-        f"{pairs} pairs; models: variant `{numbers['variant']}`, seeds {', '.join(map(str, seeds)) or 'none'}.",
+        f"{pairs} pairs; models: {models}.",
         "Share of pairs in which the impossible clip scores higher than the possible one (0.5: no separation):",
         _markdown(separation_rows(numbers)),
-        "The learned scores, less the best of the others, chosen on these very pairs:",
-        _markdown(gain_rows(numbers)),
     ]
+    if seeds:
+        parts += [
+            "The learned scores, less the best of the others, chosen on these very pairs:",
+            _markdown(gain_rows(numbers)),
+        ]
     for place, name in _PLACES.items():
         parts += [f"By event, {name}:", _markdown(event_rows(numbers, place))]
     for place, name in _PLACES.items():
@@ -148,7 +155,7 @@ def write_tables(results: Path) -> str:
     """Writes `controls.md` beside the raw numbers; returns the text.
 
     Raises:
-        FileNotFoundError: if there are no raw numbers.
+        FileNotFoundError: if the folder holds no raw numbers.
     """
     paths = sorted(results.glob("*.json"))
     if not paths:

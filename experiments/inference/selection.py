@@ -16,8 +16,8 @@ import torch
 from ...configuration.frame_token_layout import FrameTokenLayout, TokenKind, VideoTokens, split_video_positions
 from ...processing.video_frames import video_times
 
-# What belongs to each frame of a sample's video, `[1, T, ...]`.
 SAME_TIME = 1e-3  # seconds: files and entries round times differently
+# Inputs with an entry for each frame of a sample's video, `[1, T, ...]`.
 _OF_FRAMES = ("pixel_values_videos", "video_frame_mask", "video_timestamps", "video_frame_types")
 
 # -- Frames
@@ -52,7 +52,7 @@ def pixel_changes(pixel_values: torch.Tensor, grid: tuple[int, int] = (1, 1)) ->
 
 
 def uniform_frames(num_frames: int, num_kept: int) -> list[int]:
-    """So many frames as evenly spread as can be, the first and the last among them (the first alone if one is kept)."""
+    """`num_kept` evenly spread frames, the first and the last among them; the first alone if one is kept."""
     _check_number(num_frames, num_kept)
     return np.rint(np.linspace(0, num_frames - 1, num_kept)).astype(int).tolist()
 
@@ -61,10 +61,10 @@ def select_key_frames(scores: Sequence[float], num_kept: int) -> list[int]:
     """The first frame and those with the highest scores, in time order.
 
     Args:
-        scores: one for each frame; that of the first is not looked at.
+        scores: one for each frame; that of the first does not count.
 
     Raises:
-        ValueError: if more frames are asked for than there are, or none.
+        ValueError: if `num_kept` is 0 or more than the number of frames.
     """
     _check_number(len(scores), num_kept)
     return sorted([0, *_by_score(scores)[: num_kept - 1]])
@@ -165,7 +165,7 @@ def first_frame_first(scores: Sequence[torch.Tensor], tokens: VideoTokens) -> to
 
 
 def change_scores(features: torch.Tensor, tokens: VideoTokens) -> list[torch.Tensor]:
-    """How much each token differs from the one at its place in the frame before: the score of Efficient Video Sampling.
+    """Difference of each token to the one at its place in the frame before: the score of Efficient Video Sampling.
 
     One minus the cosine of the embeddings, as in https://arxiv.org/abs/2510.14624.
 

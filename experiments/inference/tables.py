@@ -44,7 +44,7 @@ def any_frame_tells(question_type: str) -> bool:
 def check_choice_matters(question_types: Sequence[str]) -> None:
     """Raises ValueError if each single frame answers all questions, so that no choice of frames matters."""
     if all(map(any_frame_tells, question_types)):
-        raise ValueError(f"any frame answers each of the {len(question_types)} questions: there is nothing to choose")
+        raise ValueError(f"any frame answers each of the {len(question_types)} questions: no choice of frames matters")
 
 
 def mean_over_clips(values: Sequence[float], clips: Sequence[Any], settings: EvaluationSettings) -> Value:
@@ -64,7 +64,7 @@ class Answers:
         kind: `key_frames` or `tokens`.
 
     Raises:
-        ValueError: if there is no question that counts, or if a condition has not one answer for each question.
+        ValueError: if no question counts, or if a condition has not one answer for each question.
     """
 
     def __init__(self, results: dict[str, Any], kind: str) -> None:
