@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("what", choices=("run", "tables"))
     parser.add_argument("--source", choices=SOURCES, default="drawn")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="of the models")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4], help="of the models")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the raw numbers")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the tower, its features and the models")
     parser.add_argument("--threads", type=int, default=1, help="of the processor")

@@ -329,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, run in expected.items()
             if task in run
         }
-        print(f"{task:<14}" + "   ".join(f"{name}: {number}" for name, number in numbers.items()))
+        print(f"{task:<26}" + "   ".join(f"{name}: {number}" for name, number in numbers.items()))
     print("\n".join(wrong) or "every text and every loss is the same in all of them")
     return 1 if wrong else 0
 
