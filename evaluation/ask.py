@@ -32,7 +32,7 @@ def media_part(source: str) -> dict[str, str]:
     """The content part of a file or URL: an image by its ending, unless it is animated; else a video.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if the file does not exist.
         OSError: if the ending is that of an image, which the file is not.
     """
     kind, _ = mimetypes.guess_type(source)

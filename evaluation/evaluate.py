@@ -178,7 +178,7 @@ def evaluate(
 
 @contextmanager
 def _threads(number: int) -> Iterator[None]:
-    """For a while; threads change the order in which a sum is rounded."""
+    """Context with a number of threads, which change the order in which a sum is rounded."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -190,7 +190,7 @@ def _threads(number: int) -> Iterator[None]:
 def _load(
     settings: EvaluationSettings, device: str | torch.device, processes: PartialState
 ) -> tuple[EvaluationSettings, Any, Any, dict[str, Any]]:
-    """The settings with the commits of the model, model, processor, and which model it is; the same on all processes."""
+    """Settings with the commits of the model, the model, its processor and identity; the same on all processes."""
     is_main = processes.is_main_process
     commits = resolved_revisions(settings.model, settings.revision, settings.base_revision) if is_main else None
     ((revision, base_revision),) = broadcast_object_list([commits])
@@ -296,7 +296,7 @@ def _too_many(records: Sequence[dict[str, Any]], num_bad: int, settings: Evaluat
 
 
 def _check_output(output: Path, *, has_report: bool) -> None:
-    """Refuses, before anything is loaded, what could not be written in the end."""
+    """Raise for an output that cannot be written, before anything is loaded."""
     if output.is_dir():
         raise ValueError(
             f"output is {output}, which is a folder: give a file to write, such as {output / 'results.json'}"

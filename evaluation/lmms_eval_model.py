@@ -6,10 +6,10 @@
         --model_args pretrained=user/checkpoint,revision=<commit>,trust_remote_code=True,dtype=bfloat16,num_frames=32
     accelerate launch --num_processes 8 -m lmms_eval --model llava_next_ar --model_args pretrained=outputs/run ...
 
-The plugin (lmms_eval_plugin) registers the model by lmms-eval's entry point. A request names a document of a task; what the
-task says of it becomes one turn of the checkpoint's own chat template: its images and videos (in the place of `<image>` and
-`<video>` if the text holds these, else before the text), then the text. With greedy decoding, in float32, the answer to a
-document depends neither on the batch size nor on what else is in the batch.
+The plugin (lmms_eval_plugin) registers the model by lmms-eval's entry point. A request names a document of a task. Its content
+becomes one turn of the checkpoint's own chat template: its images and videos (in the place of `<image>` and `<video>` if the
+text holds these, else before the text), then the text. With greedy decoding, in float32, the answer to a document depends
+neither on the batch size nor on the other documents of the batch.
 
 The arguments (`--model_args`) are those of `RequestAnswerer`.
 """
@@ -62,7 +62,7 @@ class RequestAnswerer:
         trust_remote_code: run the code that the checkpoint carries, not that of the installed package.
         device, dtype: such as `cuda` and `bfloat16`.
         batch_size: documents in a batch.
-        max_new_tokens: where a task says nothing.
+        max_new_tokens: where a task sets none.
         sampling, num_frames, fps, max_frames, sample_rate, short_clip, video_backend: reading of videos, where not as the
             checkpoint's processor does (`VideoOptions`).
         likelihood: `sum` (of the log-probabilities of a choice's tokens, its end of turn included, as `llava-next-ar evaluate`
@@ -71,7 +71,7 @@ class RequestAnswerer:
             it would cut a chat answer after its first paragraph, so that it is left out unless asked for.
 
     Raises:
-        ValueError: if an argument is out of range, or the processor refuses the sampling.
+        ValueError: if an argument is out of range, or the processor rejects the sampling.
     """
 
     pretrained: str
@@ -145,7 +145,7 @@ class RequestAnswerer:
     ) -> list[list[str]]:
         """All texts of each request `(context, generation_kwargs, doc_to_visual, doc_to_text, doc_id, task, split)`.
 
-        After each round `doc_to_text` says what comes next, `(visuals, context, is_over, texts, state)`. Each round is a
+        After each round `doc_to_text` returns the next one, `(visuals, context, is_over, texts, state)`. Each round is a
         conversation of its own.
 
         Raises:
@@ -177,11 +177,11 @@ class RequestAnswerer:
     def loglikelihood(
         self, requests: Sequence[Any], task_dict: Any, *, progress: bool = True
     ) -> list[tuple[float, bool]]:
-        """For requests `(context, choice, doc_to_visual, doc_id, task, split)` the loss, and whether greedy decoding would
-        give this choice.
+        """Loss of each request `(context, choice, doc_to_visual, doc_id, task, split)`, and True if greedy decoding gives
+        its choice.
 
-        The loss is minus the log-probability of the choice as an answer: lmms-eval's interface speaks of the latter, but its
-        tasks take the choice with the smallest number. Outer spaces, which lmms-eval puts before a choice, are no part of
+        The loss is minus the log-probability of the choice as an answer: lmms-eval's interface names the log-probability, but
+        its tasks take the choice with the smallest number. Outer spaces, which lmms-eval puts before a choice, do not belong to
         an answer in a chat.
 
         Raises:
@@ -264,7 +264,7 @@ class RequestAnswerer:
             value = options.pop(name)
             logger.warning("the task's option %s=%r does nothing here", name, value)
         temperature = options.get("temperature")
-        # Tasks say do_sample=True with temperature 0, and temperature 1 without do_sample.
+        # Tasks set do_sample=True with temperature 0, and temperature 1 without do_sample.
         options["do_sample"] = bool(options.get("do_sample", temperature)) and temperature != 0
         if not options["do_sample"]:
             options = {name: value for name, value in options.items() if name not in _OF_SAMPLING}
@@ -272,7 +272,7 @@ class RequestAnswerer:
 
     @torch.inference_mode()
     def _score(self, prompts: Sequence["Prompt"], choices: Sequence[Sequence[str]]) -> list[list[tuple[float, bool]]]:
-        """For each prompt the loss of each choice, and whether it is what greedy decoding gives."""
+        """For each prompt the loss of each choice, and True if greedy decoding gives the choice."""
         batch = self.batch_of(prompts)
         tokens = [
             [answer_tokens(self.processor, prompt.messages, choice.strip()) for choice in own]

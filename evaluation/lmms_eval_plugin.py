@@ -1,7 +1,7 @@
 """Entry point `lmms_eval.models`, by which lmms-eval finds the model; see lmms_eval_model.py.
 
-lmms-eval 0.7.3 turns the pair that `loglikelihood` returns into a string unless it comes in a `GenerationResult`, so here
-it does. (Its response cache, `--use_cache`, then cannot take these: it is of use to generated answers only.)
+lmms-eval 0.7.3 turns the pair that `loglikelihood` returns into a string unless it comes in a `GenerationResult`, as here. Its
+response cache (`--use_cache`) cannot store these, and serves generated answers only.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from llava_next_ar.evaluation.settings import device_of_process
 class LlavaNextAR(lmms):
     """`--model llava_next_ar`; `--model_args` are the arguments of `RequestAnswerer`.
 
-    It is a model of the kind that lmms-eval calls simple: its chat models cannot be asked for likelihoods.
+    It is a model of the kind that lmms-eval calls simple: the interface of its chat models has no likelihoods.
     """
 
     is_simple = True
@@ -28,7 +28,7 @@ class LlavaNextAR(lmms):
         super().__init__()
         if max_batch_size is not None:
             raise ValueError(
-                f"max_batch_size is {max_batch_size!r}, but there is no automatic batch size: give batch_size"
+                f"max_batch_size is {max_batch_size!r}, but the batch size is never chosen automatically: give batch_size"
             )
         processes = PartialState()
         if device is None and processes.num_processes > 1:

@@ -96,7 +96,7 @@ def score_choices(
             prompts' lengths.
 
     Returns:
-        for each prompt a pair for each choice: the number, and whether greedy decoding would give this choice.
+        for each prompt a pair for each choice: the number, and True if greedy decoding gives this choice.
     """
     device = last_logits.device
     rows = torch.tensor([row for row, some in enumerate(choices) for _ in some], device=device)  # [R] one per choice
@@ -148,12 +148,12 @@ class ReadPrompts:
 def read_prompts(
     model: Any, batch: dict[str, torch.Tensor], *, max_new_tokens: int, wants_cache: bool, wants_frames: bool
 ) -> ReadPrompts:
-    """Reads prompts once for all that is measured of them: greedy answers go on from the pass that is kept.
+    """Read prompts once for all measurements: greedy answers continue from the pass that is kept.
 
     Args:
         batch: model inputs, padded on the left.
         max_new_tokens: of an answer; 0 for no answers.
-        wants_cache, wants_frames: for likelihoods, and for the reconstruction.
+        wants_cache, wants_frames: True for likelihoods, and for the reconstruction.
     """
     kept: list[ReadPrompts] = []
 
@@ -200,8 +200,8 @@ def measure_batch(
     """Records of the questions of one batch, of JSON types alone.
 
     Each has `id`, `question_type`, `answer`, `choices` and, where measured, `generated` and `exact`, for questions with
-    choices `choice` (which of them the generated text names, or None), `log_likelihoods` and `likelihood`, and for the
-    first question about a video `next_frame` (see `next_frame_records`) and what `rollout_records` gives.
+    choices `choice` (the one that the generated text names, or None), `log_likelihoods` and `likelihood`, and for the first
+    question about a video `next_frame` (see `next_frame_records`) and the keys of `rollout_records`.
     """
     batch = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
     choices = [[answer_tokens(processor, q.messages, choice) for choice in q.choices] for q in questions]
@@ -249,7 +249,7 @@ def measure_batch(
 
 
 def _owners(questions: Sequence[Question]) -> list[tuple[int, int]]:
-    """For each video of a batch its question, and which of the question's videos it is."""
+    """For each video of a batch the index of its question, and its index among the question's videos."""
     num_videos = [sum(p["type"] == "video" for m in q.messages for p in media_parts(m)) for q in questions]
     return [(question, video) for question, number in enumerate(num_videos) for video in range(number)]
 
@@ -280,7 +280,7 @@ def next_frame_records(
             "frame": frame,
             "gap": round((times[video][frame] - times[video][frame - 1]) / 1e9, 6),
             **{name: own[place] for name, own in metrics.items()},
-            # Nearest to a copy is always the frame before, so copying is no baseline here; a blind guess is one.
+            # Nearest to a copy is always the frame before, so a blind guess is the baseline here, not copying.
             "temporal_consistency_chance": 1 / (of_batch.count(video) + 1),
         }
         for name, value in values.items():
@@ -309,7 +309,7 @@ def rollout_records(
     """Rollouts of the videos of a batch, for the records of the first questions about them.
 
     `rollout`: by horizon (`"1"` and on, all from the same last frame), the lists of `next_frame_records`. Where a prompt
-    is more than text and one video, or this is too short, `no_rollout` instead: for each video why.
+    is more than text and one video, or this is too short, `no_rollout` instead: the reason for each video.
     """
     if num_frames < 2:
         return {}

@@ -12,7 +12,7 @@ from ..modeling.reconstruction_metrics import summarize_frame_metrics
 from .questions import normalise_answer
 from .settings import EvaluationSettings
 
-# What says of which frame the numbers of `next_frame_records` are.
+# Keys of `next_frame_records` that identify a frame.
 _PLACES = ("video", "frame", "gap")
 
 # -- Intervals
@@ -42,7 +42,7 @@ def interval_of_mean(table: Sequence[Sequence[float]], settings: EvaluationSetti
 def summarize_answers(
     answers: Sequence[dict[str, Any]], groups: Sequence[int], settings: EvaluationSettings
 ) -> dict[str, Any]:
-    """Accuracy, over all and for each type, beside what guessing is worth. Questions with the same
+    """Accuracy, over all and for each type, beside the chance level and the best guess. Questions with the same
     `groups[i]` (see `media_groups`) are drawn together for the intervals.
 
     `choice` is the accuracy of the choices that generated texts name; a text that names none is wrong, and counted
@@ -170,7 +170,7 @@ def _summarize_frames(clips: Sequence[dict[str, list[float]]], settings: Evaluat
         return 1 - mse / copy_mse if copy_mse > 0 else np.nan
 
     if summary["copy_mse"] == 0:
-        summary["skill"] = summary["skill_interval"] = None  # nothing changes: there is no baseline to improve on
+        summary["skill"] = summary["skill_interval"] = None  # nothing changes, so that the baseline has no error
     else:
         summary["skill_interval"] = bootstrap_interval(sums, skill, settings)
     consistent = [[sum(clip["temporal_consistency"]), len(clip["temporal_consistency"])] for clip in clips]

@@ -18,7 +18,7 @@ from .settings import EvaluationSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One entry of the data set, as it is asked."""
+    """One entry of the data set as a question."""
 
     index: int
     id: str
@@ -31,11 +31,11 @@ class Question:
     videos: tuple[str, ...] = ()
     """Those of its media that are videos; one that is sampled by options of its own is named with them."""
     moment: tuple[float, float] | None = None
-    """When what is asked about is seen, if not all the time: seconds since the first frame, of its first and last frame."""
+    """Times of the first and last frame that show the answer, in seconds since the first frame; None for all frames."""
     first_videos: tuple[int, ...] = ()
-    """Which of its videos are in no question before: what the head predicts of these is measured in this one."""
+    """Indices of its videos that no earlier question has; predictions of these are measured with this question."""
     problem: str | None = None
-    """Why the entry cannot be asked."""
+    """Reason for which the entry cannot be used."""
 
 
 # -- Entries -> questions
@@ -112,10 +112,10 @@ def _clip_name(part: dict[str, Any]) -> str:
 
 
 def check_answers_fit(questions: Sequence[Question], processor: Any, max_new_tokens: int) -> None:
-    """Refuses reference answers that no model could generate; of a choice, its letter is enough (`parse_choice`).
+    """Raise for reference answers that are longer than a generated one; of a choice, its letter suffices (`parse_choice`).
 
     Raises:
-        ValueError: naming the first question whose answer takes more tokens than that, and what the longest one takes.
+        ValueError: naming the first question whose answer takes more tokens than that, and the length of the longest one.
     """
     asked = [question for question in questions if question.problem is None and not question.choices]
     # Outer spaces and a final period do not count (`normalise_answer`), and the end of the turn may be cut off.
@@ -132,7 +132,7 @@ def check_answers_fit(questions: Sequence[Question], processor: Any, max_new_tok
 
 
 def media_groups(questions: Sequence[Question]) -> list[int]:
-    """For each question a number that is the same for all that share an image or video, be it through others."""
+    """Group of each question: the same number for questions that share an image or video, directly or through others."""
     owner: dict[str, int] = {}
     groups = list(range(len(questions)))
     for number, question in enumerate(questions):
@@ -189,7 +189,7 @@ def sampling_options(processor: Any, **given: Any) -> dict[str, Any]:
     """Options for a call of the processor: those that are given and not None, and the policy that they imply.
 
     Raises:
-        ValueError: if the processor refuses the sampling.
+        ValueError: if the processor rejects the sampling.
     """
     options = {name: value for name, value in given.items() if value is not None}
     if options:
@@ -216,7 +216,7 @@ def prompt_sample(processor: Any, messages: list[dict[str, Any]], **options: Any
 
 
 def frame_order(num_frames: int, kind: str, key: str) -> list[int]:
-    """Number of the frame shown at each place. `shuffled` is the same for the same `key`, and never the natural order."""
+    """Index of the frame shown at each place. `shuffled` is the same for the same `key`, and never the natural order."""
     natural = list(range(num_frames))
     if kind == "natural" or num_frames < 2:
         return natural
@@ -242,7 +242,7 @@ class PromptCollator:
         return self.collate(samples) if samples else None, [item if isinstance(item, str) else None for item in items]
 
 
-# -- What was said
+# -- Generated texts
 
 
 def normalise_answer(text: str) -> str:
@@ -250,7 +250,7 @@ def normalise_answer(text: str) -> str:
 
 
 def parse_choice(text: str, choices: Sequence[str]) -> int | None:
-    """The place of the choice that a generated text names, or None. The first rule that applies decides:
+    """Index of the choice that a generated text names, or None. The first rule that applies decides:
 
     1. The text is one of the choices (as `exact` compares).
     2. The text is a letter, or begins with one as a label: `B`, `(b)`, `B.`, `B) up`, `Answer: B`, `The answer is B.`

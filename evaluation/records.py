@@ -34,7 +34,7 @@ class RecordFiles:
         return sorted(self.output.parent.glob(pattern))
 
     def read(self, provenance: dict[str, Any]) -> Batches:
-        """All finished batches. A line that was cut off by the end of its process is none.
+        """All finished batches. A line that was cut off by the end of its process is left out.
 
         Raises:
             ValueError: if they were made with other settings, of another model, on other data or with other versions

@@ -1,4 +1,4 @@
-"""Everything that the numbers of an evaluation depend on: settings, model, data and versions.
+"""All that the numbers of an evaluation depend on: settings, model, data and versions.
 
 All of it goes into the output, and records of an interrupted run are only continued where all of it is the same.
 """
@@ -41,7 +41,7 @@ _WITHOUT_EFFECT = ("num_workers", "max_bad_samples")
 
 @dataclass(frozen=True, kw_only=True)
 class VideoOptions:
-    """How videos are read, where not as the checkpoint's processor does: options of `LlavaNextARVideoProcessor`."""
+    """Reading of videos, where not as the checkpoint's processor: options of `LlavaNextARVideoProcessor`."""
 
     sampling: str | None = None
     num_frames: int | None = None
@@ -62,14 +62,14 @@ class VideoOptions:
                 raise ValueError(f"{name} is {value}, expected {least}")
 
     def video_options(self) -> dict[str, Any]:
-        """Those that are set."""
+        """Options that are set."""
         values = {field.name: getattr(self, field.name) for field in fields(VideoOptions)}
         return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings(VideoOptions):
-    """Everything that the results depend on; written into the output."""
+    """All that the results depend on; written into the output."""
 
     model: str
     data: str
@@ -90,16 +90,16 @@ class EvaluationSettings(VideoOptions):
     num_workers: int = 0
     max_samples: int | None = None
     max_bad_samples: int = 0
-    """Entries that may be left out since they cannot be read, all of them named in the output; one more is an error."""
+    """Number of unreadable entries that are left out and named in the output; one more is an error."""
     max_new_tokens: int = 16
     frame_order: str = "natural"
-    """`shuffled` and `reversed` show each video's frames in another order, at the same times: what is still answered
-    needs no time."""
+    """`shuffled` and `reversed` show each video's frames in another order, at the same times: a question that is still
+    answered needs no time."""
     generation: bool = True
     likelihood: bool = True
     reconstruction: bool = True
     horizons: int = 1
-    """How many frames ahead are predicted. Above 1, so many last frames of each video are held back and imagined."""
+    """Number of frames ahead that are predicted. Above 1, that many last frames of each video are held back."""
     bootstrap_samples: int = 1000
     seed: int = 0
 
@@ -262,7 +262,7 @@ def check_device(device: str) -> None:
 
 
 def device_of_process(device: str, processes: PartialState) -> str | torch.device:
-    """The device that a process computes on: the one that is asked for, or of several processes each its own of that kind.
+    """Device of a process: the one that is given, or for several processes one each of that kind.
 
     Raises:
         ValueError: if the launcher gave this process another kind.
@@ -315,14 +315,14 @@ def resolved_revisions(model: str, revision: str | None, base_revision: str | No
     """The commits of a model and, if it is an adapter, of its base; see `resolved_revision`.
 
     Raises:
-        ValueError: for a revision of a folder, or of the base of what is no adapter.
+        ValueError: for a revision of a folder, or of the base of a model that is not an adapter.
     """
     revision = resolved_revision(model, revision)
     base = base_of_adapter(model, revision)
     if base is not None:
         return revision, resolved_revision(base, base_revision)
     if base_revision is not None:
-        raise ValueError(f"base_revision is {base_revision!r}, but {model} is no adapter, and has no base")
+        raise ValueError(f"base_revision is {base_revision!r}, but {model} is not an adapter, and has no base")
     return revision, None
 
 

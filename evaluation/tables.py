@@ -67,7 +67,7 @@ def frame_rows(frames: dict[str, Any]) -> list[list[str]]:
 
 
 def wrong_answers(answers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that the generated text, or without it the likelihood, has wrong."""
+    """Answers that are wrong by the generated text, or without it by the likelihood."""
     kinds = [next((n for n in ("choice", "exact", "likelihood") if n in answer), None) for answer in answers]
     return [answer for answer, kind in zip(answers, kinds, strict=True) if kind and not is_right(answer, kind)]
 

@@ -8,8 +8,8 @@ is the validated choice of one policy with its settings:
     # array([  0,  42,  85, 128, 170, 213, 256, 299])
 
 Most policies count frames. `uniform_time` and `fps_time` use presentation times; the results differ where the frame rate
-varies. The three `llava_*` policies reproduce LLaVA-NeXT (https://github.com/LLaVA-VL/LLaVA-NeXT), frame
-for frame.
+varies. `codec` uses the bytes of coded frames, a baseline at no cost. The three `llava_*` policies reproduce LLaVA-NeXT
+(https://github.com/LLaVA-VL/LLaVA-NeXT), frame for frame.
 
 A clip with fewer frames than requested gives each of its frames once; with `short_clip="error"` it raises ValueError, the
 default of the policy `num_frames`, which samples as transformers does. Only `force_sample` and
@@ -29,8 +29,8 @@ _OF_ANY_POLICY = ("policy", "short_clip", "video_start", "video_end")
 SLOW, FAST = 0, 1  # as `FrameType` in frame_token_layout.py
 
 
-# Arguments by position: the clip, for policies by time with `times` [total_frames] in seconds. By name: the keys of
-# `FrameSampling` that the policy reads; those without a default must be set.
+# Arguments by position: the clip, by its rate, `times` [total_frames] in seconds, or `costs` [total_frames]. By name: the
+# keys of `FrameSampling` that the policy reads; those without a default must be set.
 
 
 def uniform(total_frames: int, native_fps: float | None, *, num_frames: int) -> np.ndarray:
@@ -84,6 +84,14 @@ def frames_per_second_time(
     if max_frames is None or len(indices) <= max_frames:
         return indices
     return uniform_time(total_frames, times, num_frames=max_frames)
+
+
+def codec(total_frames: int, costs: np.ndarray, *, num_frames: int) -> np.ndarray:
+    """The first frame, and the `num_frames` - 1 others on which the codec spent most for their picture type
+    (`coding_costs`), after LLaVA-OneVision-2 (arXiv 2605.25979). Of equal costs the earlier. A clip that has no more gives
+    each of its frames once."""
+    most = np.argsort(-costs[1:], kind="stable")[: num_frames - 1] + 1
+    return np.sort(np.append(most, 0))
 
 
 def every_nth(
@@ -183,6 +191,7 @@ SAMPLING_POLICIES: dict[str, Callable[..., np.ndarray | tuple[np.ndarray, np.nda
     "fps": frames_per_second,
     "uniform_time": uniform_time,
     "fps_time": frames_per_second_time,
+    "codec": codec,
     "every_nth": every_nth,
     "fast_slow": fast_slow,
     "llava_video": llava_video,
@@ -213,7 +222,7 @@ class FrameSampling:
 
     Attributes:
         policy: a key of `SAMPLING_POLICIES`.
-        num_frames: read by `uniform` and `num_frames`.
+        num_frames: read by `uniform`, `num_frames`, `uniform_time` and `codec`.
         fps: frames wanted per second of video; read by `fps` and `llava_*`.
         max_frames: upper limit; None for unlimited.
         sample_rate: stride of `every_nth` in frames.
@@ -279,11 +288,15 @@ class FrameSampling:
 
     @property
     def needs_times(self) -> bool:
-        """True if the choice depends on presentation times beyond their number and rate."""
-        return _goes_by_time(self.policy) or bool(self.video_start) or self.video_end is not None
+        """True if the choice depends on times or costs of frames, beyond their number and rate."""
+        return _goes_by(self.policy) != "native_fps" or bool(self.video_start) or self.video_end is not None
 
     def select(
-        self, total_frames: int, native_fps: float | None = None, times: np.ndarray | None = None
+        self,
+        total_frames: int,
+        native_fps: float | None = None,
+        times: np.ndarray | None = None,
+        costs: np.ndarray | None = None,
     ) -> SampledFrames:
         """Choose among the frames 0 ... total_frames - 1 of a clip.
 
@@ -291,10 +304,11 @@ class FrameSampling:
             native_fps: frames per second, for policies that use it.
             times: `[total_frames]` seconds, not decreasing, for policies by time and for
                 `video_start` and `video_end`. None: evenly spaced at `native_fps`.
+            costs: `[total_frames]`, for `codec`: see `coding_costs` in video_reader.py.
 
         Raises:
-            ValueError: if the clip is empty, also between its limits; if the policy lacks rate or times, or fails as its
-                docstring states; or if the clip is too short for `short_clip="error"`.
+            ValueError: if the clip is empty, also between its limits; if the policy lacks rate, times or costs, or fails as
+                its docstring states; or if the clip is too short for `short_clip="error"`.
         """
         if total_frames < 1:
             raise ValueError(f"total_frames={total_frames} must be at least 1")
@@ -302,8 +316,15 @@ class FrameSampling:
         first, stop = self._window(total_frames, native_fps, times)
         length = stop - first
         clip: Any = native_fps
-        if _goes_by_time(self.policy):
+        if _goes_by(self.policy) == "times":
             clip = _times_of(self.policy, total_frames, native_fps, times)[first:stop]
+        elif _goes_by(self.policy) == "costs":
+            if costs is None:
+                raise ValueError(
+                    f"policy {self.policy!r} needs the bytes of each coded frame, which arrays, pictures, and videos of key "
+                    "frames alone lack, and which PyAV reads from a video file"
+                )
+            clip = costs[first:stop]
         chosen = SAMPLING_POLICIES[self.policy](length, clip, **settings)
         indices, types = chosen if isinstance(chosen, tuple) else (chosen, None)
         is_error = self.short_clip == "error" or (self.short_clip is None and self.policy == "num_frames")
@@ -363,8 +384,8 @@ def _at_most(indices: np.ndarray, max_frames: int | None, total_frames: int) -> 
     return _spread(total_frames, max_frames)
 
 
-def _goes_by_time(policy: str) -> bool:
-    return "times" in inspect.signature(SAMPLING_POLICIES[policy]).parameters
+def _goes_by(policy: str) -> str:
+    return list(inspect.signature(SAMPLING_POLICIES[policy]).parameters)[1]
 
 
 def _times_of(policy: str, total_frames: int, native_fps: float | None, times: np.ndarray | None) -> np.ndarray:
@@ -397,7 +418,7 @@ SAMPLING_SETTINGS = tuple(field.name for field in fields(FrameSampling) if field
 OPTIONAL_SETTINGS = tuple(name for name in SAMPLING_SETTINGS if not getattr(FrameSampling, name))
 _FAST_SLOW_SETTINGS = tuple(inspect.getfullargspec(SAMPLING_POLICIES["fast_slow"]).kwonlyargs)
 _READ_FPS = tuple(name for name, read in SAMPLING_POLICIES.items() if "fps" in inspect.getfullargspec(read).kwonlyargs)
-_READ_NUM_FRAMES = ("num_frames", "uniform_time")
+_READ_NUM_FRAMES = ("num_frames", "uniform_time", "codec")
 
 
 def choose_policy(stored: str, given: Mapping[str, Any]) -> str:
@@ -477,10 +498,11 @@ def with_own_options(
     elif of_video and not given.get("do_sample_frames", stored["do_sample_frames"]):
         given |= {"do_sample_frames": True, "sampling": "every_nth", "sample_rate": 1}
     given |= of_video
-    if "max_frames" in of_video and choose_policy(stored["sampling"], given) in ("uniform", "num_frames"):
+    policy = choose_policy(stored["sampling"], given) if "max_frames" in of_video else ""
+    if policy in ("uniform", *_READ_NUM_FRAMES):
         FrameSampling(policy="every_nth", sample_rate=1, max_frames=of_video["max_frames"])  # validates it
         limit = min(given.pop("max_frames"), given.get("num_frames", stored["num_frames"]))
-        given |= {"num_frames": limit, "sampling": given.get("sampling", "uniform")}
+        given |= {"num_frames": limit, "sampling": given.get("sampling", policy.replace("num_frames", "uniform"))}
     return given
 
 

@@ -462,7 +462,7 @@ class ImageReader:
     def __init__(self, images: Sequence[Any], name: str, fps: float | None) -> None:
         if not len(images):
             raise VideoReadError(name, "it holds no frames")
-        self.name, self.images, self.missing = name, images, 0
+        self.name, self.images, self.missing, self.costs = name, images, 0, None
         self.fps = float(fps or IMAGE_FPS)
         self.timestamps = np.arange(len(images)) / self.fps
         self.duration = len(images) / self.fps
@@ -499,7 +499,7 @@ class PictureReader:
     """
 
     def __init__(self, image: Image.Image, name: str, fps: float | None) -> None:
-        self.name, self._image, self._canvas = name, image, None
+        self.name, self._image, self._canvas, self.costs = name, image, None, None
         announced = num_pictures(image)
         delays: list[float] = []  # seconds
         starts: list[float] = []  # milliseconds, in AVIF

@@ -71,6 +71,7 @@ class DecordReader:
     """
 
     backend = "decord"
+    costs = None
     takes_stream_index = False
     turns_inexactly = False  # only by a multiple of 90 degrees, and only in MP4
 
@@ -144,6 +145,7 @@ class TorchCodecReader:
     """
 
     backend = "torchcodec"
+    costs = None
     takes_stream_index = True
     turns_inexactly = True
 
@@ -211,7 +213,7 @@ def checked_reader(
             if cause is not None:
                 reader.close()
                 raise VideoReadError(name, f"{reader_class.backend} {cause}; use the back end 'pyav'")
-            reader.fps, reader.duration = exact.fps, exact.duration
+            reader.fps, reader.duration, reader.costs = exact.fps, exact.duration, exact.costs
             return reader
 
     return opened

@@ -24,7 +24,6 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -45,12 +44,16 @@ from .video_reader import (
     FALLBACK_FPS,
     FORMATS,
     Emit,
+    FrameGroup,
     FrameReader,
+    OpenedFile,
+    PacketEntry,
     RgbConverter,
     SeekMissed,
     TimesChanged,
     VideoReadError,
     clock_offsets,
+    coding_costs,
     display_matrix,
     filled_times,
     frame_rate,
@@ -75,6 +78,7 @@ _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 _ORIENTATION, _SEARCHED = b"\x2f\x03", 2048  # bytes
 _DEFAULT, _COVERS, _IMPAIRED = 0x1, 0x400 | 0x800, 0x80 | 0x100  # AV_DISPOSITION_*; a cover is the "video" of a song
 _NO_TIMESTAMPS, _CLOCK_RESETS = 0x80, 0x200  # AVFMT_NOTIMESTAMPS, AVFMT_TS_DISCONT
+_COPY_OPAQUE = 0x80  # AV_CODEC_FLAG_COPY_OPAQUE: frames carry the number of their packet
 _MIN_AV_MAJOR = 17  # before it, colours of BT.709 are up to 25 levels off (PyAV#2230), or reading crashes
 _AV_MAJOR = int(av.__version__.split(".")[0]) if av is not None else 0
 MAX_FRAME_PIXELS = 2**26  # 8192 x 8192, above 8K films
@@ -90,40 +94,6 @@ _AV_HEADER_OPTIONS = {
     "container_options": {**_AV_OPEN_OPTIONS["container_options"], "probesize": "32"},
     "options": {**_DECODER_OPTIONS, "skip_frame": "all"},
 }
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """Container with its decoded stream and decoder; one for each thread."""
-
-    container: Any
-    stream: Any
-    codec: Any
-
-
-@dataclass(frozen=True)
-class _Packet:
-    """Times of a packet in units of the stream, None for unknown, and its flags."""
-
-    pts: int | None
-    dts: int | None
-    duration: int
-    is_key: bool
-    is_hidden: bool
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Part of one group of pictures that must be decoded.
-
-    Attributes:
-        first, last: positions (in decoding order) of the key frame and of the last requested frame.
-        wanted: pts -> index of the requested frames.
-    """
-
-    first: int
-    last: int
-    wanted: dict[int, int]
 
 
 class PyAVReader:
@@ -145,7 +115,7 @@ class PyAVReader:
         self.missing = 0
         self._oblique: set[str] = set()  # display matrices that were reported
         self._opened = contextlib.ExitStack()
-        self._unused: list[_Opened] = []  # by `_index_packets`, as long as nothing is decoded from it
+        self._unused: list[OpenedFile] = []  # by `_index_packets`, as long as nothing is decoded from it
         try:
             self._index_packets()
         except av.FFmpegError as error:
@@ -194,7 +164,7 @@ class PyAVReader:
             raise VideoReadError(self.name, cause) from error
 
     @contextlib.contextmanager
-    def _open(self, options: dict[str, Any] = _AV_OPEN_OPTIONS) -> Iterator[_Opened]:
+    def _open(self, options: dict[str, Any] = _AV_OPEN_OPTIONS) -> Iterator[OpenedFile]:
         with self._container(options) as container:
             if self.stream_index is None:
                 self.stream_index = self._best_stream(container)
@@ -207,8 +177,9 @@ class PyAVReader:
                 )
             if codec.name in _ALPHA_DECODERS and stream.metadata.get("alpha_mode") == "1":
                 codec = self._alpha_decoder(codec)
+            codec.flags |= _COPY_OPAQUE
             codec.options = _DECODER_OPTIONS | ({"err_detect": "explode"} if self._is_strict else {})
-            yield _Opened(container, stream, codec)
+            yield OpenedFile(container, stream, codec)
 
     def _best_stream(self, container: Any) -> int:
         """Index of the stream to read among those with a decoder, without covers: default streams first, then streams of
@@ -280,9 +251,8 @@ class PyAVReader:
         for packet in self._packets(container, None if is_matroska else stream, errors):
             if packet.stream_index == stream.index:
                 is_marked = is_marked if packets else _ORIENTATION in bytes(packet)[:_SEARCHED]
-                packets.append(
-                    _Packet(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, packet.is_discard)
-                )
+                kind = packet.is_keyframe, packet.is_discard
+                packets.append(PacketEntry(packet.pts, packet.dts, packet.duration or 0, *kind, packet.size))
                 is_corrupt |= packet.is_corrupt
             if is_matroska and packet.pts is not None:
                 end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
@@ -353,6 +323,8 @@ class PyAVReader:
             times = times + clock_offsets(self._seek_to, self._step(), 1 / self._time_base)
         order = np.flatnonzero(is_frame)
         order = order[np.argsort(times[order], kind="stable")]
+        costs = coding_costs(*np.array([(packet.size, packet.is_key) for packet in self._index]).T, times)
+        self.costs = None if costs is None else costs[order]
         if self._has_dts_only:  # the n-th frame is shown a constant time after the n-th packet is decoded
             dts = np.sort([self._index[position].dts for position in order])
             self._set_times(self._pts[order], dts, 0)
@@ -366,10 +338,12 @@ class PyAVReader:
         if self._has_dts_only:
             self._pts = [packet.dts for packet in self._index]
         lost: list[str] = []
-        pts, ticks = [], 0
+        pts, positions, ticks = [], [], 0
         for frame in self._intact_frames(lost):
             pts.append(frame.pts)
+            positions.append(frame.opaque)
             ticks = frame.duration or 0
+        self.costs = None if not pts or None in positions else self._decoded_costs(np.array(positions))
         start = list(zip(self._pts, self._index, strict=True))[: self._second_key()]
         shown = [time for time, packet in start if time is not None and not packet.is_hidden]
         num_early = sum(time < pts[0] for time in shown) if pts and pts[0] is not None else 0
@@ -384,6 +358,18 @@ class PyAVReader:
             times, ticks = np.arange(len(pts)), 0
             self._time_base = 1 / (self._declared_fps or FALLBACK_FPS)
         self._set_times(times, times, ticks)
+
+    def _decoded_costs(self, positions: np.ndarray) -> np.ndarray | None:
+        """`coding_costs` in order of time. A packet without a frame, as of a second field, counts for the one before it.
+
+        Args:
+            positions: `[total_frames]`, of the packet of each frame.
+        """
+        order = np.argsort(positions, kind="stable")
+        places, sizes = positions[order], np.array([packet.size for packet in self._index])
+        is_key = np.array([packet.is_key for packet in self._index])[places]
+        costs = coding_costs(np.add.reduceat(sizes, places), is_key, order)
+        return None if costs is None else costs[np.argsort(order)]
 
     def _second_key(self) -> int:
         """Position of the first packet whose frame cannot precede the first one. If its time does, the clock was reset."""
@@ -450,7 +436,7 @@ class PyAVReader:
             raise TimesChanged
         return failed
 
-    def _groups(self, indices: np.ndarray) -> list[_Group]:
+    def _groups(self, indices: np.ndarray) -> list[FrameGroup]:
         """Group the requested frames by their key frame: the last one that is shown and decoded before them."""
         wanted: dict[int, dict[int, int]] = {}
         for index in indices.tolist():
@@ -459,10 +445,10 @@ class PyAVReader:
             while nearest and self._pts[self._keys[nearest]] > pts:
                 nearest -= 1
             wanted.setdefault(int(self._keys[nearest]), {})[pts] = index
-        return [_Group(key, max(self._position[p] for p in group), group) for key, group in wanted.items()]
+        return [FrameGroup(key, max(self._position[p] for p in group), group) for key, group in wanted.items()]
 
     def _decode_group(
-        self, opened: _Opened, group: _Group, emit: Emit, to_rgb: RgbConverter, seek: bool
+        self, opened: OpenedFile, group: FrameGroup, emit: Emit, to_rgb: RgbConverter, seek: bool
     ) -> tuple[set[int], set[int]]:
         """Emit the requested frames of a group; return emitted indices and those lost to damage."""
         done: set[int] = set()
@@ -491,7 +477,7 @@ class PyAVReader:
             return done - lost, lost
         return done, set()
 
-    def _frames_of_group(self, opened: _Opened, group: _Group, seek: bool) -> Iterator[Any]:
+    def _frames_of_group(self, opened: OpenedFile, group: FrameGroup, seek: bool) -> Iterator[Any]:
         codec = opened.codec
         may_skip = codec.name in _SKIPPABLE_CODECS
         if codec.is_open:
@@ -521,10 +507,12 @@ class PyAVReader:
         with self._open() as opened:
             # One thread where errors must be separated from those before the first key frame: several report late.
             set_threads(opened.codec, 1 if self._first_key else self._num_threads)
-            packets = itertools.islice(self._packets(opened.container, opened.stream, lost), self._num_skipped, None)
+            packets = enumerate(self._packets(opened.container, opened.stream, lost))
             started, intact = False, True
-            for packet in itertools.chain(packets, [None]):  # None: frames that the decoder still buffers
-                started |= packet is not None and packet.is_keyframe
+            for number, packet in itertools.chain(itertools.islice(packets, self._num_skipped, None), [(0, None)]):
+                if packet is not None:  # None: frames that the decoder still buffers
+                    packet.opaque = number
+                    started |= packet.is_keyframe
                 try:
                     frames = opened.codec.decode(packet)
                 except av.FFmpegError as error:

@@ -193,8 +193,9 @@ def video_length(source: Any) -> tuple[int, float]:
         return len(reader.timestamps), reader.fps
 
 
-def video_times(source: Any, fps: float | None = None) -> tuple[np.ndarray, float, float]:
-    """Return presentation times `[T]` in seconds, frame rate and duration of a source that `load_video` reads with `fps`.
+def video_times(source: Any, fps: float | None = None) -> tuple[np.ndarray, float, float, np.ndarray | None]:
+    """Return presentation times `[T]` in seconds, frame rate, duration, and costs as in `FrameReader`, of a source that
+    `load_video` reads with `fps`.
 
     Nothing is decoded where a file's packets have times.
 
@@ -202,7 +203,7 @@ def video_times(source: Any, fps: float | None = None) -> tuple[np.ndarray, floa
         VideoReadError: as `video_length`.
     """
     with _open_reader(source, fps=fps) as reader:
-        return reader.timestamps, reader.fps, reader.duration
+        return reader.timestamps, reader.fps, reader.duration, reader.costs
 
 
 def _read_sampled(
@@ -218,7 +219,7 @@ def _read_sampled(
         if sampling is None:
             sampled = SampledFrames(np.arange(total))
         else:
-            sampled = sampling.select(total, reader.fps, reader.timestamps)
+            sampled = sampling.select(total, reader.fps, reader.timestamps, reader.costs)
         distinct, place_of = np.unique(sampled.indices, return_inverse=True)  # some policies repeat frames
         stacks = [_FrameStack(len(distinct), size, resample, resize_backend, reader.name) for size in sizes]
 

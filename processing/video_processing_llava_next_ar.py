@@ -68,8 +68,8 @@ class LlavaNextARVideoProcessorKwargs(VideosKwargs, total=False):
     r"""
     sampling (`str`, *optional*, defaults to `"uniform"`):
         Policy: `uniform | num_frames | fps | every_nth | fast_slow`, `uniform_time | fps_time` for variable frame
-        rates, or one of the `llava_*` policies that reproduce LLaVA-NeXT. `uniform` gives all frames of a clip with
-        fewer than `num_frames` frames.
+        rates, `codec` for frames with the most coded bytes, or one of the `llava_*` policies that reproduce LLaVA-NeXT.
+        `uniform` gives all frames of a clip with fewer than `num_frames` frames.
     max_frames (`int`, *optional*):
         Upper limit for the policies that use the frame rate.
     sample_rate (`int`, *optional*):

@@ -4,6 +4,7 @@
 import io
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,11 +59,13 @@ class FrameReader(Protocol):
         timestamps: `[total_frames]` float64, presentation times in seconds, the first is 0.
         fps: average number of frames a second.
         duration: seconds, from the first frame to the end of the last one.
+        costs: `[total_frames]`, see `coding_costs`; None if unknown.
         missing: number of announced or present frames that cannot be read.
     """
 
     name: str
     timestamps: np.ndarray
+    costs: np.ndarray | None
     fps: float
     duration: float
     missing: int
@@ -120,6 +123,71 @@ def filled_times(times: Sequence[int | None], step: int) -> list[int]:
         last = last + step if time is None else time
         filled.append(last)
     return filled
+
+
+# -- Packets
+
+
+@dataclass(frozen=True)
+class OpenedFile:
+    """One container with the stream to read and its decoder; one for each thread."""
+
+    container: Any
+    stream: Any
+    codec: Any
+
+
+@dataclass(frozen=True)
+class PacketEntry:
+    """Times of a packet in units of the stream, None where unknown, its kind, and its size in bytes."""
+
+    pts: int | None
+    dts: int | None
+    duration: int
+    is_key: bool
+    is_hidden: bool
+    size: int
+
+
+@dataclass(frozen=True)
+class FrameGroup:
+    """The part of one group of pictures that must be decoded.
+
+    Attributes:
+        first, last: positions (in decoding order) of the key frame and of the wanted frame that is decoded last.
+        wanted: pts -> index of the wanted frames.
+    """
+
+    first: int
+    last: int
+    wanted: dict[int, int]
+
+
+def coding_costs(sizes: np.ndarray, is_key: np.ndarray, times: np.ndarray) -> np.ndarray | None:
+    """Bytes of each frame over those usual for its picture type, `[N]` float64; None if all frames are key frames.
+
+        cost = (bytes + mean) / (median of the type + mean)
+
+    The mean is that of all frames but key frames. Without it, any change would be large beside frames of next to no bytes.
+
+    Types are key frames, others (P), and those among them that are shown before a frame decoded earlier (B): each type
+    costs less than the one before it, whatever it shows. Encoders start a new group of pictures at a regular distance, and
+    at a cut: a key frame at another than the greatest, repeated distance counts as a P frame.
+
+    Args:
+        sizes, is_key, times: `[N]` each, in decoding order; of the times only the order counts.
+    """
+    if is_key.all():
+        return None
+    is_reordered = times < np.maximum.accumulate(times)
+    keys = np.flatnonzero(is_key)
+    distances = np.diff(keys)
+    is_greatest = distances > 0.9 * distances.max(initial=0)
+    types = np.where(is_key, 2, is_reordered.astype(int))
+    types[keys[1:][~is_greatest | (is_greatest.sum() == 1)]] = 0
+    mean = sizes[is_key == 0].mean()
+    usual = np.array([np.median(sizes[types == kind]) if (types == kind).any() else 0 for kind in range(3)])
+    return (sizes + mean) / (usual[types] + mean)
 
 
 # -- Orientation

@@ -125,7 +125,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": f"Policy that chooses frames: {' | '.join(SAMPLING_POLICIES)}. uniform_time and fps_time use the times of "
-            "frames, for videos whose frame rate varies."
+            "frames, for videos whose frame rate varies; codec uses their coded bytes."
         },
     )
     num_frames: int | None = field(default=None, metadata={"help": "Frames of a video."})

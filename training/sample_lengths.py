@@ -122,14 +122,11 @@ def _video_text(processor: Any, video: Any, options: dict[str, Any]) -> tuple[st
     video_processor = processor.video_processor
     names = video_processor.valid_kwargs.__annotations__
     given = {name: value for name, value in options.items() if name in names} | options.get("videos_kwargs", {})
-    if is_request(video):
-        request = MediaRequest(_opened(video.source), video.options, video.place)
-        metadata, sampling, _, loading = video_processor.sampling_of_request(request, None, given)
-        clip = _clock(request.source, metadata.fps if metadata else loading.get("fps"), sampling)
-    else:
-        sampling = video_processor.sampling_for(**given)
-        clip = _clock(_opened(video), None, sampling)
-    sampled = SampledFrames(np.arange(clip.total)) if sampling is None else sampling.select(*clip[:3])
+    request = video if is_request(video) else MediaRequest(video, {}, "")
+    request = MediaRequest(_opened(request.source), request.options, request.place)
+    metadata, sampling, _, loading = video_processor.sampling_of_request(request, None, given)
+    clip = _clock(request.source, metadata.fps if metadata else loading.get("fps"), sampling)
+    sampled = SampledFrames(np.arange(clip.total)) if sampling is None else sampling.select(*clip[:4])
     fps = clip.fps or IMAGE_FPS
     timestamps = sampled.indices / fps if clip.times is None else clip.times[sampled.indices]
     processed: dict[str, Any] = {
@@ -150,11 +147,12 @@ def _opened(video: Any) -> Any:
 
 
 class _Clock(NamedTuple):
-    """Number of frames of a video, frames per second, seconds of each frame, duration; None for values not looked up."""
+    """Frames, frames per second, seconds and cost of each frame, and duration of a video; None for values not looked up."""
 
     total: int
     fps: float | None
     times: np.ndarray | None = None
+    costs: np.ndarray | None = None
     duration: float | None = None
 
 
@@ -168,8 +166,8 @@ def _clock(video: Any, fps: float | None, sampling: FrameSampling | None) -> _Cl
     if not needs_times:
         total, native_fps = video_length(video)
         return _Clock(total, fps or native_fps)
-    times, native_fps, duration = video_times(video, fps)  # packets are read, which costs more than a header
-    return _Clock(len(times), native_fps, times, duration)
+    times, native_fps, duration, costs = video_times(video, fps)  # packets are read, which costs more than a header
+    return _Clock(len(times), native_fps, times, costs, duration)
 
 
 def _image_texts(processor: Any, images: list[Any]) -> list[str]:

@@ -1,12 +1,16 @@
 """Answers of a checkpoint that reads some frames, or some visual tokens, of each video.
 
-Every way of choosing has the same budget. Those that look at the video rest on one of these scores:
+Every way of choosing has the same budget. Each rests on one of these scores:
 
-    surprise    error of the head's prediction over that of copying the frame before (frame_surprise.py)
-    error       error of the prediction alone
-    change      features: error of copying alone; tokens: Efficient Video Sampling (EVS), 1 - cosine of the embeddings
-    pixels      mean squared difference of the pixels
-    random      drawn for each video, the same in every run
+| score | value |
+|---|---|
+| surprise | error of the head's prediction over that of copying the frame before (frame_surprise.py) |
+| error | error of the prediction alone |
+| change | frames: error of copying alone; tokens: Efficient Video Sampling (EVS), 1 - cosine of the embeddings |
+| pixels | mean squared difference of the pixels |
+| codec | bytes that the codec spent on the frame, for its picture type (`coding_costs`); all tokens of a frame have its cost |
+| random | drawn for each video, the same in each run |
+| uniform | even steps; for tokens, whole frames at even steps |
 
 The first frame has no frame before it, and comes before all others in each of them.
 """
@@ -30,25 +34,31 @@ from ...evaluation.settings import EvaluationSettings
 from ...modeling.autoregressive_reconstruction import seconds_since
 from ...modeling.frame_surprise import VideoSurprise
 from .selection import (
+    SAME_TIME,
     change_scores,
+    codec_scores,
+    even_scores,
     first_frame_first,
     keep_frames,
     keep_tokens,
     keep_with_newlines,
+    pixel_changes,
     prune_prompts,
     select_key_frames,
     spread_key_frames,
     uniform_frames,
 )
 
-FRAME_SCORES = ("surprise", "error", "change", "pixels")
+FRAME_SCORES = ("surprise", "error", "change", "pixels", "codec")
+FREE_SCORES = ("pixels", "codec")
+"""Of `FRAME_SCORES`, those that take neither a vision tower nor a language model."""
 FRAME_RULES = {"top": select_key_frames, "spread": spread_key_frames}
-TOKEN_SCORES = ("surprise", "error", "change", "random")
+TOKEN_SCORES = ("surprise", "error", "change", "pixels", "codec", "random", "uniform")
 
 
 @dataclass
 class Condition:
-    """What came of one way of choosing at one budget."""
+    """Answers with one way of choosing at one budget."""
 
     way: str
     """`all` if everything was shown."""
@@ -59,11 +69,11 @@ class Condition:
     frames: list[list[int]] = field(default_factory=list)
     """For each question the frames that were shown, where frames are chosen."""
     hits: list[int | None] = field(default_factory=list)
-    """For each of these, 1 if one of them shows the question's moment, None if the question has none."""
+    """For each question, 1 if one of the frames shows its moment, None if it has none."""
 
 
 class _Conditions(dict):
-    """By way and budget; made when first asked for."""
+    """By way and budget; made at first use."""
 
     def __missing__(self, key: tuple[str, float | None]) -> Condition:
         self[key] = Condition(*key)
@@ -73,7 +83,11 @@ class _Conditions(dict):
 def _batches(
     questions: Sequence[Question], processor: Any, settings: EvaluationSettings, description: str, progress: bool
 ) -> Iterator[tuple[list[Question], list[dict[str, torch.Tensor]]]]:
-    """Questions with their samples, decoded in workers, so many at a time; a bar counts those that are done."""
+    """Batches of questions with their samples, decoded in workers, with a progress bar.
+
+    Raises:
+        ValueError: for a sample that cannot be read.
+    """
     loader = DataLoader(
         Prompts(questions, processor, settings),
         batch_size=settings.batch_size,
@@ -95,7 +109,7 @@ def _on_device(batch: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Te
 
 
 def surprise_of_batch(model: Any, batch: dict[str, torch.Tensor]) -> list[VideoSurprise]:
-    """Of each video of a batch of prompts with one video each.
+    """`model.surprise` of each video of a batch of prompts with one video each.
 
     Raises:
         ValueError: if a prompt holds no video of two frames or more, or more than one video.
@@ -112,36 +126,36 @@ def surprise_of_batch(model: Any, batch: dict[str, torch.Tensor]) -> list[VideoS
 # -- Key frames
 
 
-def frame_scores(surprise: VideoSurprise, pixel_values: torch.Tensor) -> dict[str, list[float]]:
-    """By the name of a score, one number for each frame, 0 for the first.
+def frame_scores(surprise: VideoSurprise, pixel_values: torch.Tensor, codec: list[float]) -> dict[str, list[float]]:
+    """One number for each frame by the name of a score, 0 for the first frame.
 
     Args:
         surprise: of the video.
         pixel_values: `[T, 3, H, W]`.
+        codec: `codec_scores` of the video.
     """
-    pixels = pixel_values.float().diff(dim=0).square().flatten(1).mean(1)
     scores = {
         "surprise": surprise.frames.tolist(),
         "error": [float(errors.mean()) for errors in surprise.errors],
         "change": [float(errors.mean()) for errors in surprise.copy_errors],
-        "pixels": pixels.tolist(),
+        "pixels": pixel_changes(pixel_values).flatten().tolist(),
     }
-    return {name: [0.0, *own] for name, own in scores.items()}
+    return {name: [0.0, *own] for name, own in scores.items()} | {"codec": codec}
 
 
 def choose_frames(scores: dict[str, list[float]], num_kept: int, key: str) -> dict[str, list[int]]:
-    """The frames that each way of choosing keeps; `key` names the video, for those that are drawn."""
-    num_frames = len(scores["pixels"])
+    """The frames that each way of choosing keeps, for some of `FRAME_SCORES`; `key` is the seed of those that are drawn."""
+    num_frames = len(next(iter(scores.values())))
     drawn = _random(f"{key} {num_kept}").permutation(np.arange(1, num_frames))[: num_kept - 1]
     chosen = {"uniform": uniform_frames(num_frames, num_kept), "random": sorted([0, *drawn.tolist()])}
-    for name in FRAME_SCORES:
+    for name in scores:
         for rule, choose in FRAME_RULES.items():
             chosen[f"{name} {rule}"] = choose(scores[name], num_kept)
     return chosen
 
 
-def _key(question: Question, settings: EvaluationSettings) -> str:
-    """Of a question's video, wherever it lies."""
+def key_of(question: Question, settings: EvaluationSettings) -> str:
+    """Seed of a question's video, independent of its folder."""
     return f"{settings.seed} {Path(question.media[0]).name}"
 
 
@@ -150,7 +164,7 @@ def _random(key: str) -> np.random.Generator:
 
 
 def shows_moment(question: Question, times: torch.Tensor, frames: Sequence[int]) -> int | None:
-    """Whether one of the frames lies in the question's moment; None if it has none.
+    """1 if one of the frames lies in the question's moment, else 0; None if it has none.
 
     Args:
         times: `[T]` of the whole video, as the processor gives them.
@@ -158,9 +172,8 @@ def shows_moment(question: Question, times: torch.Tensor, frames: Sequence[int])
     if question.moment is None:
         return None
     first, last = question.moment
-    slack = 1e-3  # seconds: files and entries round times differently
     seconds = seconds_since(times[0], times)[list(frames)]
-    return int(((seconds >= first - slack) & (seconds <= last + slack)).any())
+    return int(((seconds >= first - SAME_TIME) & (seconds <= last + SAME_TIME)).any())
 
 
 def measure_key_frames(
@@ -172,7 +185,7 @@ def measure_key_frames(
     *,
     progress: bool = True,
 ) -> list[Condition]:
-    """Answers from so many frames of each video, for every way of choosing them.
+    """Answers from few frames of each video, for each way of choosing them.
 
     Args:
         questions: with choices, about one video each.
@@ -192,12 +205,14 @@ def measure_key_frames(
     for some, samples in _batches(questions, processor, settings, "key frames", progress):
         batch, _ = collate(samples)
         surprises = surprise_of_batch(model, _on_device(batch, model))
+        codec = [_codec_of(question, sample) for question, sample in zip(some, samples, strict=True)]
         scores = [
-            frame_scores(own, sample["pixel_values_videos"][0]) for own, sample in zip(surprises, samples, strict=True)
+            frame_scores(own, sample["pixel_values_videos"][0], costs)
+            for own, sample, costs in zip(surprises, samples, codec, strict=True)
         ]
         conditions["all", None].right += answer(samples, some)
         for number in num_kept:
-            chosen = [choose_frames(own, number, _key(q, settings)) for own, q in zip(scores, some, strict=True)]
+            chosen = [choose_frames(own, number, key_of(q, settings)) for own, q in zip(scores, some, strict=True)]
             for way in chosen[0]:
                 frames = [own[way] for own in chosen]
                 layout, token = model.config.frame_token_layout, model.config.video_token_id
@@ -211,24 +226,40 @@ def measure_key_frames(
     return list(conditions.values())
 
 
+def _codec_of(question: Question, sample: dict[str, torch.Tensor]) -> list[float]:
+    times = sample["video_timestamps"][0]
+    return codec_scores(question.media[0], seconds_since(times[0], times).tolist())
+
+
 # -- Tokens
 
 
 def token_scores(
-    surprise: VideoSurprise, features: torch.Tensor, tokens: Any, key: str
+    surprise: VideoSurprise,
+    features: torch.Tensor,
+    tokens: Any,
+    key: str,
+    *,
+    pixel_values: torch.Tensor,
+    codec: Sequence[float],
 ) -> dict[str, list[torch.Tensor]]:
-    """By the name of a score, for each frame but the first `[h, w]`.
+    """Scores `[h, w]` of the tokens of each frame but the first by the name of a score; `uniform` depends on the budget.
 
     Args:
         surprise, features, tokens: of one video; features `[L, D]` as the language model gets them.
-        key: names the video, for what is drawn.
+        key: seed of those that are drawn.
+        pixel_values: `[T, 3, H, W]`.
+        codec: `[T]`, `codec_scores` of the video.
     """
-    rng = _random(key)
+    rng, grids, device = _random(key), tokens.frame_grids[1:], features.device
+    pairs = [pixel_values[frame : frame + 2] for frame in range(len(grids))]
     return {
         "surprise": surprise.patches,
         "error": surprise.errors,
         "change": change_scores(features, tokens),
-        "random": [torch.from_numpy(rng.random(grid)).to(features.device) for grid in tokens.frame_grids[1:]],
+        "pixels": [pixel_changes(pair, grid)[0].to(device) for pair, grid in zip(pairs, grids, strict=True)],
+        "codec": [torch.full(grid, cost, device=device) for cost, grid in zip(codec[1:], grids, strict=True)],
+        "random": [torch.from_numpy(rng.random(grid)).to(device) for grid in grids],
     }
 
 
@@ -242,7 +273,7 @@ def measure_tokens(
     *,
     progress: bool = True,
 ) -> list[Condition]:
-    """Answers from a share of the tokens of each video, for every way of choosing them.
+    """Answers from a share of the tokens of each video, for each way of choosing them.
 
     Args:
         questions: with choices, about one video each.
@@ -263,9 +294,16 @@ def measure_tokens(
         maps = model.model.video_tokens(video)
         choices = [[answer_tokens(processor, q.messages, choice) for choice in q.choices] for q in some]
         scores = [
-            token_scores(own, features, tokens, _key(q, settings))
-            for own, features, tokens, q in zip(
-                surprises, video.pooler_output, model.model.video_tokens(video), some, strict=True
+            token_scores(
+                own,
+                features,
+                tokens,
+                key_of(q, settings),
+                pixel_values=sample["pixel_values_videos"][0],
+                codec=_codec_of(q, sample),
+            )
+            for own, features, tokens, q, sample in zip(
+                surprises, video.pooler_output, maps, some, samples, strict=True
             )
         ]
         answer = partial(_answer_pruned, model, batch, video, choices, some)
@@ -274,8 +312,8 @@ def measure_tokens(
         for share in shares:
             for way in TOKEN_SCORES:
                 ranked = [
-                    first_frame_first(own[way], t)
-                    for own, t in zip(scores, model.model.video_tokens(video), strict=True)
+                    first_frame_first(even_scores(t, share) if way == "uniform" else own[way], t)
+                    for own, t in zip(scores, maps, strict=True)
                 ]
                 conditions[way, share].right += answer([keep_tokens(own, share) for own in ranked])
     return list(conditions.values())

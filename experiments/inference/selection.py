@@ -1,4 +1,4 @@
-"""Selection of frames and of visual tokens for a language model.
+"""Selection of frames and of visual tokens for a language model, and scores that need no model.
 
 All rules are deterministic: of equal scores the earlier one wins.
 
@@ -14,15 +14,45 @@ import numpy as np
 import torch
 
 from ...configuration.frame_token_layout import FrameTokenLayout, TokenKind, VideoTokens, split_video_positions
+from ...processing.video_frames import video_times
 
-# What belongs to each frame of a sample's video, `[1, T, ...]`.
+SAME_TIME = 1e-3  # seconds: files and entries round times differently
+# Inputs with an entry for each frame of a sample's video, `[1, T, ...]`.
 _OF_FRAMES = ("pixel_values_videos", "video_frame_mask", "video_timestamps", "video_frame_types")
 
 # -- Frames
 
 
+def codec_scores(video: Any, seconds: Sequence[float]) -> list[float]:
+    """The cost of each sampled frame in the file, 0 for the first, as policy `codec` compares them.
+
+    The cost of frames that were not sampled counts for the next sampled one, since it shows their changes too.
+
+    Args:
+        video: path of the file.
+        seconds: `[T]` of the sampled frames, from the first frame of the file.
+
+    Raises:
+        ValueError: if the file has no costs (`coding_costs`), or no frame at one of the times.
+    """
+    times, _, _, costs = video_times(video)
+    if costs is None:
+        raise ValueError(f"{video} has key frames alone, expected a video with predicted frames")
+    found = np.abs(times[:, None] - np.asarray(seconds)).argmin(0)
+    if np.abs(times[found] - seconds).max() > SAME_TIME or (np.diff(found) <= 0).any():
+        raise ValueError(f"{video} has no frames of its own at {list(seconds)} seconds")
+    sums = np.append(0, np.cumsum(costs))[found + 1]
+    return [0.0, *np.diff(sums).tolist()]
+
+
+def pixel_changes(pixel_values: torch.Tensor, grid: tuple[int, int] = (1, 1)) -> torch.Tensor:
+    """Mean squared difference of each frame to the frame before on a grid: `[T, 3, H, W]` -> `[T - 1, h, w]`."""
+    change = pixel_values.float().diff(dim=0).square().mean(1)
+    return torch.nn.functional.adaptive_avg_pool2d(change[:, None], grid)[:, 0]
+
+
 def uniform_frames(num_frames: int, num_kept: int) -> list[int]:
-    """So many frames as evenly spread as can be, the first and the last among them (the first alone if one is kept)."""
+    """`num_kept` evenly spread frames, the first and the last among them; the first alone if one is kept."""
     _check_number(num_frames, num_kept)
     return np.rint(np.linspace(0, num_frames - 1, num_kept)).astype(int).tolist()
 
@@ -31,10 +61,10 @@ def select_key_frames(scores: Sequence[float], num_kept: int) -> list[int]:
     """The first frame and those with the highest scores, in time order.
 
     Args:
-        scores: one for each frame; that of the first is not looked at.
+        scores: one for each frame; that of the first does not count.
 
     Raises:
-        ValueError: if more frames are asked for than there are, or none.
+        ValueError: if `num_kept` is 0 or more than the number of frames.
     """
     _check_number(len(scores), num_kept)
     return sorted([0, *_by_score(scores)[: num_kept - 1]])
@@ -135,7 +165,7 @@ def first_frame_first(scores: Sequence[torch.Tensor], tokens: VideoTokens) -> to
 
 
 def change_scores(features: torch.Tensor, tokens: VideoTokens) -> list[torch.Tensor]:
-    """How much each token differs from the one at its place in the frame before: the score of Efficient Video Sampling.
+    """Difference of each token to the one at its place in the frame before: the score of Efficient Video Sampling.
 
     One minus the cosine of the embeddings, as in https://arxiv.org/abs/2510.14624.
 
@@ -155,6 +185,13 @@ def change_scores(features: torch.Tensor, tokens: VideoTokens) -> list[torch.Ten
     patches = features[tokens.patch_offsets.to(features.device)].float().unflatten(0, (len(tokens.frame_grids), -1))
     change = 1 - torch.nn.functional.cosine_similarity(patches[1:], patches[:-1], dim=-1)
     return list(change.unflatten(1, tokens.frame_grids[0]))
+
+
+def even_scores(tokens: VideoTokens, share: float) -> list[torch.Tensor]:
+    """Scores by which whole frames at even steps are kept: for each frame but the first `[h, w]`, 1 if kept, else 0."""
+    num_frames = len(tokens.frame_grids)
+    kept = uniform_frames(num_frames, max(1, min(num_frames, -int(-share * num_frames // 1))))
+    return [torch.full(grid, float(frame in kept)) for frame, grid in enumerate(tokens.frame_grids)][1:]
 
 
 def keep_with_newlines(keep: torch.Tensor, tokens: VideoTokens) -> torch.Tensor:

@@ -14,40 +14,37 @@ from ..temporal.questions import QUESTION_TYPES
 
 Value = tuple[float, list[float] | None]  # a mean and its 95% interval
 _COLOURS = {"uniform": "#888888", "random": "#cccccc", "surprise": "#2563a8", "error": "#8ab4e8", "change": "#d2691e",
-            "pixels": "#4d9078"}  # fmt: skip
+            "pixels": "#4d9078", "codec": "#8e5ea2"}  # fmt: skip
 _NAMES = {
     "key_frames": {"change": "feature difference", "pixels": "pixel difference", "error": "prediction error"},
-    "tokens": {"change": "EVS", "error": "prediction error"},
+    "tokens": {"change": "EVS", "pixels": "pixel difference", "error": "prediction error", "uniform": "even steps"},
 }
 _COSTS = {
     "key_frames": """\
 Surprise and prediction error take a pass of all frames through the language model first, and so does a model that is
 simply shown all of them. The feature difference takes the vision tower on all frames, the pixel difference takes decoded
-frames alone.""",
+frames alone, and the codec's bytes take the packets of the file.""",
     "tokens": """\
 EVS takes the embeddings alone. Surprise and prediction error take a pass of all tokens first: see the time of the prefill.
 A share below one over the number of frames leaves the first frame alone, the same in every row.""",
     "prefill": """\
-Seconds from the vision features to the first answer token. The scores are found once for a video: from so many questions
-on, each with a prefill of its own, surprise costs less than dropping nothing. Where the cache of the video is kept from one
-question to the next, the scoring pass has filled that of all tokens already, and only memory is left to save.""",
+Seconds from the vision features to the first answer token. The scores are computed once for a video: from that many questions
+on, each with its own prefill, surprise costs less than dropping nothing. Where the cache of the video is kept from one question
+to the next, the scoring pass has filled that of all tokens already, and only memory is saved.""",
 }
-# The cheap way that every other one is compared with.
+# The cheap method that is compared with each other one.
 BASELINE = {"key_frames": "uniform", "tokens": "change"}
 
 
 def any_frame_tells(question_type: str) -> bool:
-    """Whether it does not matter which frame is shown; of types that the temporal benchmark does not know, no.
-
-    That one frame is enough is another thing: it may have to be the right one.
-    """
+    """True if each single frame answers a question type of the temporal benchmark; False for types of other data."""
     return question_type in QUESTION_TYPES and QUESTION_TYPES[question_type].one_frame == 1
 
 
 def check_choice_matters(question_types: Sequence[str]) -> None:
-    """Raises ValueError if any frame answers every question: nothing can be told by what is shown then."""
+    """Raises ValueError if each single frame answers all questions, so that no choice of frames matters."""
     if all(map(any_frame_tells, question_types)):
-        raise ValueError(f"any frame answers each of the {len(question_types)} questions: there is nothing to choose")
+        raise ValueError(f"any frame answers each of the {len(question_types)} questions: no choice of frames matters")
 
 
 def mean_over_clips(values: Sequence[float], clips: Sequence[Any], settings: EvaluationSettings) -> Value:
@@ -67,7 +64,7 @@ class Answers:
         kind: `key_frames` or `tokens`.
 
     Raises:
-        ValueError: if there is no question that counts, or if a condition has not one answer for each question.
+        ValueError: if no question counts, or if a condition has not one answer for each question.
     """
 
     def __init__(self, results: dict[str, Any], kind: str) -> None:
@@ -90,13 +87,13 @@ class Answers:
         return self._mean(self._right[way, budget], question_type)
 
     def difference(self, way: str, other: str, budget: float) -> Value:
-        """How much more often the first is right at the same budget: paired, question by question."""
+        """Accuracy of one method less that of another at the same budget: paired, question by question."""
         pairs = zip(self._right[way, budget], self._right[other, budget], strict=True)
         return self._mean([one - two for one, two in pairs], None)
 
     @property
     def has_moments(self) -> bool:
-        """Whether every question that counts is about a moment, of which is known whether it was shown."""
+        """True if each question that counts has a moment."""
         counted = {n for n, q in enumerate(self._questions) if not any_frame_tells(q["question_type"])}
         return all(
             len(hits) == len(self._questions) and None not in (hits[n] for n in counted)
@@ -105,7 +102,7 @@ class Answers:
         )
 
     def hit_rate(self, way: str, budget: float) -> Value:
-        """How often a shown frame is one of the moment that is asked about."""
+        """Share of questions of which a shown frame lies in the moment."""
         return self._mean(self._hits[way, budget], None)
 
     def _mean(self, values: Sequence[float], question_type: str | None) -> Value:
@@ -123,8 +120,7 @@ class Answers:
         return sum(1 / number for number in numbers) / len(numbers)
 
     def label(self, way: str) -> str:
-        score, _, rule = way.partition(" ")
-        return f"{_NAMES[self.kind].get(score, score)}{', ' if rule else ''}{rule}"
+        return _label(self.kind, way)
 
 
 def _text(value: Value, sign: str = "") -> str:
@@ -134,7 +130,7 @@ def _text(value: Value, sign: str = "") -> str:
 
 
 def knowledge_rows(answers: Answers) -> list[list[str]]:
-    """What the model knows when it sees everything, beside chance."""
+    """Accuracy with everything shown, beside chance."""
     rows = [["question type", "any frame tells", "accuracy", "chance"]]
     for name in answers.types:
         asked = "yes, so not counted below" if any_frame_tells(name) else "no"
@@ -143,7 +139,7 @@ def knowledge_rows(answers: Answers) -> list[list[str]]:
 
 
 def accuracy_rows(answers: Answers) -> list[list[str]]:
-    """For each way a row, for each budget its accuracy and how it differs from the cheap way."""
+    """Accuracy by method and budget, and the paired difference to the cheap method."""
     baseline = BASELINE[answers.kind]
     unit = "frames" if answers.kind == "key_frames" else "of the tokens"
     heads = [
@@ -162,7 +158,7 @@ def accuracy_rows(answers: Answers) -> list[list[str]]:
 
 
 def gain_rows(answers: Answers, other: str) -> list[list[str]]:
-    """What the head's scores gain over another score (`change` or `pixels`) by the same rule, at each budget."""
+    """Accuracy that the head's scores gain over another score (`change`, `pixels` or `codec`) by the same rule and budget."""
     rows = [[f"accuracy gained over {answers.label(other)}", *(f"{budget:g} frames" for budget in answers.budgets)]]
     for way in answers.ways:
         score, _, rule = way.partition(" ")
@@ -173,15 +169,86 @@ def gain_rows(answers: Answers, other: str) -> list[list[str]]:
 
 
 def hit_rows(answers: Answers) -> list[list[str]]:
-    """For each way, how often a frame of the moment is among those that are shown."""
+    """Share of questions of which the moment is shown, by method and budget."""
     rows = [["moment is shown, chosen by", *(f"{budget:g} frames" for budget in answers.budgets)]]
     for way in answers.ways:
         rows.append([answers.label(way), *(_text(answers.hit_rate(way, budget)) for budget in answers.budgets)])
     return rows
 
 
+class MomentHits:
+    """Shown moments of the methods without a model, and of those with one on the same clips.
+
+    Args:
+        moments: raw numbers of `moments`.
+        key_frames: raw numbers of `key-frames` on the same clips, if there are any.
+
+    Raises:
+        ValueError: if the questions differ.
+    """
+
+    def __init__(self, moments: dict[str, Any], key_frames: dict[str, Any] | None) -> None:
+        self.moments = moments
+        self._settings = EvaluationSettings(**moments["settings"])
+        self._videos = [question["video"] for question in moments["questions"]]
+        self.hits = {
+            (way, int(budget)): list(map(int, digits))
+            for way, own in moments["hits"].items()
+            for budget, digits in own.items()
+        }
+        if key_frames is not None:
+            if moments["data"]["sha256"] != key_frames["data"]["sha256"]:
+                raise ValueError(
+                    "the entries of `moments` are not those of `key-frames`: give the results other names"
+                )
+            for condition in key_frames["conditions"]:
+                if condition["way"] != "all":
+                    self.hits[condition["way"], condition["budget"]] = condition["hits"]
+
+    def rows(self) -> list[list[str]]:
+        """Share of questions of which the moment is shown, by method and budget."""
+        budgets = self.moments["budgets"]
+        rows = [["moment is shown, chosen by", *(f"{budget} frames" for budget in budgets)]]
+        for way in sorted({way for way, _ in self.hits}):
+            cells = [self._text(self.hits.get((way, budget))) for budget in budgets]
+            rows.append([_label("key_frames", way), *cells])
+        return rows
+
+    def difference_rows(self, way: str = "codec top") -> list[list[str]]:
+        """A method less each other one by the same rule: paired, question by question."""
+        budgets, rule = self.moments["budgets"], way.partition(" ")[2]
+        rows = [[f"{_label('key_frames', way)}, less", *(f"{budget} frames" for budget in budgets)]]
+        others = sorted({other for other, _ in self.hits if other != way and other.partition(" ")[2] in ("", rule)})
+        for other in others:
+            cells = []
+            for budget in budgets:
+                pair = self.hits.get((way, budget)), self.hits.get((other, budget))
+                values = None if None in pair else [a - b for a, b in zip(*pair, strict=True)]
+                cells.append(self._text(values, "+"))
+            rows.append([_label("key_frames", other), *cells])
+        return rows
+
+    def _text(self, values: Sequence[int] | None, sign: str = "") -> str:
+        return "-" if values is None else _text(mean_over_clips(values, self._videos, self._settings), sign)
+
+    def cost_rows(self) -> list[list[str]]:
+        """CPU time of one video."""
+        spent = self.moments["cpu_seconds"]
+        both = spent["decode"] + spent["pixels"]
+        return [
+            ["CPU milliseconds a video", "time"],
+            ["codec: pass over packets", f"{1000 * spent['codec']:.1f}"],
+            ["pixel difference: decode all frames, compare", f"{1000 * both:.1f}"],
+        ]
+
+
+def _label(kind: str, way: str) -> str:
+    score, _, rule = way.partition(" ")
+    return f"{_NAMES[kind].get(score, score)}{', ' if rule else ''}{rule}"
+
+
 def prefill_rows(results: dict[str, Any]) -> list[list[str]]:
-    """Time and memory over the share; with the scores' cost, for one question and until it pays."""
+    """Time and memory by share, with the cost of the scores for one question, and the questions until they pay."""
     rows = [["share", "tokens", "prefill, s", "of all", "cache, MB", "of all", "with EVS scores, of all",
              "with surprise scores, of all", "questions until surprise pays"]]  # fmt: skip
     full = next(row for row in results["by_share"] if row["share"] == 1)
@@ -247,7 +314,8 @@ def write_tables(results: Path, shown: Sequence[str] = ("test",)) -> str:
     """Writes `tables.md` and `accuracy.png` beside the raw numbers; returns the text.
 
     Args:
-        results: folder with `key_frames_<name>.json`, `tokens_<name>.json` and `prefill.json`, or some of them.
+        results: folder with `key_frames_<name>.json`, `tokens_<name>.json`, `moments_<name>.json` and `prefill.json`, or some
+            of them.
         shown: names of the data whose numbers go into the plot; tables are made of all.
 
     Raises:
@@ -267,9 +335,17 @@ def write_tables(results: Path, shown: Sequence[str] = ("test",)) -> str:
             parts += [f"## {title}, data `{name}`", f"`{answers.results['command']}`"]
             parts += [as_markdown(knowledge_rows(answers)), as_markdown(accuracy_rows(answers))]
             if kind == "key_frames":
-                parts += [as_markdown(gain_rows(answers, other)) for other in ("change", "pixels")]
+                others = [other for other in ("change", "pixels", "codec") if f"{other} top" in answers.ways]
+                parts += [as_markdown(gain_rows(answers, other)) for other in others]
                 parts += [as_markdown(hit_rows(answers))] if answers.has_moments else []
             parts += [_COSTS[kind]]
+    for path in sorted(results.glob("moments_*.json")):
+        name = path.stem.removeprefix("moments_")
+        beside = results / f"key_frames_{name}.json"
+        key_frames = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else None
+        hits = MomentHits(json.loads(path.read_text(encoding="utf-8")), key_frames)
+        parts += [f"## Key frames without a model, data `{name}`", f"`{hits.moments['command']}`"]
+        parts += [as_markdown(rows) for rows in (hits.rows(), hits.difference_rows(), hits.cost_rows())]
     prefill = results / "prefill.json"
     if prefill.exists():
         raw = json.loads(prefill.read_text(encoding="utf-8"))
@@ -277,7 +353,7 @@ def write_tables(results: Path, shown: Sequence[str] = ("test",)) -> str:
         parts += [_COSTS["prefill"]]
     if not parts:
         raise FileNotFoundError(f"{results} holds no results: run key-frames, tokens or prefill first")
-    text = "\n\n".join(["# What the head buys at inference", *parts]) + "\n"
+    text = "\n\n".join(["# Inference-time use of the head", *parts]) + "\n"
     (results / "tables.md").write_text(text, encoding="utf-8")
     if drawn:
         accuracy_figure(drawn).savefig(results / "accuracy.png", dpi=110, metadata={"Software": None})

@@ -92,7 +92,7 @@ def cache_bytes(cache: DynamicCache) -> int:
 
 @torch.inference_mode()
 def measure_prefill(settings: PrefillSettings, shares: Sequence[float], *, progress: bool = True) -> dict[str, Any]:
-    """Time until the first answer token is known, given the vision features, and memory of the cache, at each share and at 1.
+    """Time to the first answer token, given the vision features, and memory of the cache, at each share and at 1.
 
     Everything is measured once before it counts, then in turns, so that a machine that slows down does so for all alike. On a
     CPU these are processor seconds of one thread, in which other processes do not count.
@@ -115,7 +115,7 @@ def measure_prefill(settings: PrefillSettings, shares: Sequence[float], *, progr
         lengths: dict[float, int] = {}
 
         def prefill(share: float) -> None:
-            # Which tokens stay is decided by scores that cost nothing here; what real ones cost is measured apart.
+            # These scores cost nothing; the cost of real ones is measured apart.
             scores = torch.arange(len(tokens.patch_offsets), 0, -1, device=features.device)
             keep = keep_with_newlines(keep_tokens(scores, share), tokens)
             pruned = prune_prompts(model, batch, [features], [keep])

@@ -42,13 +42,13 @@ class DecodedSamples(Dataset):
 class ThinningCollator:
     """Samples of one video each -> a batch in which a random choice of frames is shown, and in half of them of tokens.
 
-    A token is left out by its place in `attention_mask`: to those that stay that is the same as if it were not there.
+    A token is left out by its place in `attention_mask`, which for the other tokens equals its absence.
 
     Args:
         processor: for the collator.
         config: of the model.
         num_frames: numbers of frames to draw from, one for a batch.
-        num_whole: so many batches come first that leave nothing out: motion is learned from these.
+        num_whole: number of first batches that leave nothing out, from which motion is learned.
         least_share: of the tokens that stay.
         seed: of the draws.
     """
@@ -99,10 +99,10 @@ def train_with_parts_left_out(
     whole_share: float = 0.55,
     progress: bool = True,
 ) -> None:
-    """Goes on training a small model, and saves it with the log.
+    """Train a small model further, and save it with the log.
 
     Args:
-        model: checkpoint with a head whose processor samples as many frames as the longest video shall have.
+        model: checkpoint with a head whose processor samples as many frames as the longest video has.
         data: LLaVA JSON with one video for each entry; all of it is held in memory.
         num_frames: see `ThinningCollator`.
         whole_share: of the steps, the first of which leave nothing out.

@@ -7,7 +7,7 @@
         --question-types direction color
 
     # one command for each table; each writes raw numbers
-    published="--results scripts/study_results/inference"
+    published="--results experiments/study/results/inference"
     python scripts/inference_uses.py key-frames --model uses/model --data uses/test/test.json $published
     python scripts/inference_uses.py tokens --model uses/model --data uses/test/test.json $published
     python scripts/inference_uses.py prefill --repeats 5 --shares 1 0.7 0.5 0.3 0.2 0.1 $published
@@ -22,11 +22,14 @@
     python $streams --data uses/steady/test.json --name steady --num-kept 3 4 6
     python $streams --data uses/long/test.json --name long --num-frames 32 --num-kept 4 8 16 --batch-size 8
 
+    # methods without a model alone: the time of each, and the moments that their key frames show
+    python scripts/inference_uses.py moments --data glimpse/still/test.json --num-frames 32 --name still $published
+
     # raw numbers -> tables.md and accuracy.png beside them
     python scripts/inference_uses.py tables $published
 
-The same where only a short moment tells the answer, in clips in which the rest stands still, moves steadily, or moves faster
-and slower in turn; numbers go to scripts/study_results/inference_glimpse/:
+The same where a short moment alone shows the answer, in clips in which the rest stands still, moves steadily, or moves faster
+and slower in turn; numbers go to experiments/study/results/inference_glimpse/:
 
     clips="scripts/synthetic_clips.py --num-frames 32 --size 48"
     python $clips --output glimpse/clips --num-train 960 --num-test 240 --question-types glimpse busy_glimpse surging_glimpse
@@ -46,30 +49,31 @@ and slower in turn; numbers go to scripts/study_results/inference_glimpse/:
 
     for name in still busy surging; do
         options="--model glimpse/model --data glimpse/$name/test.json --name $name"
-        options="$options --results scripts/study_results/inference_glimpse"
+        options="$options --results experiments/study/results/inference_glimpse"
         python scripts/inference_uses.py key-frames $options --num-kept 2 4 8 16
         python scripts/inference_uses.py tokens $options
         python scripts/evaluate.py --model glimpse/model --data glimpse/$name/test.json  # skill
     done
-    python scripts/inference_uses.py tables --results scripts/study_results/inference_glimpse --name still busy surging
+    python scripts/inference_uses.py tables --results experiments/study/results/inference_glimpse --name still busy surging
 
-`key-frames`: of a dense sampling, K frames are shown. Chosen evenly, at random, or by a score of each frame: surprise or
-prediction error of the head, the difference of features or of pixels to the frame before. A score chooses in two ways: `top`
-takes the first frame and the K - 1 highest, `spread` goes in equal steps along the sum of the scores.
+`key-frames`: of a dense sampling, K frames are shown. Chosen evenly, at random, or by a score of each frame (measures.py). A
+score chooses in two ways: `top` takes the first frame and the K - 1 highest, `spread` goes in equal steps along the sum of the
+scores.
 
 `tokens`: a share of each video's patch tokens reaches the language model; the others are dropped before it, and those that
-stay keep their positions. Chosen at random, by the difference to the frame before (Efficient Video Sampling), or by surprise or
-prediction error of each patch. The first frame comes first in all of them, and uses up a share below one over the number of
-frames. Newline tokens stay and do not count.
+stay keep their positions. Chosen by a score of each patch. The first frame comes first in all of them, and uses up a share
+below one over the number of frames. Newline tokens stay and do not count.
 
 `streams`: the video is read as a stream in a cache of K frames (streams.py). The departure of its surprise from the
 unbounded stream, and answers to a question at the end, against K frames at even steps and the last K frames.
 
-`prefill`: seconds and memory of the cache over the share, and what the scores cost.
+`moments`: the key frames of the methods without a model, and whether they show the moment of the question.
+
+`prefill`: seconds and memory of the cache over the share, and the cost of the scores.
 
 Accuracy is that of the most probable choice, over the questions that not every frame answers. Intervals are 95% bootstrap
-intervals over clips; differences are paired. Where entries say when the answer is seen (`moment`, the seconds of its first and
-last frame), key frames are counted that show it. Any checkpoint with a head and any LLaVA JSON with `choices` and one video for
+intervals over clips; differences are paired. Where entries have a `moment` (the seconds of the first and last frame that show
+the answer), key frames are counted that show it. Any checkpoint with a head and any LLaVA JSON with `choices` and one video for
 each question will do.
 """
 
@@ -99,6 +103,7 @@ from ...evaluation.tables import write_results
 from ...hub.command_line import CommandParser, stop
 from ...training.data import LlavaVideoDataset
 from .measures import measure_key_frames, measure_tokens
+from .moments import measure_moments
 from .streams import measure_streams, write_stream_tables
 from .tables import check_choice_matters, write_tables
 from .timing import PrefillSettings, measure_prefill
@@ -123,7 +128,7 @@ def measure(
         model, processor: instead of those that `settings.model` names.
 
     Returns:
-        what the numbers were made with, `questions`, and `conditions`: the fields of each `Condition`.
+        settings, versions, model and data; `questions`; and `conditions`: the fields of each `Condition`.
 
     Raises:
         ValueError: for a model without a head, a question without choices or with other media than one video, or, of key
@@ -140,8 +145,8 @@ def measure(
         identity = model_identity(settings.model, model, revision)
     if kind != "tokens" and processor.add_time_instruction:
         raise ValueError(
-            "the processor has add_time_instruction on: its prompts say how many frames there are and when, which would not be "
-            "true of the key frames; turn it off in the checkpoint's processor"
+            "the processor has add_time_instruction on: its prompts state the number and times of all frames, not of the key "
+            "frames; turn it off in the checkpoint's processor"
         )
     dataset = LlavaVideoDataset(settings.data, processor, video_root=settings.video_root)
     questions = read_questions(dataset, settings.max_samples)
@@ -185,6 +190,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             train_with_parts_left_out(**options)
         elif job == "tables":
             print(write_tables(results, options["name"]))
+        elif job == "moments":
+            name = options["name"]
+            _write({"command": command, **measure_moments(**options)}, results / f"moments_{name}.json")
         elif job == "prefill":
             shares = options.pop("shares")
             settings = PrefillSettings(**options)
@@ -240,13 +248,23 @@ def _make_parser() -> argparse.ArgumentParser:
         own.add_argument("--data", required=True, help="LLaVA JSON with choices, one video for each question")
         own.add_argument(name, dest="budgets", type=kind, nargs="+", default=budgets)
         own.add_argument("--trust-remote-code", action="store_true", help="run the code that the checkpoint carries")
-        own.add_argument("--num-frames", type=int, help="of the dense sampling, if other than the processor says")
-        own.add_argument("--max-samples", type=int, help="only the first so many questions")
+        own.add_argument("--num-frames", type=int, help="of the dense sampling, if not those of the processor")
+        own.add_argument("--max-samples", type=int, help="number of first questions to take")
         own.add_argument("--name", default="test", help="of the data, in the name of the results")
         own.add_argument("--batch-size", type=int, default=32)
         own.add_argument("--device", default=device)
         own.add_argument("--seed", type=int, default=0)
         own.add_argument("--results", type=Path, default=RESULTS, help="folder for the raw numbers")
+
+    moments = jobs.add_parser("moments", help="key frames without a model", **defaults)
+    moments.add_argument(
+        "--data", type=Path, required=True, help="LLaVA JSON with `moment`, one video for each question"
+    )
+    moments.add_argument("--num-frames", type=int, default=32, help="of the dense sampling, at even steps")
+    moments.add_argument("--num-kept", dest="budgets", type=int, nargs="+", default=[2, 4, 8, 16])
+    moments.add_argument("--name", default="test", help="of the data, in the name of the results")
+    moments.add_argument("--seed", type=int, default=0)
+    moments.add_argument("--results", type=Path, default=RESULTS, help="folder for the raw numbers")
 
     prefill = jobs.add_parser("prefill", help="time and memory by share", **defaults)
     sizes = PrefillSettings()

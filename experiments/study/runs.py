@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -189,12 +190,14 @@ def run_variant(
     *,
     cache: Path | None = None,
     use_cpu: bool = True,
+    weights: Path | None = None,
 ) -> dict[str, Any]:
     """Train and measure; returns the content of the file of the run.
 
     Args:
         cache: folder of the pretrained language model, if the settings name one.
         use_cpu: False trains on the accelerator, with bf16 where the settings name a pretrained language model.
+        weights: safetensors file to write the trained model to.
     """
     settings, start, begun = variant.settings(common), time.process_time(), time.monotonic()
     model = build_model(settings, seed, data.vocabulary, bank, cache)
@@ -235,6 +238,9 @@ def run_variant(
             callbacks=[curve],
         )
         trainer.train()
+    if weights is not None:
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, weights)
     model.eval()
     return {
         "variant": variant.name,

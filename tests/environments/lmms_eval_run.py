@@ -3,19 +3,21 @@
     python tests/environments/lmms_eval_run.py                    # what `make test-lmms-eval` runs
     python tests/environments/lmms_eval_run.py --folder outputs/lmms_eval     # keep environment, tasks, logs and results
 
-lmms-eval asks for torchvision, for an old release of PyAV and for some sixty other packages. Here it is installed without
-them: its wheel alone, and what its command line imports beyond this environment, whose packages the new one sees. The model
-gets in by the entry point that this package has for lmms-eval.
+lmms-eval requires torchvision, an old release of PyAV and some sixty other packages. Here it is installed without them: its
+wheel alone, and the imports of its command line that this environment lacks, whose packages the new one sees. The model comes
+by the entry point that this package has for lmms-eval.
 
 Tasks are made of clips of scripts/synthetic_clips.py: a question with a video and a generated answer (`clips_exact`), with a
-picture (`clips_picture`), its choices by likelihood (`clips_choice`), and a conversation of two rounds (`clips_rounds`). Each
-runs in batches of 1 and of 4, and on two processes. The checkpoint is trained for some steps, so that it is right at times.
+picture (`clips_picture`), its choices by likelihood (`clips_choice`), and a conversation of two rounds (`clips_rounds`). Public
+tasks run with their own definitions on stand-in data (public_tasks.py). Each runs in batches of 1 and of 4, and on two
+processes. The checkpoint is trained for some steps, so that it is right at times.
 
 Exit code 1 unless every text and every loss is the same in all runs (losses to 1e-5) and the same as those of
 scripts/evaluate.py where that asks the same.
 """
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from typing import Any
 import torch
 from own_environment import install, make_environment, run
 from PIL import Image
+from public_tasks import PUBLIC_METRICS, public_entries, write_public_data
 from tqdm import tqdm
 
 from llava_next_ar.evaluation import evaluate
@@ -94,7 +97,7 @@ metric_list:
     higher_is_better: true
 """
 _UTILS = '''\
-"""Text of a document in the tasks."""
+"""Visuals, prompts and results of a document."""
 
 from PIL import Image
 
@@ -119,7 +122,7 @@ def answers_of_rounds(document, results):
 '''
 
 
-# -- Requirements of the runs
+# -- Tasks and checkpoint
 
 
 def make_tasks(folder: Path, clips: Path, entries: Sequence[dict[str, Any]]) -> None:
@@ -158,8 +161,8 @@ def make_tasks(folder: Path, clips: Path, entries: Sequence[dict[str, Any]]) -> 
         (folder / f"{name}.yaml").write_text(task + rest)
 
 
-def make_checkpoint(folder: Path, data: Path, entries: Sequence[dict[str, Any]], num_steps: int = 10) -> None:
-    """A tiny model that has seen the answers for a while: right at times, and sure of some."""
+def make_checkpoint(folder: Path, data: Path, entries: Sequence[dict[str, Any]], num_steps: int = 20) -> None:
+    """A tiny model that was trained on the answers for some steps: right at times."""
     model = build_tiny_checkpoint(folder, texts_of(entries))
     _, processor = evaluate.load_checkpoint(str(folder))
     dataset = LlavaVideoDataset(data, processor)
@@ -178,11 +181,11 @@ def make_checkpoint(folder: Path, data: Path, entries: Sequence[dict[str, Any]],
 def run_lmms_eval(python: Path, folder: Path, name: str, checkpoint: Path) -> dict[str, Any]:
     """Results of a run: for each task its `metrics`, and what was `said` to each document.
 
-    That is a list of texts, or of the loss of each choice with whether it is greedy.
+    That is a list of texts, or of the loss of each choice with True if it is greedy.
     """
     launcher, batch_size = RUNS[name]
     output = folder / name.replace(" ", "_")
-    tasks = sorted(path.stem for path in (folder / "tasks").glob("*.yaml"))
+    tasks = [*sorted(path.stem for path in (folder / "tasks").glob("*.yaml")), *PUBLIC_METRICS]
     command = (
         *(
             python,
@@ -220,14 +223,37 @@ def _as_logged(responses: Any) -> list[Any]:
     return [text if isinstance(text, str) else (float(text[0]), text[1] == "True") for text in responses]
 
 
-def run_evaluate(checkpoint: Path, data: Path) -> dict[str, Any]:
-    """The same of scripts/evaluate.py, for the tasks that it supports."""
+def run_evaluate(checkpoint: Path, data: Path, public: Path) -> dict[str, Any]:
+    """The same of scripts/evaluate.py, for the tasks that it supports.
+
+    Args:
+        data: of the tasks of clips.
+        public: LLaVA JSON of the questions of the public tasks.
+
+    Raises:
+        ValueError: if a text would be judged over the network, as tempcompass does with all but yes and no.
+    """
     settings = EvaluationSettings(
         model=str(checkpoint), data=str(data), max_new_tokens=MAX_NEW_TOKENS, reconstruction=False, bootstrap_samples=0
     )
     results = evaluate.evaluate(settings)
     accuracy, answers = results["question_answering"]["all"], results["answers"]
+    asked = evaluate.evaluate(dataclasses.replace(settings, data=str(public), likelihood=False))
+    texts = {
+        task: [[answer["generated"]] for answer in asked["answers"] if answer["question_type"] == task]
+        for task in PUBLIC_METRICS
+    }
+    others = [text for (text,) in texts["tempcompass_yes_no"] if not text.startswith(("yes", "no"))]
+    if others:
+        raise ValueError(f"the tiny model says {others} to questions of tempcompass, expected yes or no")
     return {
+        **{
+            task: {
+                "metrics": {metric: scale * asked["question_answering"]["by_type"][task]["exact"]},
+                "said": texts[task],
+            }
+            for task, (metric, scale) in PUBLIC_METRICS.items()
+        },
         "clips_exact": {
             "metrics": {"exact_match": accuracy["exact"]},
             "said": [[answer["generated"]] for answer in answers],
@@ -259,6 +285,10 @@ def _is_same(one: Any, other: Any) -> bool:
     return abs(loss - expected) <= TOLERANCE * abs(expected) and expected_greedy in (None, is_greedy)
 
 
+def _without(entry: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name != key}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
@@ -272,9 +302,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         entries = write_dataset(
             clips, num_train=0, num_test=8, size=48, num_frames=8, question_types=QUESTION_TYPES, progress=False
         )["test"]
-        make_checkpoint(checkpoint, clips / "test.json", entries)
+        public = public_entries(entries)
+        (clips / "public.json").write_text(json.dumps([_without(entry, "source") for entry in public]))
+        (clips / "all.json").write_text(json.dumps([*entries, *json.loads((clips / "public.json").read_text())]))
+        make_checkpoint(checkpoint, clips / "all.json", [*entries, *public])
         make_tasks(folder / "tasks", clips, entries)
-        expected = {"scripts/evaluate.py": run_evaluate(checkpoint, clips / "test.json")}
+        write_public_data(folder, clips, [*entries, *public])
+        expected = {"scripts/evaluate.py": run_evaluate(checkpoint, clips / "test.json", clips / "public.json")}
         try:
             log = folder / "environment.log"
             python = make_environment(folder / "environment", log)
@@ -295,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, run in expected.items()
             if task in run
         }
-        print(f"{task:<14}" + "   ".join(f"{name}: {number}" for name, number in numbers.items()))
+        print(f"{task:<26}" + "   ".join(f"{name}: {number}" for name, number in numbers.items()))
     print("\n".join(wrong) or "every text and every loss is the same in all of them")
     return 1 if wrong else 0
 

@@ -69,7 +69,7 @@ def settings_for(folder: Path, **options) -> EvaluationSettings:
 
 
 def numbers_of(results: dict) -> dict:
-    """What a results file holds, but for what belongs to the run."""
+    """The content of a results file without the keys of the run."""
     return {name: value for name, value in json.loads(json.dumps(results)).items() if name not in OF_THE_RUN}
 
 
@@ -275,7 +275,7 @@ def test_a_model_on_the_hub_is_named_by_its_commit(folder, hub):
     assert results["model"]["base"] is results["settings"]["base_revision"] is None
     with pytest.raises(ValueError, match="revision is 'main'"):
         resolved_revision(str(folder / "base"), "main")
-    with pytest.raises(ValueError, match="base_revision is 'main', but user/tiny is no adapter"):
+    with pytest.raises(ValueError, match="base_revision is 'main', but user/tiny is not an adapter"):
         evaluate.evaluate(dataclasses.replace(settings, base_revision="main"), progress=False)
 
 
@@ -431,7 +431,7 @@ def test_an_entry_that_cannot_be_read_is_named_and_never_left_out_silently(folde
     assert f"NOTE: {len(bad)} entries could not be read" in format_results(results)
 
 
-# -- What the model says
+# -- Answers of the model
 
 
 def test_likelihoods_equal_those_of_each_choice_read_alone(folder, checkpoint):
@@ -594,7 +594,7 @@ def test_frames_further_ahead_are_imagined_and_compared_with_both_baselines(fold
         ratio = (seconds[4] - seconds[3]) / (seconds[3] - seconds[2])
         line = frames[3] + (frames[3] - frames[2]) * ratio
         assert next_frame["linear_mse"][3] == pytest.approx(float((line - frames[4]).square().mean()), rel=1e-4)
-    # All horizons of the same last frame: the first is not the mean over every frame, which is told apart.
+    # All horizons of the same last frame: the first is not the mean over every frame, which differs.
     frames = results["reconstruction"]
     by_horizon = frames["rollout"]["by_horizon"]
     assert {summary["num_frames"] for summary in by_horizon.values()} == {4} and frames["num_frames"] == 4 * 5

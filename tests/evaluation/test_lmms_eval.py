@@ -277,7 +277,7 @@ def test_each_request_is_generated_with_its_own_options(answerers, task_dict):
 
 
 def test_rounds_go_on_until_the_task_says_so(answerers, task_dict):
-    """Each document has as many rounds as it wants; later ones see what was said and are asked about other media."""
+    """Each document sets its number of rounds; later ones see the earlier answers and other media."""
     clips = {"clips": task_dict["clips"]}
 
     def doc_to_text(document: dict[str, Any], previous_output: Any, round_idx: int, previous_round_info: Any) -> tuple:
@@ -347,7 +347,7 @@ def test_sampling_of_videos(folder, task_dict):
     few = RequestAnswerer(str(folder / "base"), num_frames=3)
     prompt = Prompt("clips/test/0", "Why?", task_dict["clips"]["test"][0]["visuals"])
     assert few.batch_of([prompt])["pixel_values_videos"].shape[1] == 3
-    # More than there are: all of them, whereas a call's own num_frames would be refused.
+    # More than there are: all of them, whereas a call's own num_frames raises.
     many = RequestAnswerer(str(folder / "base"), num_frames=NUM_FRAMES + 1)
     assert many.batch_of([prompt])["pixel_values_videos"].shape[1] == NUM_FRAMES
     by_time = RequestAnswerer(str(folder / "base"), fps=1, max_frames=2)
@@ -364,7 +364,7 @@ def test_sampling_of_videos(folder, task_dict):
         ({"dtype": "float33"}, "dtype is 'float33'"),
         ({"revision": 12}, "revision is 12"),
         ({"revision": "main"}, "which has none"),
-        ({"base_revision": "main"}, "is no adapter"),
+        ({"base_revision": "main"}, "is not an adapter"),
         ({"likelihood": "median"}, "likelihood is 'median'"),
     ],
 )

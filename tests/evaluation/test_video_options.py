@@ -1,4 +1,4 @@
-"""How videos are read, as every command line and the processor itself understand it (transformers#48073, lmms-eval#1433)."""
+"""Options for reading videos in each command line and in the processor (transformers#48073, lmms-eval#1433)."""
 
 import json
 import shutil

@@ -1,7 +1,7 @@
 """scripts/inference_uses.py: key frames and fewer visual tokens, chosen by the head and by cheaper ways."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from demo_folder import NUM_FRAMES, make_demo_folder
 from tiny import LAYOUTS, VIDEO_TOKEN, make_sample, tiny_model, video_batch
 from transformers.cache_utils import DynamicCache
+from video_clips import write_clip
 
 from llava_next_ar.configuration.frame_token_layout import TokenKind
 from llava_next_ar.evaluation import evaluate
@@ -25,12 +26,16 @@ from llava_next_ar.experiments.inference.measures import (
     shows_moment,
     surprise_of_batch,
 )
+from llava_next_ar.experiments.inference.moments import measure_moments
 from llava_next_ar.experiments.inference.selection import (
     change_scores,
+    codec_scores,
+    even_scores,
     first_frame_first,
     keep_frames,
     keep_tokens,
     keep_with_newlines,
+    pixel_changes,
     prune_prompts,
     select_key_frames,
     spread_key_frames,
@@ -38,6 +43,7 @@ from llava_next_ar.experiments.inference.selection import (
 )
 from llava_next_ar.experiments.inference.tables import (
     Answers,
+    MomentHits,
     accuracy_rows,
     any_frame_tells,
     as_markdown,
@@ -49,7 +55,10 @@ from llava_next_ar.experiments.inference.tables import (
 )
 from llava_next_ar.experiments.inference.timing import PrefillSettings, measure_prefill
 from llava_next_ar.experiments.inference.training import DecodedSamples, ThinningCollator
+from llava_next_ar.experiments.study import study
+from llava_next_ar.experiments.temporal.synthetic_clips import write_video
 from llava_next_ar.modeling.frame_surprise import VideoSurprise
+from llava_next_ar.processing.video_frames import video_times
 from llava_next_ar.training.data import LlavaVideoDataset
 
 # -- Frames
@@ -139,15 +148,16 @@ def test_scores_of_frames_and_what_is_chosen_by_them():
         floors=torch.full((3,), 0.1),
     )
     pixels = torch.tensor([0.0, 3, 3, 4]).view(4, 1, 1, 1).expand(4, 3, 2, 2)
-    scores = frame_scores(surprise, pixels)
+    scores = frame_scores(surprise, pixels, [0.0, 1.0, 4.0, 2.0])
     assert scores == {
         "surprise": [0, 0.5, 2, 1],
         "error": [0, 3, 1, 2],
         "change": [0, 1, 2, 3],
         "pixels": [0, 9, 0, 1],
+        "codec": [0, 1, 4, 2],
     }
     chosen = choose_frames(scores, 2, "a.mp4")
-    tops = {"surprise": 2, "error": 1, "change": 3, "pixels": 1}
+    tops = {"surprise": 2, "error": 1, "change": 3, "pixels": 1, "codec": 2}
     assert {name: chosen[f"{name} top"] for name in FRAME_SCORES} == {name: [0, own] for name, own in tops.items()}
     assert chosen["uniform"] == [0, 3] and all(len(frames) == 2 for frames in chosen.values())
     assert chosen["random"] == choose_frames(scores, 2, "a.mp4")["random"]
@@ -155,9 +165,32 @@ def test_scores_of_frames_and_what_is_chosen_by_them():
     assert drawn == {1, 2, 3}
 
 
+def test_codec_scores_add_up_the_frames_that_were_not_sampled(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", 24)
+    times, _, _, costs = video_times(path)
+    assert codec_scores(path, times.tolist()) == pytest.approx([0, *costs[1:]])
+    some = [0, 5, 6, 20]
+    expected = [0, costs[1:6].sum(), costs[6], costs[7:21].sum()]
+    assert codec_scores(path, (times[some] + 2e-4).tolist()) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="no frames of its own at"):
+        codec_scores(path, [0.0, 0.02])
+    with pytest.raises(ValueError, match="no frames of its own at"):
+        codec_scores(path, [0.0, 0.0])
+    still = write_clip(tmp_path / "a.avi", 6, codec="mjpeg", options={}, pixel_format="yuvj420p")
+    with pytest.raises(ValueError, match="key frames alone"):
+        codec_scores(still, [0.0, 1 / 24])
+
+
+def test_pixel_changes_on_a_grid():
+    frames = torch.zeros(2, 3, 4, 4)
+    frames[1, :, :2, :2] = 2
+    assert pixel_changes(frames).tolist() == [[[1.0]]]
+    assert pixel_changes(frames, (2, 2)).tolist() == [[[4.0, 0.0], [0.0, 0.0]]]
+
+
 def test_a_moment_is_shown_if_a_frame_lies_in_it():
     asked = {"index": 0, "id": "0", "question_type": "glimpse", "messages": [], "answer": "red"}
-    times = torch.arange(8) / 3 + 5  # the moment is told from the first frame on
+    times = torch.arange(8) / 3 + 5  # the moment counts from the first frame on
     question = Question(**asked, moment=(1.0, 4 / 3))
     assert [shows_moment(question, times, [0, frame]) for frame in range(8)] == [0, 0, 0, 1, 1, 0, 0, 0]
     assert shows_moment(question, (times * 1e9).round().long(), [3]) == 1  # nanoseconds
@@ -204,6 +237,17 @@ def test_evs_scores_and_the_first_frame():
         change_scores(torch.randn(len(mixed), 8), mixed)
 
 
+def test_even_steps_keep_whole_frames():
+    tokens = tiny_model(**LAYOUTS["grid"]).config.frame_token_layout.video(8)
+    size = len(tokens.patch_offsets) // 8
+    for share, frames in ((1.0, range(8)), (0.5, (0, 2, 5, 7)), (0.25, (0, 7)), (0.125, (0,))):
+        keep = keep_tokens(first_frame_first(even_scores(tokens, share), tokens), share).view(8, size)
+        assert keep.all(1).nonzero().flatten().tolist() == list(frames) and keep.sum() == len(frames) * size
+    # A share between: all of the frames at even steps but the last tokens of the last one.
+    keep = keep_tokens(first_frame_first(even_scores(tokens, 0.3), tokens), 0.3).view(8, size)
+    assert keep.any(1).nonzero().flatten().tolist() == [0, 4, 7] and keep.sum() == round(0.3 * 8 * size)
+
+
 def prompts(model, lengths, **keys):
     batch = video_batch(model.config, [[length] for length in lengths], padding_side="left", **keys)
     batch.pop("labels")
@@ -240,7 +284,7 @@ def test_with_all_tokens_kept_nothing_changes(layout):
 @pytest.mark.parametrize("layout", ["one_token", "slow_fast"])
 @torch.no_grad()
 def test_dropped_tokens_are_as_if_nobody_looked_at_them(layout):
-    """What stays is at its old place: the same as a mask over the whole prompt, which is how the small model is trained."""
+    """Kept tokens keep their positions: the same as a mask over the whole prompt, by which the small model is trained."""
     model = tiny_model(**LAYOUTS[layout])
     batch = prompts(model, (5, 3))
     video = features_of(model, batch)
@@ -290,8 +334,8 @@ def test_a_batch_of_pruned_prompts_answers_as_each_alone():
         whole["attention_mask"] = torch.ones_like(whole["input_ids"])
         whole["attention_mask"][whole["input_ids"] == VIDEO_TOKEN] = keep[row].long()
         logits = model(**whole, position_ids=torch.arange(whole["input_ids"].shape[1])[None]).logits
-        told = logits[0, -1 - said.shape[1] : -1].log_softmax(-1).gather(1, said.T).sum()
-        assert together[row][0] == pytest.approx(float(told), abs=1e-5)
+        expected = logits[0, -1 - said.shape[1] : -1].log_softmax(-1).gather(1, said.T).sum()
+        assert together[row][0] == pytest.approx(float(expected), abs=1e-5)
     image = {**batch, "input_ids": batch["input_ids"].clone()}
     image["input_ids"][0, -1] = model.config.image_token_id
     with pytest.raises(ValueError, match="images"):
@@ -447,6 +491,82 @@ def test_key_frames_are_compared_with_feature_difference_and_with_when_it_was_se
         write_tables(tmp_path, names)
         heights.append(int.from_bytes((tmp_path / "accuracy.png").read_bytes()[20:24], "big"))
     assert heights[1] == 2 * heights[0]  # a row for each
+
+
+def moment_results(**hits) -> dict:
+    questions = [{"id": str(n), "question_type": "glimpse", "video": f"{n}.mp4", "num_choices": 4} for n in range(4)]
+    settings = EvaluationSettings(model="", data="clips.json")
+    return {
+        "command": "run it",
+        "settings": asdict(settings),
+        "budgets": [2, 4],
+        "data": {"sha256": "abc"},
+        "cpu_seconds": {"decode": 0.004, "pixels": 0.001, "codec": 0.002},
+        "questions": questions,
+        "hits": {way: dict(zip(("2", "4"), own, strict=True)) for way, own in hits.items()},
+    }
+
+
+def test_moments_of_free_methods_stand_beside_those_of_the_head(tmp_path):
+    moments = moment_results(**{"codec top": ("1110", "1111"), "uniform": ("0000", "0100")})
+    stored = {"data": {"sha256": "abc"}, "conditions": [{"way": "all", "budget": None, "hits": []}]}
+    stored["conditions"] += [{"way": "error top", "budget": 2, "hits": [1, 0, 0, 0]}]
+    hits = MomentHits(moments, stored)
+    assert [row[:2] for row in hits.rows()[1:]] == [
+        ["codec, top", "0.750 [0.250, 1.000]"],
+        ["prediction error, top", "0.250 [0.000, 0.750]"],
+        ["uniform", "0.000 [0.000, 0.000]"],
+    ]
+    assert hits.rows()[2][2] == "-"  # not among the stored budgets
+    assert hits.difference_rows()[1] == ["prediction error, top", "+0.500 [+0.000, +1.000]", "-"]
+    assert hits.cost_rows()[1:] == [
+        ["codec: pass over packets", "2.0"],
+        ["pixel difference: decode all frames, compare", "5.0"],
+    ]
+    with pytest.raises(ValueError, match="not those of `key-frames`"):
+        MomentHits(moments, {**stored, "data": {"sha256": "other"}})
+    (tmp_path / "moments_a.json").write_text(json.dumps(moments))
+    assert "Key frames without a model, data `a`" in write_tables(tmp_path)
+
+
+def test_moments_are_found_at_a_cut(tmp_path):
+    """One run at a tiny size: the codec spends most where the picture changes, which is the moment."""
+    (tmp_path / "videos").mkdir()
+    entries = []
+    for number in range(2):
+        frames = np.full((12, 48, 48, 3), 90, np.uint8)
+        frames[5 + number :] = np.random.default_rng(number).integers(0, 255, (48, 48, 3))
+        write_video(frames, tmp_path / "videos" / f"{number}.mp4", 4.0)
+        turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "red"}]
+        moment = [(5 + number) / 4, (6 + number) / 4]
+        entries.append({"video": f"videos/{number}.mp4", "conversations": turns, "choices": ["red"], "moment": moment})
+    data = tmp_path / "test.json"
+    data.write_text(json.dumps(entries))
+    inference_uses.main(
+        ["moments", "--data", str(data), "--num-frames", "12", "--num-kept", "2", "--results", str(tmp_path)]
+    )
+    results = json.loads((tmp_path / "moments_test.json").read_text())
+    assert results["hits"]["codec top"] == results["hits"]["pixels top"] == {"2": "11"}
+    assert results["hits"]["uniform"] == {"2": "00"} and set(results["cpu_seconds"]) == {"decode", "pixels", "codec"}
+    for bad, message in (
+        ({"video": ["a", "b"]}, "expected the path of one file"),
+        ({"moment": None}, "has no `moment`"),
+    ):
+        entry = {name: value for name, value in {**entries[0], **bad}.items() if value is not None}
+        data.write_text(json.dumps([entry]))
+        with pytest.raises(ValueError, match=message):
+            measure_moments(data, [2], num_frames=12, progress=False)
+
+
+def test_the_committed_moments_are_those_of_the_stored_key_frames():
+    folder = study.RESULTS / "inference_glimpse"
+    for path in folder.glob("moments_*.json"):
+        moments = json.loads(path.read_text())
+        stored = json.loads((folder / path.name.replace("moments", "key_frames")).read_text())
+        for condition in stored["conditions"]:
+            if condition["way"] in moments["hits"]:
+                own = moments["hits"][condition["way"]][str(condition["budget"])]
+                assert list(map(int, own)) == condition["hits"], (path.name, condition["way"])
 
 
 # -- Time and memory

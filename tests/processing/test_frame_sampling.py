@@ -185,7 +185,10 @@ def test_every_policy_stays_inside_the_clip_and_in_order(total, native, limit, d
     needed["llava_video_pyav"] = {"fps": 0.25}
     needed["fps_time"] = {"fps": 0.25, "max_frames": limit}
     try:
-        sampled = FrameSampling(policy=policy, num_frames=limit, **needed.get(policy, {})).select(total, native)
+        costs = np.random.default_rng(total).random(total).round(1)
+        sampled = FrameSampling(policy=policy, num_frames=limit, **needed.get(policy, {})).select(
+            total, native, costs=costs
+        )
     except ValueError:
         assert policy == "num_frames" and limit > total or policy == "llava_video_pyav" and total == 1
         return
