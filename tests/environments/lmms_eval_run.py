@@ -245,7 +245,7 @@ def run_evaluate(checkpoint: Path, data: Path, public: Path) -> dict[str, Any]:
     }
     others = [text for (text,) in texts["tempcompass_yes_no"] if not text.startswith(("yes", "no"))]
     if others:
-        raise ValueError(f"the tiny model says {others} to questions of tempcompass, expected yes or no")
+        raise ValueError(f"answers of the tiny model to tempcompass are {others}, expected yes or no")
     return {
         **{
             task: {
