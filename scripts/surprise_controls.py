@@ -1,6 +1,6 @@
 """Controls for violation of expectation: scores that learn nothing beside those of a trained head."""
 
-from llava_next_ar.experiments.controls.controls import main
+from llava_next_ar.scripts.command import run
 
 if __name__ == "__main__":
-    main()
+    run("experiments.controls.controls:main")

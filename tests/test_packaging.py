@@ -35,6 +35,7 @@ EXTRA_OF_SCRIPT = {
     "inference_uses.py": "demo",
     "push_to_hub.py": "train",
     "study.py": "study",
+    "surprise_controls.py": "study",
     "synthetic_clips.py": "demo",
     "temporal_benchmark.py": "demo",
     "tiny_checkpoint.py": "demo",

@@ -37,6 +37,7 @@ from transformers import Dinov2Model
 
 from ...evaluation.settings import versions
 from ...evaluation.tables import write_results
+from ...hub.command_line import CommandParser, stop
 from ..sources.clips import ClipLibrary, ClipPair, open_library
 from ..study.data import SimulatedSettings, open_data
 from ..study.features import TOWER_WHEEL, encode_frames, feature_statistics, load_tower
@@ -233,7 +234,7 @@ def statistics_of(tower: nn.Module, clips: ClipLibrary) -> tuple[torch.Tensor, t
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("what", choices=("run", "tables"))
@@ -252,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_results(numbers, options.results / f"{options.source}.json")
         print(write_tables(options.results))
     except (ValueError, OSError, CalledProcessError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        stop(error)
 
 
 if __name__ == "__main__":

@@ -298,7 +298,7 @@ def add_webcam(service: ModelService) -> None:
             page = gr.HTML(hint, elem_id="watched")
     reader, start = gr.State(None, time_to_live=3600), gr.State(None)
     camera.stream(
-        watch, [camera, reader, start], [page, reader, start], api_visibility="private", stream_every=0.5,
+        watch, [camera, reader, start], [page, reader, start], api_name="stream", api_visibility="private", stream_every=0.5,
         time_limit=SECONDS_OF_WEBCAM, concurrency_id="live", concurrency_limit=4, show_progress="hidden",
     )  # fmt: skip
     # gradio_client cannot call a streaming event.

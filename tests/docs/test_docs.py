@@ -30,7 +30,7 @@ from llava_next_ar.training.data import LlavaVideoDataset
 from llava_next_ar.training.recipes import flatten_recipe, parse_arguments
 
 # Programs of others, whose options are not checked.
-OTHER_PROGRAMS = {"pip", "hf", "lmms-eval", "source", "git", "python", "curl", "transformers", "vllm"}
+OTHER_PROGRAMS = {"accelerate", "pip", "hf", "lmms-eval", "source", "git", "python", "curl", "transformers", "vllm"}
 
 
 @pytest.fixture(scope="module")

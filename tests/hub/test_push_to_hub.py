@@ -208,7 +208,7 @@ def test_a_save_over_an_older_one_leaves_no_weights_of_it(tmp_path, sizes):
 def test_a_save_beside_an_adapter_says_which_of_the_two_loads(tmp_path, caplog):
     (tmp_path / "adapter_config.json").write_text("{}")
     tiny_model().save_pretrained(tmp_path)
-    assert f"{tmp_path} holds an adapter too, and from_pretrained loads that instead" in caplog.text
+    assert f"{tmp_path} holds an adapter too, which from_pretrained loads instead" in caplog.text
     assert (tmp_path / "adapter_config.json").is_file()  # it may be an adapter of this model
 
 
@@ -287,7 +287,7 @@ def test_a_push_that_fails_leaves_the_repository_as_it_was(hub, folder, where):
     before = hub.repo("ann/model").resolve("main")
     tiny_model(seed=1).save_pretrained(folder, max_shard_size="90KB")
     hub.fail(where, status=500, times=1000)
-    with pytest.raises(SystemExit, match="^[^ ]+: .*500"):
+    with pytest.raises(SystemExit, match="^[^:]+: .*500"):
         push(folder, "ann/model", "--license", "apache-2.0")
     assert hub.repo("ann/model").resolve("main") == before
     assert 1 < len([request for request in hub.requests(where) if request.status == 500]) < 40

@@ -276,7 +276,7 @@ def test_an_adapter_of_deepspeed_gets_the_names_of_its_file(tmp_path, monkeypatc
 
 def test_consolidating_refuses_what_it_cannot_read(runs, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no sharded weights"):
+    with pytest.raises(ValueError, match="has no sharded weights"):
         consolidate.consolidate(tmp_path / "empty", tmp_path / "out")
     tiny_model(head={"num_layers": 1}).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"missing: none; unexpected: autoregressive_module.blocks.1"):

@@ -559,7 +559,7 @@ def broken(root) -> list[tuple[dict, str, str]]:
             "max_length=400",
         ),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "ValueError", "'bot', expected one of"),
-        ({"conversations": asked, "video": "nan.npy"}, "ValueError", "not finite"),
+        ({"conversations": asked, "video": "nan.npy"}, "ValueError", "non-finite"),
     ]
 
 
