@@ -78,7 +78,7 @@ def web():
 def media(tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("media")
     Image.fromarray(picture(5, 40, 60)).save(folder / "picture.png")
-    clip, other = write_clip(folder / "clip.mp4", 30), write_clip(folder / "other.mp4", 20, width=96, height=128)
+    clip, other = write_clip(folder / "clip.mp4", 40), write_clip(folder / "other.mp4", 20, width=96, height=128)
 
     def data(path: Path, mime: str) -> str:
         return f"data:{mime};base64,{base64.b64encode(path.read_bytes()).decode()}"
