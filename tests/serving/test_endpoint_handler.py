@@ -78,6 +78,7 @@ def web():
 def media(tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("media")
     Image.fromarray(picture(5, 40, 60)).save(folder / "picture.png")
+    Image.fromarray(picture(9, 70, 30)).save(folder / "tall.png")
     clip, other = write_clip(folder / "clip.mp4", 40), write_clip(folder / "other.mp4", 20, width=96, height=128)
 
     def data(path: Path, mime: str) -> str:
@@ -89,6 +90,8 @@ def media(tmp_path_factory) -> SimpleNamespace:
         other=other,
         picture=picture_path,
         clip_data=data(clip, "video/mp4"),
+        tall=folder / "tall.png",
+        tall_data=data(folder / "tall.png", "image/png"),
         other_data=data(other, "video/mp4"),
         picture_data=data(picture_path, "image/png"),
     )
@@ -179,8 +182,23 @@ def make_requests(media: SimpleNamespace, clip: str) -> dict[str, Any]:
         "http": {"inputs": {"videos": [clip], "question": QUESTION}, "parameters": LIMITS},
         "redirect": {"inputs": {"video": clip.replace("clip.mp4", "moved"), "text": QUESTION}, "parameters": LIMITS},
         "image": {"inputs": {"image": media.picture_data, "text": QUESTION}, "parameters": LIMITS},
-        "images": {"inputs": {"images": [media.picture_data] * 2, "text": QUESTION}, "parameters": LIMITS},
+        "other": {"inputs": {"video": media.other_data, "text": QUESTION}, "parameters": LIMITS},
+        "two images": {
+            "inputs": {"images": [media.picture_data, media.tall_data], "text": QUESTION},
+            "parameters": LIMITS,
+        },
+        "image twice": {"inputs": {"images": [media.picture_data] * 2, "text": QUESTION}, "parameters": LIMITS},
         "two videos": {"inputs": {"videos": [clip, media.other_data], "text": QUESTION}, "parameters": LIMITS},
+        "video twice": {"inputs": {"videos": [clip, clip], "text": QUESTION}, "parameters": LIMITS},
+        "video and images": {
+            "inputs": [
+                {
+                    "role": "user",
+                    "content": [*chat[:2], {"type": "image", "url": media.tall_data}, chat[2]],
+                }
+            ],
+            "parameters": LIMITS,
+        },
         "second turn": {
             "inputs": [*turns({"type": "video", "url": clip}), {"role": "user", "content": chat[2:]}],
             "parameters": LIMITS,
@@ -248,12 +266,16 @@ def test_answers_are_those_of_generate(called, parts, media):
     expected = {"text": [words], "image": [image], "messages": [both], "batch": [words, one, both]}
     history = turns(local(media.clip))
     expected |= {
-        "images": [generated(parts, media.picture, media.picture)],
+        "other": [generated(parts, media.other)],
+        "two images": [generated(parts, media.picture, media.tall)],
+        "image twice": [generated(parts, media.picture, media.picture)],
         "two videos": [generated(parts, media.clip, media.other)],
+        "video twice": [generated(parts, media.clip, media.clip)],
+        "video and images": [generated(parts, media.clip, media.picture, media.tall)],
         "second turn": [generated(parts, history=history)],
         "second video": [generated(parts, media.other, history=history)],
     }
-    assert len({answer for name in expected for answer in expected[name]}) == 8
+    assert len({answer for name in expected for answer in expected[name]}) == 12
     expected |= dict.fromkeys(("video", "http", "redirect", "cold"), [one])
     expected |= dict.fromkeys(("frames", "frames of a part"), [more])
     assert {name: text_of(called.results[name]) for name in expected} == expected

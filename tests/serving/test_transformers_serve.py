@@ -204,6 +204,7 @@ def test_answers_are_those_of_generate(server, source, api, stream):
         (),
         ("clip.mp4", "picture.png"),
         ("picture.png", "tall.png"),
+        ("picture.png", "picture.png"),
         ("picture.png", "picture.png", "tall.png"),
         ("clip.mp4", "other.mp4"),
         ("clip.mp4", "clip.mp4"),
