@@ -155,3 +155,11 @@ def train_briefly(model, inputs: dict[str, torch.Tensor], steps: int = 6, lr: fl
         losses.append(output.autoregressive_loss.item())
     model.eval()
     return losses
+
+
+def spread_answers(model: torch.nn.Module) -> None:
+    """Draw wider weights of the language model, so that answers depend on each image, video and turn of a prompt."""
+    for name, parameter in model.model.language_model.named_parameters():
+        if parameter.ndim == 2 and "embed" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.5)

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             python = prepare(folder)
-        except subprocess.CalledProcessError as error:
+        except subprocess.SubprocessError as error:
             text = (folder / "environment.log").read_text(errors="replace")
             print(f"{error}\n{text[-3000:]}", file=sys.stderr)
             return 1

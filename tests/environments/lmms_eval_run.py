@@ -316,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             install(python, "-c", ROOT / "constraints.txt", *NEEDED, log=log)
             for name in tqdm(RUNS, desc="lmms-eval", unit="run", disable=None):
                 expected[name] = run_lmms_eval(python, folder, name, checkpoint)
-        except subprocess.CalledProcessError as error:
+        except subprocess.SubprocessError as error:
             logs = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
             print(f"{error}\n{logs[-1].read_text(errors='replace')[-3000:]}", file=sys.stderr)
             return 1

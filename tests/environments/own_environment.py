@@ -6,6 +6,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
+# What hangs is ended: a download of gigabytes takes far less.
+_SECONDS_TO_RUN = 2 * 3600
+
 
 def make_environment(folder: Path, log: Path) -> Path:
     """Make a virtual environment that sees the packages of this one; returns its interpreter."""
@@ -29,6 +32,7 @@ def run(*command: object, log: Path) -> None:
 
     Raises:
         subprocess.CalledProcessError: if it ends with another status than 0.
+        subprocess.TimeoutExpired: if it does not end within two hours.
     """
     # Neither caches nor the settings of the process that called belong to the environment.
     unset = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "HF_TOKEN")
@@ -36,5 +40,11 @@ def run(*command: object, log: Path) -> None:
     environ.update(OMP_NUM_THREADS="1", HF_HOME=str(log.parent / "huggingface"), HF_HUB_OFFLINE="1")
     with open(log, "a") as file:
         subprocess.run(
-            [str(part) for part in command], cwd=log.parent, env=environ, stdout=file, stderr=file, check=True
+            [str(part) for part in command],
+            cwd=log.parent,
+            env=environ,
+            stdout=file,
+            stderr=file,
+            check=True,
+            timeout=_SECONDS_TO_RUN,
         )

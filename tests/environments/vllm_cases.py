@@ -208,6 +208,23 @@ def conversations(files: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
     }
 
 
+# Cases of `conversations` with at most one image, and with videos of which vLLM takes all frames.
+EQUAL_WITHOUT_PLUGIN = frozenset(
+    {
+        "text",
+        "image, wide",
+        "image, tall",
+        "image, known from a group",
+        "video, short",
+        "system prompt and video",
+        "one video twice",
+        "image and video",
+        "second turn",
+        "second turn with a video",
+    }
+)
+
+
 def for_processor(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same messages with paths, as `apply_chat_template` takes them."""
     converted = []

@@ -1,6 +1,7 @@
 """Tasks of vllm_run.py inside the environment of vLLM: each starts an engine and writes its answers as JSON.
 
     python tests/environments/vllm_engine.py answers FOLDER...     # as vllm_cases.py writes them
+    python tests/environments/vllm_engine.py unplugged FOLDER...   # the same, with VLLM_PLUGINS=none
     python tests/environments/vllm_engine.py adapter FOLDER        # with the LoRA adapter FOLDER/adapter
     python tests/environments/vllm_engine.py throughput FOLDER
 
@@ -28,10 +29,10 @@ ENGINE = {
 
 
 def start(folder: Path, **options: Any) -> tuple[Any, float]:
-    """The engine, and the seconds that it took to start."""
+    """The engine, and the seconds that it took to start; those of the first one include the import of vLLM."""
+    begin = time.perf_counter()
     from vllm import LLM
 
-    begin = time.perf_counter()
     media = str(folder.parent)
     llm = LLM(model=str(folder / "checkpoint"), allowed_local_media_path=media, **{**ENGINE, **options})
     return llm, time.perf_counter() - begin
@@ -71,6 +72,16 @@ def answers(folder: Path, max_tokens: int) -> dict[str, Any]:
     found["cached tokens"] = {name: output.num_cached_tokens for name, output in again.items()}
     stop(llm)
     return found
+
+
+def unplugged(folder: Path, max_tokens: int) -> dict[str, Any]:
+    """Ids of each case, one at a time, by the remote code of the checkpoint."""
+    cases = json.loads((folder / "conversations.json").read_text())
+    llm, seconds = start(folder, trust_remote_code=True)
+    options = {"sampling_params": sampling(max_tokens), "use_tqdm": False}
+    found = {name: ids_of(llm.chat(messages, **options)[0]) for name, messages in cases.items()}
+    stop(llm)
+    return {"seconds to start": seconds, "ids": found}
 
 
 def adapter(folder: Path, max_tokens: int) -> dict[str, Any]:
@@ -113,7 +124,8 @@ def cpu_seconds() -> float:
 
 
 def main() -> None:
-    task = {"answers": answers, "adapter": adapter, "throughput": throughput}[sys.argv[1]]
+    tasks = {"answers": answers, "unplugged": unplugged, "adapter": adapter, "throughput": throughput}
+    task = tasks[sys.argv[1]]
     for folder in (Path(argument).resolve() for argument in sys.argv[2:]):
         max_tokens = json.loads((folder / "settings.json").read_text())["max_tokens"]
         (folder / f"{sys.argv[1]}.json").write_text(json.dumps(task(folder, max_tokens)))

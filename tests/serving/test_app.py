@@ -123,7 +123,13 @@ def test_answers_of_several_turns_are_those_of_generate(checkpoint, client):
 def test_images_and_settings_are_those_of_generate(checkpoint, client, tmp_path):
     picture, clip = tmp_path / "picture.png", EXAMPLES["bounce.mp4"]
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(picture)
-    assert ask(client, QUESTION, picture, clip) == generated(checkpoint, user(QUESTION, picture, clip))
+    tall, other = tmp_path / "tall.png", EXAMPLES["order.mp4"]
+    Image.fromarray(np.random.default_rng(1).integers(0, 255, (70, 30, 3), dtype=np.uint8)).save(tall)
+    images = [(picture,), (picture, tall), (picture, picture)]
+    files = [(), *images, (clip, other), (clip, clip), (picture, clip), (clip, picture, tall)]
+    expected = [generated(checkpoint, user(QUESTION, *chosen)) for chosen in files]
+    assert [ask(Client(client.src, verbose=False), QUESTION, *chosen) for chosen in files] == expected
+    assert len(set(expected)) == len(files)
     other = Client(client.src, verbose=False)
     assert ask(other, QUESTION, clip, num_frames=3) == generated(checkpoint, user(QUESTION, clip), num_frames=3)
     sampled = {"temperature": 1.5, "top_k": 20, "top_p": 0.9}

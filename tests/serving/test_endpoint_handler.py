@@ -9,6 +9,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from hub_programs import run_program
 from hub_server import HubServer
 from PIL import Image
-from tiny import tiny_model
+from tiny import spread_answers, tiny_model
 from tiny_processor import tiny_processor
 from transformers import AutoModelForImageTextToText
 from video_clips import picture, write_clip
@@ -77,7 +78,8 @@ def web():
 def media(tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("media")
     Image.fromarray(picture(5, 40, 60)).save(folder / "picture.png")
-    clip = write_clip(folder / "clip.mp4", 30)
+    Image.fromarray(picture(9, 70, 30)).save(folder / "tall.png")
+    clip, other = write_clip(folder / "clip.mp4", 40), write_clip(folder / "other.mp4", 20, width=96, height=128)
 
     def data(path: Path, mime: str) -> str:
         return f"data:{mime};base64,{base64.b64encode(path.read_bytes()).decode()}"
@@ -85,8 +87,12 @@ def media(tmp_path_factory) -> SimpleNamespace:
     picture_path = folder / "picture.png"
     return SimpleNamespace(
         clip=clip,
+        other=other,
         picture=picture_path,
         clip_data=data(clip, "video/mp4"),
+        tall=folder / "tall.png",
+        tall_data=data(folder / "tall.png", "image/png"),
+        other_data=data(other, "video/mp4"),
         picture_data=data(picture_path, "image/png"),
     )
 
@@ -94,21 +100,33 @@ def media(tmp_path_factory) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def parts():
     model = tiny_model()
-    torch.nn.init.normal_(model.lm_head.weight, std=0.5)
+    spread_answers(model)
     torch.nn.init.normal_(model.autoregressive_module.change.weight, std=0.1)
     return model, tiny_processor(model.config, num_frames=4)
 
 
-def inputs_of(parts: tuple[Any, Any], *paths: Path, question: str = QUESTION, **options: Any) -> Any:
-    content = [{"type": "video" if path.suffix == ".mp4" else "image", "path": str(path)} for path in paths]
+def inputs_of(
+    parts: tuple[Any, Any], *paths: Path, question: str = QUESTION, history: Sequence[Any] = (), **options: Any
+) -> Any:
+    content = [*map(local, paths), {"type": "text", "text": question}]
     return parts[1].apply_chat_template(
-        [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
+        [*history, {"role": "user", "content": content}],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
         processor_kwargs=options,
     )
+
+
+def local(path: Path) -> dict[str, str]:
+    return {"type": "video" if path.suffix == ".mp4" else "image", "path": str(path)}
+
+
+def turns(first: dict[str, str]) -> list[dict[str, Any]]:
+    """A question about a file, and its answer."""
+    said = {"role": "assistant", "content": [{"type": "text", "text": "The colours change."}]}
+    return [{"role": "user", "content": [first, {"type": "text", "text": "What is it?"}]}, said]
 
 
 def generated(parts: tuple[Any, Any], *paths: Path, question: str = QUESTION, **options: Any) -> str:
@@ -164,6 +182,34 @@ def make_requests(media: SimpleNamespace, clip: str) -> dict[str, Any]:
         "http": {"inputs": {"videos": [clip], "question": QUESTION}, "parameters": LIMITS},
         "redirect": {"inputs": {"video": clip.replace("clip.mp4", "moved"), "text": QUESTION}, "parameters": LIMITS},
         "image": {"inputs": {"image": media.picture_data, "text": QUESTION}, "parameters": LIMITS},
+        "other": {"inputs": {"video": media.other_data, "text": QUESTION}, "parameters": LIMITS},
+        "two images": {
+            "inputs": {"images": [media.picture_data, media.tall_data], "text": QUESTION},
+            "parameters": LIMITS,
+        },
+        "image twice": {"inputs": {"images": [media.picture_data] * 2, "text": QUESTION}, "parameters": LIMITS},
+        "two videos": {"inputs": {"videos": [clip, media.other_data], "text": QUESTION}, "parameters": LIMITS},
+        "video twice": {"inputs": {"videos": [clip, clip], "text": QUESTION}, "parameters": LIMITS},
+        "video and images": {
+            "inputs": [
+                {
+                    "role": "user",
+                    "content": [*chat[:2], {"type": "image", "url": media.tall_data}, chat[2]],
+                }
+            ],
+            "parameters": LIMITS,
+        },
+        "second turn": {
+            "inputs": [*turns({"type": "video", "url": clip}), {"role": "user", "content": chat[2:]}],
+            "parameters": LIMITS,
+        },
+        "second video": {
+            "inputs": [
+                *turns({"type": "video", "url": clip}),
+                {"role": "user", "content": [{"type": "video", "url": media.other_data}, chat[2]]},
+            ],
+            "parameters": LIMITS,
+        },
         "messages": {"inputs": messages, "parameters": LIMITS},
         "batch": {"inputs": [QUESTION, ask, messages], "parameters": LIMITS},
         "frames": {"inputs": ask, "parameters": {**LIMITS, "num_frames": 2}},
@@ -218,6 +264,18 @@ def test_answers_are_those_of_generate(called, parts, media):
     image, more = generated(parts, media.picture), generated(parts, media.clip, num_frames=2)
     assert len({one, both, words, image, more}) == 5
     expected = {"text": [words], "image": [image], "messages": [both], "batch": [words, one, both]}
+    history = turns(local(media.clip))
+    expected |= {
+        "other": [generated(parts, media.other)],
+        "two images": [generated(parts, media.picture, media.tall)],
+        "image twice": [generated(parts, media.picture, media.picture)],
+        "two videos": [generated(parts, media.clip, media.other)],
+        "video twice": [generated(parts, media.clip, media.clip)],
+        "video and images": [generated(parts, media.clip, media.picture, media.tall)],
+        "second turn": [generated(parts, history=history)],
+        "second video": [generated(parts, media.other, history=history)],
+    }
+    assert len({answer for name in expected for answer in expected[name]}) == 12
     expected |= dict.fromkeys(("video", "http", "redirect", "cold"), [one])
     expected |= dict.fromkeys(("frames", "frames of a part"), [more])
     assert {name: text_of(called.results[name]) for name in expected} == expected

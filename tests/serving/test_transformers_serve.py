@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,9 +19,8 @@ from typing import Any
 
 import processes
 import pytest
-import torch
 from PIL import Image
-from tiny import tiny_model
+from tiny import spread_answers, tiny_model
 from tiny_processor import tiny_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.import_utils import is_serve_available
@@ -47,16 +47,19 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     model = tiny_model()
     checkpoint = folder / "checkpoint"
-    torch.nn.init.normal_(model.lm_head.weight, std=0.5)  # answers that depend on the input
+    spread_answers(model)
     model.save_pretrained(checkpoint)
     tiny_processor(model.config, num_frames=4, sampling="num_frames").save_pretrained(checkpoint)
     media = {
         "clip.mp4": write_clip(folder / "clip.mp4", 40),
         "short.mp4": write_clip(folder / "short.mp4", 6),
+        "other.mp4": write_clip(folder / "other.mp4", 50, width=96, height=128),
         "picture.png": folder / "picture.png",
+        "tall.png": folder / "tall.png",
         "broken.mp4": folder / "broken.mp4",
     }
     Image.fromarray(picture(5, 40, 60)).save(media["picture.png"])
+    Image.fromarray(picture(9, 70, 30)).save(media["tall.png"])
     media["broken.mp4"].write_bytes(media["clip.mp4"].read_bytes()[:500])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -110,9 +113,12 @@ def post(server: Any, path: str, body: dict[str, Any]) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
-def chat(server: Any, content: list[dict[str, Any]], *, stream: bool = False, **options: Any) -> tuple[int, str]:
-    """Status and answer of a chat completion; the body of the reply if it is an error."""
-    body = {"model": server.checkpoint, "messages": [{"role": "user", "content": content}], "stream": stream}
+def chat(
+    server: Any, content: list[dict[str, Any]], *, stream: bool = False, history: Sequence[Any] = (), **options: Any
+) -> tuple[int, str]:
+    """Status and answer of a chat completion; the body of the reply if it is an error. `history`: earlier messages."""
+    messages = [*history, {"role": "user", "content": content}]
+    body = {"model": server.checkpoint, "messages": messages, "stream": stream}
     status, reply = post(
         server, "/v1/chat/completions", {**body, "max_tokens": NUM_TOKENS, "temperature": 0, **options}
     )
@@ -158,12 +164,14 @@ def text(words: str = QUESTION, api: str = "chat") -> dict[str, str]:
     return {"type": "text" if api == "chat" else "input_text", "text": words}
 
 
-def generated(server: Any, *paths: Path, **options: Any) -> str:
+def local(path: Path) -> dict[str, str]:
+    return {"type": "video" if path.suffix == ".mp4" else "image", "path": str(path)}
+
+
+def generated(server: Any, *paths: Path, history: Sequence[Any] = (), **options: Any) -> str:
     """Answer of the model in this process, with what the server adds to a video."""
-    kinds = ["video" if path.suffix == ".mp4" else "image" for path in paths]
-    content = [{"type": kind, "path": str(path)} for kind, path in zip(kinds, paths, strict=True)]
     inputs = server.processor.apply_chat_template(
-        [{"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]}],
+        [*history, {"role": "user", "content": [*map(local, paths), {"type": "text", "text": QUESTION}]}],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
@@ -190,10 +198,39 @@ def test_answers_are_those_of_generate(server, source, api, stream):
         assert ask(server, content, stream=stream) == (200, answer), name
 
 
-def test_several_media_in_one_message(server):
-    paths = [server.media[name] for name in ("clip.mp4", "picture.png")]
-    content = [video(str(paths[0])), image(str(paths[1])), text()]
-    assert chat(server, content) == (200, generated(server, *paths, num_frames=OF_SERVER))
+@pytest.mark.parametrize(
+    "names",
+    [
+        (),
+        ("clip.mp4", "picture.png"),
+        ("picture.png", "tall.png"),
+        ("picture.png", "picture.png"),
+        ("picture.png", "picture.png", "tall.png"),
+        ("clip.mp4", "other.mp4"),
+        ("clip.mp4", "clip.mp4"),
+        ("picture.png", "other.mp4", "tall.png"),
+    ],
+    ids=lambda names: "+".join(names) or "text",
+)
+def test_each_kind_of_prompt_is_answered_as_by_generate(server, names):
+    paths = [server.media[name] for name in names]
+    content = [video(str(path)) if path.suffix == ".mp4" else image(str(path)) for path in paths]
+    options = {"num_frames": OF_SERVER} if any(path.suffix == ".mp4" for path in paths) else {}
+    assert chat(server, [*content, text()]) == (200, generated(server, *paths, **options))
+
+
+@pytest.mark.parametrize("names", [(), ("other.mp4",)], ids=["text", "another video"])
+def test_a_second_turn_is_answered_as_by_generate(server, names):
+    first, paths = server.media["clip.mp4"], [server.media[name] for name in names]
+    said = {"role": "assistant", "content": [{"type": "text", "text": "The colours change."}]}
+    turns = [
+        [{"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}, said]
+        for part in (video(str(first)), local(first))
+    ]
+    answer = chat(server, [*(video(str(path)) for path in paths), text()], history=turns[0])
+    expected = generated(server, *paths, history=turns[1], num_frames=OF_SERVER)
+    assert answer == (200, expected)
+    assert expected != generated(server, *(paths or [first]), num_frames=OF_SERVER), "the first turn shows nothing"
 
 
 def test_a_clip_of_fewer_frames_gives_all_of_them(server):
