@@ -34,7 +34,7 @@ from ...evaluation.measures import load_checkpoint  # noqa: E402
 from ...evaluation.settings import check_device  # noqa: E402
 from ...hub.command_line import CommandParser, stop  # noqa: E402
 from .chat import GenerationSettings  # noqa: E402
-from .drawing import STYLE  # noqa: E402
+from .drawing import STYLE, note_html  # noqa: E402
 from .live import MAX_LIVE_FRAMES, LiveReader  # noqa: E402
 from .service import MAX_FRAMES, MAX_IMAGINED, ModelService  # noqa: E402
 
@@ -51,14 +51,55 @@ MAX_FILE_SIZE = "200mb"
 MAX_QUEUE = 32
 SECONDS_OF_WEBCAM = 120
 # Fonts of the system: those of gradio's themes come from another server.
-THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
+    # Secondary texts of the theme have a contrast of 2.5 to 1; these have more than 4.5 (WCAG AA) in both looks.
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_400",
+    block_info_text_color="*neutral_600",
+    block_info_text_color_dark="*neutral_300",
+    input_placeholder_color="*neutral_500",
+    input_placeholder_color_dark="*neutral_400",
+    color_accent="*primary_600",
+    block_label_background_fill="*block_background_fill",
+    block_label_background_fill_dark="*block_background_fill",
+    block_label_text_color="*neutral_700",
+    block_label_text_color_dark="*neutral_200",
+    block_title_background_fill="none",
+    block_title_background_fill_dark="none",
+    block_title_padding="0",
+    block_title_text_color="*neutral_700",
+    block_title_text_color_dark="*neutral_200",
+    button_primary_background_fill="*primary_600",
+    button_primary_background_fill_dark="*primary_600",
+    button_primary_background_fill_hover="*primary_700",
+    button_primary_background_fill_hover_dark="*primary_700",
+    slider_color="*primary_600",
+    slider_color_dark="*primary_400",
+)
 CSS = (
     STYLE
     + """
 .gradio-container { width: 100%; min-width: 0 !important; max-width: 1200px !important; margin: 0 auto; }
 #title h1 { margin: .2rem 0 0; overflow-wrap: anywhere; } #title p { margin: .2rem 0 0; overflow-wrap: anywhere; }
-#chatbot video, #chatbot .message img { max-height: 260px; min-height: 120px; max-width: 100%; width: auto; }
-@media (max-width: 640px) { .gradio-container .main, .gradio-container .tabitem { padding: .6rem .2rem !important; } }
+.dark button[role=tab][aria-selected=true] { color: var(--primary-400) !important; }
+.icon-button-wrapper:not(:has(button, a)) { display: none; }
+/* The video of a message is as wide as its picture: small clips are enlarged, large ones shrink. */
+#chatbot .message video, #chatbot .message img { height: 200px; width: auto; max-width: 100%; object-fit: contain; }
+#chatbot .message .mirror-wrap, #chatbot .message .wrap { width: fit-content; max-width: 100%; min-width: 0; }
+#chatbot [aria-label=Share] { display: none; }
+/* An error is a message of its own: it does not hide the conversation. */
+#chatbot > [data-testid=status-tracker]:has(.error) { display: none; }
+#chatbot .placeholder { padding: 1.2rem .6rem .4rem; }
+#chatbot .examples { padding: .8rem; gap: .8rem; }
+#chatbot .example { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .8rem; min-width: 0; min-height: 0; }
+#chatbot .example:hover, #chatbot .example:focus-visible { border-color: var(--color-accent); }
+#settings .form { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)); }
+@media (max-width: 640px) {
+  .gradio-container .main, .gradio-container .tabitem { padding: .6rem .2rem !important; }
+  #chatbot .examples { grid-template-columns: 1fr; }
+  #chatbot .example-content { flex-direction: row; align-items: center; gap: .8rem; }
+  #chatbot .example-image-container { width: 64px; height: 64px; flex: none; margin: 0; }
+}
 """
 )
 
@@ -175,7 +216,7 @@ def add_chat(service: ModelService) -> gr.ChatInterface:
             placeholder=PLACEHOLDER,
         ),
         additional_inputs=settings,
-        additional_inputs_accordion=gr.Accordion("Generation settings", open=False, render=False),
+        additional_inputs_accordion=gr.Accordion("Generation settings", open=False, render=False, elem_id="settings"),
         examples=[[{"text": question, "files": [str(EXAMPLES / name)]}] for name, question in QUESTIONS.items()],
         cache_examples=False,
         run_examples_on_click=False,
@@ -201,7 +242,7 @@ def reopen_after_errors(app: gr.Blocks, interface: gr.ChatInterface) -> None:
 def frames_box(**options: Any) -> gr.Number:
     """Number of frames of a video; 0 leaves it to the checkpoint."""
     info = f"0: as many as the checkpoint reads; at most {MAX_FRAMES}"
-    return gr.Number(0, precision=0, label="Frames of a video", info=info, **options)
+    return gr.Number(0, precision=0, label="Frames", info=info, **options)
 
 
 def video_box(name: str) -> gr.Video:
@@ -234,17 +275,25 @@ def add_clip(service: ModelService) -> None:
             video = video_box("clip-video")
             num_frames = frames_box()
             num_imagined = gr.Slider(
-                0, MAX_IMAGINED, 3, step=1, label="Imagined frames", info="last frames that are held back and imagined"
+                0, MAX_IMAGINED, 3, step=1, label="Imagined frames", info="the last frames, held back from the model"
             )
             button = gr.Button("Show the expectation", variant="primary")
             for_programs = gr.Button(visible=False)
         with gr.Column(scale=3, min_width=300):
-            page = gr.HTML("<p class=ar-note>The predictions of the clip appear here.</p>", elem_id="expectation")
+            page = gr.HTML(
+                note_html(
+                    "Upload a video or choose an example, then press “Show the expectation”: its surprise over time and by patch, its "
+                    "predicted features and its imagined frames appear here."
+                ),
+                elem_id="expectation",
+            )
             with gr.Accordion("Numbers", open=False):
                 numbers = gr.JSON(show_label=False, max_height=420)
     inputs = [video, num_frames, num_imagined]
     shared = {"concurrency_id": "model", "concurrency_limit": 1}
-    button.click(expect, inputs, [page, numbers], api_name="expect", show_progress_on=page, **shared)
+    button.click(
+        expect, inputs, [page, numbers], api_name="expect", show_progress_on=page, scroll_to_output=True, **shared
+    )
     for_programs.click(surprise, inputs, gr.JSON(visible=False), api_name="surprise", **shared)
 
 
@@ -253,6 +302,7 @@ def add_running_file(service: ModelService) -> None:
 
     def run_file(video: str | None, fps: float, at_its_pace: bool) -> Iterator[str]:
         with shown_errors():
+            yield note_html("Reading the video.")
             for page, _ in service.run_file(video, fps, at_its_pace=at_its_pace):
                 yield page
 
@@ -260,14 +310,19 @@ def add_running_file(service: ModelService) -> None:
         with gr.Column(scale=1, min_width=280):
             video = video_box("file-video")
             fps = gr.Slider(
-                0.25, 10, 2, step=0.25, label="Frame rate", info=f"frames a second, {MAX_LIVE_FRAMES} in all"
+                0.25, 10, 2, step=0.25, label="Frame rate", info=f"frames per second; at most {MAX_LIVE_FRAMES} frames"
             )
             pace = gr.Checkbox(not IS_ZERO_GPU, label="At the pace of the video", visible=not IS_ZERO_GPU)
             with gr.Row():
-                start = gr.Button("Start", variant="primary")
-                stop = gr.Button("Stop", variant="stop")
+                start = gr.Button("Start", variant="primary", min_width=100)
+                stop = gr.Button("Stop", min_width=100)
         with gr.Column(scale=3, min_width=300):
-            page = gr.HTML("<p class=ar-note>Each frame is predicted before it is read.</p>", elem_id="running")
+            page = gr.HTML(
+                note_html(
+                    "Upload a video or choose an example, then press “Start”: the model predicts each frame before it reads it."
+                ),
+                elem_id="running",
+            )
     event = start.click(
         run_file, [video, fps, pace], page, api_name="run_file", concurrency_id="live", concurrency_limit=4,
         show_progress="hidden",
@@ -287,7 +342,7 @@ def add_webcam(service: ModelService) -> None:
             reader = service.watch(image, time.monotonic() - start, reader)
             return reader.html(), reader, start
 
-    hint = "<p class=ar-note>Record with the webcam: each frame is predicted before it is read.</p>"
+    hint = note_html("Start the webcam, then record: the model predicts each frame before it reads it.")
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             camera = gr.Image(

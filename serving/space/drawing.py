@@ -19,46 +19,56 @@ from ...pictures.strip import ColourBar, StripRow
 from ...pictures.surprise import WORSE_BY, copying_surprise, is_worse, shown_frames, spread
 
 THUMBNAIL_SIDE = 160  # pixels
+NARROW_THUMBNAILS = 5  # of a timeline on a phone
 MAX_MARKS = 80  # points of a line that are drawn as marks of their own
 STYLE = """
+.ar-expectation, .ar-live { --ar-blue: #0072B2; --ar-orange: #D55E00; --ar-grey: #737373; }
+.dark .ar-expectation, .dark .ar-live { --ar-blue: #56B4E9; --ar-orange: #FF8C42; --ar-grey: #A8A8A8; }
+.ar-expectation h3 { margin: 1.6rem 0 .3rem; } .ar-expectation h3 + .ar-note { max-width: 46rem; }
+.ar-hint { border: 1px dashed var(--border-color-primary); border-radius: 8px; padding: 2.4rem 1.2rem; margin: 0; text-align: center;
+  color: var(--body-text-color-subdued); }
 .ar-note { color: var(--body-text-color-subdued); margin: 0 0 .6rem; }
 .ar-headline { font-size: 1.15rem; margin: .2rem 0 .6rem; }
 .ar-headline b { font-variant-numeric: tabular-nums; }
 .ar-scroll { overflow-x: auto; max-width: 100%; }
 table.ar-strip { border-collapse: separate; border-spacing: 4px 6px; margin: 0; width: auto; font-size: .8rem; border: 0; }
-table.ar-strip th, table.ar-strip td { padding: 0; border: 0; text-align: center; vertical-align: middle; font-weight: 400;
+table.ar-strip th, table.ar-strip td { padding: 0; border: 0; text-align: center; vertical-align: top; font-weight: 400;
   color: var(--body-text-color); background: none; font-variant-numeric: tabular-nums; }
-table.ar-strip th[scope=row] { position: sticky; left: 0; z-index: 1; min-width: 4.6rem; padding-right: .5rem;
-  text-align: right; white-space: pre; line-height: 1.25; background: var(--body-background-fill); }
+table.ar-strip th[scope=row] { position: sticky; left: 0; z-index: 1; width: 6rem; min-width: 6rem; padding-right: .5rem;
+  text-align: left; vertical-align: middle; white-space: pre; line-height: 1.25; background: var(--body-background-fill); }
 table.ar-strip img, table.ar-strip .ar-empty { display: block; width: clamp(64px, 6.3vw, 82px); height: auto; margin: 0;
   border-radius: 2px; max-width: none; }
 table.ar-strip img.ar-exact { image-rendering: pixelated; border-radius: 0; outline: 1px solid var(--border-color-primary); }
 table.ar-strip .ar-empty { aspect-ratio: 1; border: 1px dashed var(--border-color-primary); }
-.ar-bar { margin: .3rem .8rem 1.1rem; max-width: 26rem; font-size: .8rem; color: var(--body-text-color); }
+.ar-bar { margin: .6rem 0 1.1rem; font-size: .8rem; color: var(--body-text-color); }
+.ar-bar img, .ar-bar div { max-width: 26rem; }
 .ar-bar img { display: block; width: 100%; height: 12px; margin: .25rem 0 0; image-rendering: pixelated; }
 .ar-bar div { position: relative; height: 1.1rem; font-variant-numeric: tabular-nums; }
 .ar-bar div span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
-.ar-timeline { position: relative; padding: 0 1.4rem 1.5rem 2.6rem; font-size: .8rem; color: var(--body-text-color);
+.ar-bar .ar-low span:first-child { transform: none; } .ar-bar .ar-high span:last-child { transform: translateX(-100%); }
+.ar-timeline { position: relative; container-type: inline-size; padding: 0 1.4rem 1.5rem 2.6rem; font-size: .8rem; color: var(--body-text-color);
   font-variant-numeric: tabular-nums; }
 .ar-legend { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin: 0 0 .5rem -2.2rem; }
 .ar-legend span { display: inline-flex; align-items: center; gap: .4rem; }
 .ar-thumbs { position: relative; height: 5.6rem; }
-.ar-thumbs figure { position: absolute; bottom: 0; margin: 0; transform: translateX(-50%); text-align: center; width: 8.4%; }
-.ar-thumbs img { display: block; width: 100%; max-height: 4.2rem; object-fit: cover; margin: 0; border: 2px solid #0072B2;
+.ar-thumbs figure { position: absolute; bottom: 0; left: var(--wide); margin: 0; transform: translateX(-50%); text-align: center;
+  width: 8.4%; }
+.ar-tie.ar-narrow { display: none; }
+.ar-thumbs img { display: block; width: 100%; max-height: 4.2rem; object-fit: cover; margin: 0; border: 2px solid var(--ar-blue);
   border-radius: 3px; box-sizing: border-box; }
-.ar-thumbs .ar-worse img { border-color: #D55E00; }
+.ar-thumbs .ar-worse img { border-color: var(--ar-orange); }
 .ar-plot { position: relative; height: 13rem; }
 .ar-plot svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
 .ar-plot svg * { vector-effect: non-scaling-stroke; fill: none; }
 .ar-grid { stroke: var(--border-color-primary); stroke-width: 1; }
 .ar-one { stroke: var(--body-text-color); stroke-width: 1; stroke-dasharray: 2 4; }
-.ar-tie { stroke: #0072B2; stroke-width: 1; opacity: .45; }
-.ar-tie.ar-worse { stroke: #D55E00; }
-.ar-line { stroke: #0072B2; stroke-width: 2; }
-.ar-copy { stroke: #8C8C8C; stroke-width: 1.6; stroke-dasharray: 6 4; }
-.ar-mark { position: absolute; width: 9px; height: 9px; margin: -4.5px; border-radius: 50%; background: #0072B2; }
-.ar-mark.ar-copied { width: 6px; height: 6px; margin: -3px; border-radius: 0; background: #8C8C8C; }
-.ar-mark.ar-worse { border-radius: 0; transform: rotate(45deg); background: #D55E00; }
+.ar-tie { stroke: var(--ar-blue); stroke-width: 1; opacity: .6; }
+.ar-tie.ar-worse { stroke: var(--ar-orange); }
+.ar-line { stroke: var(--ar-blue); stroke-width: 2; }
+.ar-copy { stroke: var(--ar-grey); stroke-width: 1.6; stroke-dasharray: 6 4; }
+.ar-mark { position: absolute; width: 9px; height: 9px; margin: -4.5px; border-radius: 50%; background: var(--ar-blue); }
+.ar-mark.ar-copied { width: 6px; height: 6px; margin: -3px; border-radius: 0; background: var(--ar-grey); }
+.ar-mark.ar-worse { border-radius: 0; transform: rotate(45deg); background: var(--ar-orange); }
 .ar-legend .ar-mark { position: static; margin: 0; }
 .ar-legend .ar-dots { width: 1.6rem; border-top: 2px dotted var(--body-text-color); }
 .ar-y, .ar-x { position: absolute; }
@@ -69,8 +79,13 @@ table.ar-strip .ar-empty { aspect-ratio: 1; border: 1px dashed var(--border-colo
 .ar-table tr, .ar-table tbody { border: 0 !important; }
 .ar-table th, .ar-table td { padding: .25rem .8rem; text-align: right; border: 0;
   border-bottom: 1px solid var(--border-color-primary); }
+.ar-live .ar-strip img { width: 128px; }
+@container (max-width: 520px) {
+  .ar-thumbs figure { left: var(--narrow); width: 17%; } .ar-thumbs .ar-wide { display: none; }
+  .ar-tie.ar-wide { display: none; } .ar-tie.ar-narrow { display: inline; }
+}
 @media (max-width: 640px) {
-  .ar-thumbs figure { width: 15%; } .ar-thumbs figure:nth-of-type(even), .ar-tie.ar-even { display: none; }
+  table.ar-strip { font-size: .75rem; } table.ar-strip th[scope=row] { width: 4.7rem; min-width: 4.7rem; }
   .ar-table th, .ar-table td { padding: .25rem .4rem; }
 }
 """
@@ -101,7 +116,8 @@ def strip_html(rows: Sequence[StripRow], headings: Sequence[str], bars: Sequence
         name = row.name.replace("\n", " ")
         lines.append(f"<tr><th scope=row>{html.escape(row.name)}</th>")
         for number, (picture, heading) in enumerate(zip(row.pictures, headings, strict=True)):
-            caption = html.escape(row.captions[number]) if row.captions else ""
+            # The blank line below an empty place keeps it at the height of its neighbours.
+            caption = (html.escape(row.captions[number]) or "&nbsp;") if row.captions else ""
             lines.append(f"<td>{_picture(picture, f'{name}, {heading}', is_photo=row.name == 'frame')}{caption}</td>")
         lines.append("</tr>")
     table = f"<div class=ar-scroll><table class=ar-strip>{''.join(lines)}</table></div>"
@@ -133,7 +149,9 @@ def bar_html(bar: ColourBar) -> str:
         for value, text in zip(ticks, texts, strict=True)
     )
     picture = f'<img alt="colour bar" src="{data_uri(colours)}">'
-    return f"<div class=ar-bar>{html.escape(bar.label)}{picture}<div>{''.join(spans)}</div></div>"
+    places = [float(norm(value)) for value in ticks]
+    ends = f"{'ar-low ' * (places[0] < 0.01)}{'ar-high' * (places[-1] > 0.99)}"
+    return f"<div class=ar-bar>{html.escape(bar.label)}{picture}<div class='{ends}'>{''.join(spans)}</div></div>"
 
 
 def timeline_html(thumbnails: Sequence[str], surprise: Any) -> str:
@@ -153,16 +171,22 @@ def timeline_html(thumbnails: Sequence[str], surprise: Any) -> str:
     down, down_copied = ([100 - 96 * value / top for value in own] for own in (values, copying))
 
     shown = shown_frames(surprise)
-    centers = spread([left[entry] for entry in shown], 8.9, 4.2, 95.8)
+    stretches = np.array_split(shown, min(NARROW_THUMBNAILS, len(shown)))
+    few = [int(max(stretch, key=lambda entry: values[entry])) for stretch in stretches]
+    centers = dict(zip(shown, spread([left[entry] for entry in shown], 8.9, 4.2, 95.8), strict=True))
+    narrow = dict(zip(few, spread([left[entry] for entry in few], 19.0, 8.5, 91.5), strict=True))
     figures, drawn = [], []
-    for number, (entry, center) in enumerate(zip(shown, centers, strict=True)):
-        name = " ar-worse" if worse[entry] else ""
+    for entry in shown:
+        name = "ar-worse" if worse[entry] else ""
+        places = f"--wide:{centers[entry]:.2f}%;--narrow:{narrow.get(entry, 0.0):.2f}%"
         figures.append(
-            f'<figure class="{name}" style="left:{center:.2f}%"><img alt="frame at {seconds[entry]:.2f} s" '
-            f'src="{thumbnails[entry]}">{values[entry]:.2f}</figure>'
+            f'<figure class="{name} {"" if entry in narrow else "ar-wide"}" style="{places}">'
+            f'<img alt="frame at {seconds[entry]:.2f} s" src="{thumbnails[entry]}">{values[entry]:.2f}</figure>'
         )
-        name += " ar-even" if number % 2 else ""
-        drawn.append(f'<path class="ar-tie{name}" d="M{center:.2f} 0L{left[entry]:.2f} {down[entry]:.2f}"/>')
+        for width, own in (("ar-wide", centers), ("ar-narrow", narrow)):
+            if entry in own:
+                line = f"M{own[entry]:.2f} 0L{left[entry]:.2f} {down[entry]:.2f}"
+                drawn.append(f'<path class="ar-tie {name} {width}" d="{line}"/>')
     labels = []
     for value in MaxNLocator(4).tick_values(0, top):
         if value <= top:
@@ -226,6 +250,11 @@ def skill_html(metrics: dict[str, float], notes: Sequence[str] = ()) -> str:
             "frame before (0 is as good as copying, 1 is perfect)."
         )
     return f"<p class=ar-headline>{text}</p>" + "".join(f"<p class=ar-note>{html.escape(note)}</p>" for note in notes)
+
+
+def note_html(text: str) -> str:
+    """The note of an area without content yet."""
+    return f"<p class=ar-hint>{html.escape(text)}</p>"
 
 
 def section(title: str, note: str, content: str) -> str:

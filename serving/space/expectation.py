@@ -157,7 +157,7 @@ def expectation_html(clip: Clip, expectation: Expectation) -> str:
         ),
         section(
             "Surprise by patch",
-            "Error of each patch against copying: orange is worse than copying, purple better, grey as good.",
+            "Error of each patch against copying: orange is worse than copying, purple better, white as good.",
             strip_html([frame_row, *ratio], labels, [ratio_bar]),
         ),
         section(
@@ -169,6 +169,9 @@ def expectation_html(clip: Clip, expectation: Expectation) -> str:
         section("Imagined frames", *_imagined(clip, expectation, basis)),
     ]
     return f"<div class=ar-expectation>{''.join(parts)}</div>"
+
+
+_ERRORS = "Squared error by number of frames ahead. Straight line: the features go on changing as between the last two frames read."
 
 
 def _imagined(clip: Clip, expectation: Expectation, basis: Any) -> tuple[str, str]:
@@ -195,9 +198,9 @@ def _imagined(clip: Clip, expectation: Expectation, basis: Any) -> tuple[str, st
     table = table_html(
         ["ahead", "imagined", "copying", "straight line"],
         [
-            [str(ahead + 1), *(f"{errors[name][ahead]:.4g}" for name in ("mse", "copy_mse", "linear_mse"))]
+            [str(ahead + 1), *(f"{errors[name][ahead]:#.3g}" for name in ("mse", "copy_mse", "linear_mse"))]
             for ahead in range(count)
         ],
     )
     times = time_labels([clip.times[frame].item() for frame in frames])
-    return text, strip_html(rows, times) + f"<p class=ar-note>Squared error by number of frames ahead:</p>{table}"
+    return text, strip_html(rows, times) + f"<p class=ar-note>{_ERRORS}</p>{table}"

@@ -28,14 +28,16 @@ class LiveReader:
         model, processor: of a checkpoint with a head.
         keeps_stream: read each frame once, with the earlier ones in the cache of the stream. False reads all frames again
             for each new one, for processes whose memory is lost between calls (ZeroGPU).
+        total: frames that will come, to show; None if that is open.
 
     Raises:
         ValueError: if the head is off, or looks ahead.
     """
 
-    def __init__(self, model: Any, processor: Any, *, keeps_stream: bool = True) -> None:
+    def __init__(self, model: Any, processor: Any, *, keeps_stream: bool = True, total: int | None = None) -> None:
         self._prompt_ids = text_before_video(processor)
         self._stream = model.surprise_stream(self._prompt_ids) if keeps_stream else None
+        self._total = total
         self._normalisation = (processor.video_processor.image_mean, processor.video_processor.image_std)
         self._frames: list[tuple[torch.Tensor, torch.Tensor, list[int] | None]] = []
         self._parts: list[VideoSurprise] = []
@@ -96,9 +98,8 @@ class LiveReader:
             return ""
         if self.num_frames < 2:
             row = StripRow(name="frame", pictures=[self._last])
-            return "<p class=ar-note>The first frame is read; the next one is predicted.</p>" + strip_html(
-                [row], ["now"]
-            )
+            note = f"<p class=ar-note>The first frame{self._progress()} is read; the next one is predicted.</p>"
+            return f"<div class=ar-live>{note}{strip_html([row], ['newest'])}</div>"
         surprise = self.surprise()
         newest = VideoSurprise(
             **{name: value if name == "video_index" else value[-1:] for name, value in vars(surprise).items()}
@@ -112,7 +113,12 @@ class LiveReader:
             f"<p class=ar-headline>Frame {int(newest.frame_index)}, {float(newest.seconds):.1f} s: <b>surprise "
             f"{float(newest.frames):.2f}</b> (copying {copying_surprise(newest)[0]:.2f})</p>"
         )
-        return f"{text}{timeline_html(self._thumbnails, surprise)}{strip_html(rows, ['newest'], [bar])}"
+        text += f"<p class=ar-note>{self.num_frames}{self._progress()} frames are read.</p>"
+        content = timeline_html(self._thumbnails, surprise) + strip_html(rows, ["newest"], [bar])
+        return f"<div class=ar-live>{text}{content}</div>"
+
+    def _progress(self) -> str:
+        return "" if self._total is None else f" of {self._total}"
 
 
 def joined(parts: list[VideoSurprise]) -> VideoSurprise:

@@ -132,7 +132,7 @@ class ModelService:
         yield from self._read_frames(clip, at_its_pace and not IS_ZERO_GPU)
 
     def _live_frames(self, clip: Clip, at_its_pace: bool) -> Iterator[tuple[str, LiveReader]]:
-        reader = LiveReader(self.model, self.processor)
+        reader = LiveReader(self.model, self.processor, total=len(clip.times))
         start, first = time.monotonic(), float(clip.times[0])
         for number, seconds in enumerate(clip.times):
             if at_its_pace:
