@@ -52,6 +52,7 @@ MAX_QUEUE = 32
 SECONDS_OF_WEBCAM = 120
 # Fonts of the system: those of gradio's themes come from another server.
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
+    background_fill_primary="*neutral_50",  # as in the theme: its default comes back otherwise
     # Secondary texts of the theme have a contrast of 2.5 to 1; these have more than 4.5 (WCAG AA) in both looks.
     body_text_color_subdued="*neutral_600",
     body_text_color_subdued_dark="*neutral_400",
@@ -91,14 +92,16 @@ CSS = (
 #chatbot > [data-testid=status-tracker]:has(.error) { display: none; }
 #chatbot .placeholder { padding: 1.2rem .6rem .4rem; }
 #chatbot .examples { padding: .8rem; gap: .8rem; }
-#chatbot .example { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .8rem; min-width: 0; min-height: 0; }
+#chatbot .example { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .8rem; min-width: 0; }
+#chatbot .example-image-container { width: 64px; height: 64px; }
+#chatbot .bot .md:not(:has(*))::after { content: "(no words)"; color: var(--body-text-color-subdued); }
 #chatbot .example:hover, #chatbot .example:focus-visible { border-color: var(--color-accent); }
-#settings .form { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)); }
+#settings .form { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); }
 @media (max-width: 640px) {
   .gradio-container .main, .gradio-container .tabitem { padding: .6rem .2rem !important; }
   #chatbot .examples { grid-template-columns: 1fr; }
   #chatbot .example-content { flex-direction: row; align-items: center; gap: .8rem; }
-  #chatbot .example-image-container { width: 64px; height: 64px; flex: none; margin: 0; }
+  #chatbot .example-image-container { flex: none; margin: 0; }
 }
 """
 )
@@ -282,8 +285,8 @@ def add_clip(service: ModelService) -> None:
         with gr.Column(scale=3, min_width=300):
             page = gr.HTML(
                 note_html(
-                    "Upload a video or choose an example, then press “Show the expectation”: its surprise over time and by patch, its "
-                    "predicted features and its imagined frames appear here."
+                    "Upload a video or choose an example, then press “Show the expectation”. The surprise of each frame and patch, the "
+                    "predicted features and the imagined frames appear here."
                 ),
                 elem_id="expectation",
             )

@@ -23,15 +23,16 @@ NARROW_THUMBNAILS = 5  # of a timeline on a phone
 MAX_MARKS = 80  # points of a line that are drawn as marks of their own
 STYLE = """
 .ar-expectation, .ar-live { --ar-blue: #0072B2; --ar-orange: #D55E00; --ar-grey: #737373; }
-.dark .ar-expectation, .dark .ar-live { --ar-blue: #56B4E9; --ar-orange: #FF8C42; --ar-grey: #A8A8A8; }
+.dark .ar-expectation { --ar-blue: #56B4E9; --ar-orange: #FF8C42; --ar-grey: #A8A8A8; }
+.dark .ar-live { --ar-blue: #56B4E9; --ar-orange: #FF8C42; --ar-grey: #A8A8A8; }
 .ar-expectation h3 { margin: 1.6rem 0 .3rem; } .ar-expectation h3 + .ar-note { max-width: 46rem; }
-.ar-hint { border: 1px dashed var(--border-color-primary); border-radius: 8px; padding: 2.4rem 1.2rem; margin: 0; text-align: center;
-  color: var(--body-text-color-subdued); }
+.ar-hint { border: 1px dashed var(--border-color-primary); border-radius: 8px; padding: 2.4rem 1.2rem; margin: 0;
+  text-align: center; color: var(--body-text-color-subdued); }
 .ar-note { color: var(--body-text-color-subdued); margin: 0 0 .6rem; }
 .ar-headline { font-size: 1.15rem; margin: .2rem 0 .6rem; }
 .ar-headline b { font-variant-numeric: tabular-nums; }
 .ar-scroll { overflow-x: auto; max-width: 100%; }
-table.ar-strip { border-collapse: separate; border-spacing: 4px 6px; margin: 0; width: auto; font-size: .8rem; border: 0; }
+table.ar-strip { border-collapse: separate; border-spacing: 4px 6px; margin: 0 0 0 -4px; padding: 0; width: auto; font-size: .8rem; border: 0; }
 table.ar-strip th, table.ar-strip td { padding: 0; border: 0; text-align: center; vertical-align: top; font-weight: 400;
   color: var(--body-text-color); background: none; font-variant-numeric: tabular-nums; }
 table.ar-strip th[scope=row] { position: sticky; left: 0; z-index: 1; width: 6rem; min-width: 6rem; padding-right: .5rem;
@@ -46,16 +47,16 @@ table.ar-strip .ar-empty { aspect-ratio: 1; border: 1px dashed var(--border-colo
 .ar-bar div { position: relative; height: 1.1rem; font-variant-numeric: tabular-nums; }
 .ar-bar div span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
 .ar-bar .ar-low span:first-child { transform: none; } .ar-bar .ar-high span:last-child { transform: translateX(-100%); }
-.ar-timeline { position: relative; container-type: inline-size; padding: 0 1.4rem 1.5rem 2.6rem; font-size: .8rem; color: var(--body-text-color);
+.ar-timeline { position: relative; padding: 0 1.4rem 1.5rem 2.6rem; font-size: .8rem; color: var(--body-text-color);
   font-variant-numeric: tabular-nums; }
 .ar-legend { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin: 0 0 .5rem -2.2rem; }
 .ar-legend span { display: inline-flex; align-items: center; gap: .4rem; }
 .ar-thumbs { position: relative; height: 5.6rem; }
-.ar-thumbs figure { position: absolute; bottom: 0; left: var(--wide); margin: 0; transform: translateX(-50%); text-align: center;
-  width: 8.4%; }
+.ar-thumbs figure { position: absolute; bottom: 0; left: var(--wide); margin: 0; width: 8.4%; transform: translateX(-50%);
+  text-align: center; }
 .ar-tie.ar-narrow { display: none; }
-.ar-thumbs img { display: block; width: 100%; max-height: 4.2rem; object-fit: cover; margin: 0; border: 2px solid var(--ar-blue);
-  border-radius: 3px; box-sizing: border-box; }
+.ar-thumbs img { display: block; width: 100%; max-height: 4.2rem; object-fit: cover; margin: 0;
+  border: 2px solid var(--ar-blue); border-radius: 3px; box-sizing: border-box; }
 .ar-thumbs .ar-worse img { border-color: var(--ar-orange); }
 .ar-plot { position: relative; height: 13rem; }
 .ar-plot svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
@@ -80,7 +81,7 @@ table.ar-strip .ar-empty { aspect-ratio: 1; border: 1px dashed var(--border-colo
 .ar-table th, .ar-table td { padding: .25rem .8rem; text-align: right; border: 0;
   border-bottom: 1px solid var(--border-color-primary); }
 .ar-live .ar-strip img { width: 128px; }
-@container (max-width: 520px) {
+@media (max-width: 800px) {
   .ar-thumbs figure { left: var(--narrow); width: 17%; } .ar-thumbs .ar-wide { display: none; }
   .ar-tie.ar-wide { display: none; } .ar-tie.ar-narrow { display: inline; }
 }

@@ -16,6 +16,7 @@ from demo_folder import make_changed_checkpoint, make_demo_folder
 from PIL import Image
 
 from llava_next_ar.evaluation.measures import load_checkpoint
+from llava_next_ar.processing.video_frames import load_video
 from llava_next_ar.serving.space import app
 from llava_next_ar.serving.space.chat import GenerationSettings
 from llava_next_ar.serving.space.service import ModelService
@@ -64,6 +65,59 @@ FAULTS = """() => {
   }
   return [...new Set(faults)];
 }"""
+# Parts of the page that leave the block around them, unless they lie in a part that scrolls or is cut on purpose.
+OUTSIDE = """() => {
+  const faults = [];
+  for (const e of document.querySelectorAll('.block *, button, input, textarea, video, img')) {
+    const block = e.parentElement?.closest('.block, .form, .tabitem'), box = e.getBoundingClientRect();
+    if (!block || !box.width || !box.height || e.closest('svg, .toast-wrap, [role=progressbar], .sr-only')) continue;
+    if (!e.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
+    let clipped = false;
+    for (let p = e.parentElement; p !== block; p = p.parentElement) clipped ||= getComputedStyle(p).overflowX !== 'visible';
+    if (clipped || getComputedStyle(block).overflowX !== 'visible' && block.scrollWidth > block.clientWidth + 1) continue;
+    const around = block.getBoundingClientRect();
+    if (box.left < around.left - 1.5 || box.right > around.right + 1.5)
+      faults.push(`outside its block: ${e.tagName}.${e.className} ${box.left} to ${box.right}, ${around.left} to ${around.right}`);
+  }
+  return [...new Set(faults)];
+}"""
+# Texts with less contrast than WCAG 2.2 AA asks for (https://www.w3.org/TR/WCAG22/#contrast-minimum). Texts on pictures and of
+# controls that are off are left out, as there.
+FAINT = """() => {
+  const context = document.createElement('canvas').getContext('2d', {willReadFrequently: true}), faults = [];
+  const rgba = text => {
+    context.clearRect(0, 0, 1, 1); context.fillStyle = text; context.fillRect(0, 0, 1, 1);
+    const d = context.getImageData(0, 0, 1, 1).data; return [d[0], d[1], d[2], d[3] / 255];
+  };
+  const over = (top, under) => [0, 1, 2].map(i => top[i] * top[3] + under[i] * (1 - top[3]));
+  const light = colour => { const c = colour.map(v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * c[0] + 0.7152 * c[1] + 0.0722 * c[2]; };
+  const check = (parent, text, colour) => {
+    const layers = [];
+    let opacity = 1;
+    for (let e = parent; e; e = e.parentElement) {
+      const style = getComputedStyle(e); opacity *= Number(style.opacity);
+      if (style.backgroundImage !== 'none') return;
+      layers.push(rgba(style.backgroundColor));
+    }
+    const ground = layers.reverse().reduce((under, top) => over(top, under), [255, 255, 255]);
+    const ink = rgba(colour); ink[3] *= opacity;
+    const both = [light(over(ink, ground)), light(ground)].sort((a, b) => b - a), ratio = (both[0] + 0.05) / (both[1] + 0.05);
+    const style = getComputedStyle(parent), size = parseFloat(style.fontSize), bold = Number(style.fontWeight) >= 700;
+    const least = size >= 24 || bold && size >= 18.66 ? 3 : 4.5;
+    if (ratio < least) faults.push(`faint (${ratio.toFixed(1)}): ${text.slice(0, 60)}`);
+  };
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const parent = walker.currentNode.parentElement, text = walker.currentNode.textContent.trim();
+    if (!text || !parent.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
+    if (parent.closest('script, style, svg, [role=progressbar], .controls, :disabled, .sr-only')) continue;
+    check(parent, text, getComputedStyle(parent).color);
+  }
+  for (const e of document.querySelectorAll('textarea[placeholder]'))
+    if (e.checkVisibility() && !e.value && !e.disabled) check(e, e.placeholder, getComputedStyle(e, '::placeholder').color);
+  return [...new Set(faults)];
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +158,8 @@ class Visit:
     def __init__(self, chromium, address: str, look: tuple[int, int, str], shots: Path) -> None:
         width, height, scheme = look
         size = {"width": width, "height": height}
-        self.context = chromium.new_context(viewport=size, color_scheme=scheme, permissions=["camera"])
+        phone = {"is_mobile": True, "has_touch": True} if width < 600 else {}
+        self.context = chromium.new_context(viewport=size, color_scheme=scheme, permissions=["camera"], **phone)
         self.page, self.complaints = self.context.new_page(), []
         self._name, self._shots, self._size, self._number = f"{width}_{scheme}", shots, size, 0
         self.page.set_default_timeout(WAIT)
@@ -134,7 +189,7 @@ class Visit:
         self.page.wait_for_timeout(400)
         self._number += 1
         self.page.screenshot(path=self._shots / f"{self._name}_{self._number}_{step}.png", full_page=True)
-        faults = self.page.evaluate(FAULTS)
+        faults = [fault for script in (FAULTS, OUTSIDE, FAINT) for fault in self.page.evaluate(script)]
         self.page.set_viewport_size(self._size)
         assert faults + self.complaints == [], f"{self._name}, {step}"
 
@@ -183,14 +238,16 @@ def desktop(chromium, address, shots):
     visit.context.close()
 
 
-def test_every_step_looks_right(visit, model_service):
+def test_every_step_looks_right(visit, model_service, tmp_path):
     """Chat of two turns, a whole clip and a running file, each without a fault on the page."""
+    picture = tmp_path / "picture.png"
+    Image.fromarray(load_video(str(CLIP)).frames[0].permute(1, 2, 0).numpy()).resize((480, 270)).save(picture)
     visit.check("start")
     settings = GenerationSettings()
     first = visit.ask(QUESTION, CLIP)
     message = {"text": QUESTION, "files": [str(CLIP)]}
     assert first.split() == list(model_service.answer(message, [], settings, ""))[-1].split()
-    visit.ask("What does it do?")
+    visit.ask("In which direction does the shape move?", picture)
     visit.page.get_by_text("Generation settings").click()
     visit.check("chat")
     visit.tab("Expectation")
@@ -213,8 +270,31 @@ def test_every_step_looks_right(visit, model_service):
     visit.page.locator("#running").get_by_text("Frame 3,").wait_for()
     visit.page.wait_for_timeout(1500)
     visit.check("running")
+    assert "4 of 4 frames are read." in visit.page.locator("#running").inner_text()
     visit.tab("Live: webcam")
     visit.check("webcam")
+    visit.tab("Live: file")
+    visit.page.locator("#file-video").get_by_role("button", name="Clear").click()
+    visit.page.get_by_role("button", name="Start", exact=True).click()
+    visit.page.get_by_text("no video was given: upload one, or choose an example").first.wait_for()
+    visit.check("message")
+
+
+def test_the_most_surprising_frame_has_a_thumbnail_on_a_phone(chromium, address, shots, model_service):
+    """A phone has room for 5 thumbnails; those left out are the least surprising of their stretch."""
+    visit = Visit(chromium, address, LOOKS[2], shots)
+    visit.tab("Expectation")
+    visit.upload("#clip-video", CLIP)
+    visit.page.get_by_role("button", name="Show the expectation").click()
+    visit.page.locator(".ar-expectation").wait_for()
+    shown = visit.page.locator(".ar-thumbs figure:visible")
+    values = [float(text) for text in shown.all_inner_texts()]
+    surprise = [frame["surprise"] for frame in model_service.surprise(str(CLIP), None, 3)["frames"]]
+    assert len(surprise) == 7 and len(values) == 5 and max(values) == round(max(surprise), 2)
+    boxes = [figure.bounding_box() for figure in shown.all()]
+    assert all(left["x"] + left["width"] <= right["x"] for left, right in zip(boxes, boxes[1:], strict=False))
+    assert min(box["width"] for box in boxes) >= 36
+    visit.context.close()
 
 
 def colours_are_those_of_the_pictures(page) -> None:
