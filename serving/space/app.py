@@ -285,8 +285,8 @@ def add_clip(service: ModelService) -> None:
         with gr.Column(scale=3, min_width=300):
             page = gr.HTML(
                 note_html(
-                    "Upload a video or choose an example, then press “Show the expectation”. The surprise of each frame and patch, the "
-                    "predicted features and the imagined frames appear here."
+                    "Upload a video or choose an example, then press “Show the expectation”. The surprise of each frame and "
+                    "patch, the predicted features and the imagined frames appear here."
                 ),
                 elem_id="expectation",
             )

@@ -32,7 +32,8 @@ STYLE = """
 .ar-headline { font-size: 1.15rem; margin: .2rem 0 .6rem; }
 .ar-headline b { font-variant-numeric: tabular-nums; }
 .ar-scroll { overflow-x: auto; max-width: 100%; }
-table.ar-strip { border-collapse: separate; border-spacing: 4px 6px; margin: 0 0 0 -4px; padding: 0; width: auto; font-size: .8rem; border: 0; }
+table.ar-strip { border-collapse: separate; border-spacing: 4px 6px; margin: 0 0 0 -4px; padding: 0; width: auto;
+  font-size: .8rem; border: 0; }
 table.ar-strip th, table.ar-strip td { padding: 0; border: 0; text-align: center; vertical-align: top; font-weight: 400;
   color: var(--body-text-color); background: none; font-variant-numeric: tabular-nums; }
 table.ar-strip th[scope=row] { position: sticky; left: 0; z-index: 1; width: 6rem; min-width: 6rem; padding-right: .5rem;

@@ -171,7 +171,7 @@ def expectation_html(clip: Clip, expectation: Expectation) -> str:
     return f"<div class=ar-expectation>{''.join(parts)}</div>"
 
 
-_ERRORS = "Squared error by number of frames ahead. Straight line: the features go on changing as between the last two frames read."
+_ERRORS = "Squared error by number of frames ahead. Straight line: features that go on changing as in the last two frames read."
 
 
 def _imagined(clip: Clip, expectation: Expectation, basis: Any) -> tuple[str, str]:

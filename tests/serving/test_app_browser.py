@@ -70,14 +70,14 @@ OUTSIDE = """() => {
   const faults = [];
   for (const e of document.querySelectorAll('.block *, button, input, textarea, video, img')) {
     const block = e.parentElement?.closest('.block, .form, .tabitem'), box = e.getBoundingClientRect();
-    if (!block || !box.width || !box.height || e.closest('svg, .toast-wrap, [role=progressbar], .sr-only')) continue;
+    if (!block || !box.width || !box.height || e.closest('svg, .toast-wrap, [role=progressbar], .sr-only, .streaming-bar')) continue;
     if (!e.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
     let clipped = false;
     for (let p = e.parentElement; p !== block; p = p.parentElement) clipped ||= getComputedStyle(p).overflowX !== 'visible';
     if (clipped || getComputedStyle(block).overflowX !== 'visible' && block.scrollWidth > block.clientWidth + 1) continue;
     const around = block.getBoundingClientRect();
     if (box.left < around.left - 1.5 || box.right > around.right + 1.5)
-      faults.push(`outside its block: ${e.tagName}.${e.className} ${box.left} to ${box.right}, ${around.left} to ${around.right}`);
+      faults.push(`outside its block: ${e.tagName}.${e.className} ${[box.left, box.right]}, ${[around.left, around.right]}`);
   }
   return [...new Set(faults)];
 }"""
@@ -104,7 +104,8 @@ FAINT = """() => {
     const ink = rgba(colour); ink[3] *= opacity;
     const both = [light(over(ink, ground)), light(ground)].sort((a, b) => b - a), ratio = (both[0] + 0.05) / (both[1] + 0.05);
     const style = getComputedStyle(parent), size = parseFloat(style.fontSize), bold = Number(style.fontWeight) >= 700;
-    const least = size >= 24 || bold && size >= 18.66 ? 3 : 4.5;
+    const symbol = !/[\\p{L}\\p{N}]/u.test(text);  // a graphical object
+    const least = symbol || size >= 24 || bold && size >= 18.66 ? 3 : 4.5;
     if (ratio < least) faults.push(`faint (${ratio.toFixed(1)}): ${text.slice(0, 60)}`);
   };
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
