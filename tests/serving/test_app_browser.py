@@ -70,7 +70,8 @@ OUTSIDE = """() => {
   const faults = [];
   for (const e of document.querySelectorAll('.block *, button, input, textarea, video, img')) {
     const block = e.parentElement?.closest('.block, .form, .tabitem'), box = e.getBoundingClientRect();
-    if (!block || !box.width || !box.height || e.closest('svg, .toast-wrap, [role=progressbar], .sr-only, .streaming-bar')) continue;
+    if (!block || !box.width || !box.height) continue;
+    if (e.closest('svg, .toast-wrap, [role=progressbar], .sr-only, .streaming-bar')) continue;
     if (!e.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
     let clipped = false;
     for (let p = e.parentElement; p !== block; p = p.parentElement) clipped ||= getComputedStyle(p).overflowX !== 'visible';
