@@ -84,8 +84,10 @@ CSS = (
 #title h1 { margin: .2rem 0 0; overflow-wrap: anywhere; } #title p { margin: .2rem 0 0; overflow-wrap: anywhere; }
 .dark button[role=tab][aria-selected=true] { color: var(--primary-400) !important; }
 .icon-button-wrapper:not(:has(button, a)) { display: none; }
-/* The video of a message is as wide as its picture: small clips are enlarged, large ones shrink. */
-#chatbot .message video, #chatbot .message img { height: 200px; width: auto; max-width: 100%; object-fit: contain; }
+/* The frame of a video is as wide as its picture: small clips are enlarged, large ones shrink. */
+#chatbot .message video, #chatbot .message img { height: auto; max-height: 260px; width: auto; min-width: min(200px, 100%);
+  max-width: 100%; }
+#chatbot .message-wrap { padding-right: 1.4rem; }  /* room for the button that clears the chat */
 #chatbot .message .mirror-wrap, #chatbot .message .wrap { width: fit-content; max-width: 100%; min-width: 0; }
 #chatbot [aria-label=Share] { display: none; }
 /* An error is a message of its own: it does not hide the conversation. */
@@ -185,11 +187,7 @@ def add_chat(service: ModelService) -> gr.ChatInterface:
                 num_frames=frames_of_box(num_frames),
                 seed=int(seed or 0),
             )
-            text = None
-            for text in service.answer(message, history, settings, request.session_hash or ""):
-                yield text
-            if not text:
-                gr.Info("The model ended its answer without a word.")
+            yield from service.answer(message, history, settings, request.session_hash or "")
 
     settings = [
         gr.Slider(1, 1024, defaults.max_new_tokens, step=1, label="Longest answer", info="tokens", render=False),
@@ -303,11 +301,21 @@ def add_clip(service: ModelService) -> None:
 def add_running_file(service: ModelService) -> None:
     """A file that is read frame by frame, as if it were running."""
 
+    hint = note_html(
+        "Upload a video or choose an example, then press “Start”: the model predicts each frame before it reads it."
+    )
+
     def run_file(video: str | None, fps: float, at_its_pace: bool) -> Iterator[str]:
-        with shown_errors():
-            yield note_html("Reading the video.")
-            for page, _ in service.run_file(video, fps, at_its_pace=at_its_pace):
-                yield page
+        yield note_html("Reading the video.")
+        page = None
+        try:
+            with shown_errors():
+                for page, _ in service.run_file(video, fps, at_its_pace=at_its_pace):
+                    yield page
+        except gr.Error:
+            if page is None:
+                yield hint
+            raise
 
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
@@ -320,12 +328,7 @@ def add_running_file(service: ModelService) -> None:
                 start = gr.Button("Start", variant="primary", min_width=100)
                 stop = gr.Button("Stop", min_width=100)
         with gr.Column(scale=3, min_width=300):
-            page = gr.HTML(
-                note_html(
-                    "Upload a video or choose an example, then press “Start”: the model predicts each frame before it reads it."
-                ),
-                elem_id="running",
-            )
+            page = gr.HTML(hint, elem_id="running")
     event = start.click(
         run_file, [video, fps, pace], page, api_name="run_file", concurrency_id="live", concurrency_limit=4,
         show_progress="hidden",

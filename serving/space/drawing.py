@@ -25,7 +25,7 @@ STYLE = """
 .ar-expectation, .ar-live { --ar-blue: #0072B2; --ar-orange: #D55E00; --ar-grey: #737373; }
 .dark .ar-expectation { --ar-blue: #56B4E9; --ar-orange: #FF8C42; --ar-grey: #A8A8A8; }
 .dark .ar-live { --ar-blue: #56B4E9; --ar-orange: #FF8C42; --ar-grey: #A8A8A8; }
-.ar-expectation h3 { margin: 1.6rem 0 .3rem; } .ar-expectation h3 + .ar-note { max-width: 46rem; }
+.ar-expectation h3 { margin: 1.6rem 0 .3rem; } .ar-expectation h3 + .ar-note { max-width: 52rem; }
 .ar-hint { border: 1px dashed var(--border-color-primary); border-radius: 8px; padding: 2.4rem 1.2rem; margin: 0;
   text-align: center; color: var(--body-text-color-subdued); }
 .ar-note { color: var(--body-text-color-subdued); margin: 0 0 .6rem; }
@@ -87,7 +87,7 @@ table.ar-strip .ar-empty { aspect-ratio: 1; border: 1px dashed var(--border-colo
   .ar-tie.ar-wide { display: none; } .ar-tie.ar-narrow { display: inline; }
 }
 @media (max-width: 640px) {
-  table.ar-strip { font-size: .75rem; } table.ar-strip th[scope=row] { width: 4.7rem; min-width: 4.7rem; }
+  .ar-bar { font-size: .72rem; } table.ar-strip { font-size: .75rem; } table.ar-strip th[scope=row] { width: 4.7rem; min-width: 4.7rem; }
   .ar-table th, .ar-table td { padding: .25rem .4rem; }
 }
 """

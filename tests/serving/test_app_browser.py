@@ -129,7 +129,7 @@ def model_service(tmp_path_factory) -> ModelService:
         folder = make_demo_folder(tmp_path_factory.mktemp("browser"))
         make_changed_checkpoint(folder)
         source = str(folder / "changed")
-    return ModelService(*load_checkpoint(source), name=Path(source).name)
+    return ModelService(*load_checkpoint(source), name=Path(source).name if Path(source).is_absolute() else source)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,34 @@ class Visit:
 def shots(tmp_path_factory) -> Path:
     folder = Path(os.environ.get("APP_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    yield folder
+    if os.environ.get("APP_DOCS"):
+        make_pictures_of_docs(folder, Path(os.environ["APP_DOCS"]))
+
+
+def make_pictures_of_docs(shots: Path, folder: Path) -> None:
+    """Parts of the screenshots in both looks and at both widths, small enough for the documentation."""
+
+    def part(name: str, top: int, height: int) -> Image.Image:
+        with Image.open(shots / f"{name}.png") as shot:
+            return shot.convert("RGB").crop((0, top, shot.width, top + height))
+
+    phones = [
+        part("390_light_1_start", 0, 844),
+        part("390_dark_2_chat", 0, 844),
+        part("390_light_4_expectation", 870, 844),
+        part("390_dark_5_running", 840, 844),
+    ]
+    row = Image.new("RGB", (len(phones) * 406 - 16, 844), "#808080")
+    for number, phone in enumerate(phones):
+        row.paste(phone, (406 * number, 0))
+    pictures = {
+        "app_light": part("1280_light_4_expectation", 0, 1200),
+        "app_dark": part("1280_dark_2_chat", 0, 1060),
+        "app_phone": row,
+    }
+    for name, picture in pictures.items():
+        picture.save(folder / f"{name}.webp", quality=85, method=6)
 
 
 @pytest.fixture(params=LOOKS, ids=lambda look: f"{look[0]}-{look[2]}")
@@ -249,7 +276,7 @@ def test_every_step_looks_right(visit, model_service, tmp_path):
     first = visit.ask(QUESTION, CLIP)
     message = {"text": QUESTION, "files": [str(CLIP)]}
     assert first.split() == list(model_service.answer(message, [], settings, ""))[-1].split()
-    visit.ask("In which direction does the shape move?", picture)
+    visit.ask(QUESTION, picture)
     visit.page.get_by_text("Generation settings").click()
     visit.check("chat")
     visit.tab("Expectation")
@@ -279,6 +306,7 @@ def test_every_step_looks_right(visit, model_service, tmp_path):
     visit.page.locator("#file-video").get_by_role("button", name="Clear").click()
     visit.page.get_by_role("button", name="Start", exact=True).click()
     visit.page.get_by_text("no video was given: upload one, or choose an example").first.wait_for()
+    visit.page.locator("#running").get_by_text("then press “Start”").wait_for()
     visit.check("message")
 
 
