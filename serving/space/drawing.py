@@ -87,7 +87,8 @@ table.ar-strip .ar-empty { aspect-ratio: 1; border: 1px dashed var(--border-colo
   .ar-tie.ar-wide { display: none; } .ar-tie.ar-narrow { display: inline; }
 }
 @media (max-width: 640px) {
-  .ar-bar { font-size: .72rem; } table.ar-strip { font-size: .75rem; } table.ar-strip th[scope=row] { width: 4.7rem; min-width: 4.7rem; }
+  .ar-bar { font-size: .72rem; } table.ar-strip { font-size: .75rem; }
+  table.ar-strip th[scope=row] { width: 4.7rem; min-width: 4.7rem; }
   .ar-table th, .ar-table td { padding: .25rem .4rem; }
 }
 """
