@@ -16,6 +16,8 @@ LMMS_EVAL_ARGS ?=
 DEEPSPEED_ARGS ?=
 VLLM_ARGS ?=
 APP_MODEL ?=
+# folder for the pictures of the docs, made from the screenshots
+APP_DOCS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-versions test-lmms-eval test-deepspeed test-vllm test-app test-sources lint demo benchmark clean
@@ -54,7 +56,7 @@ test-vllm: setup ## serve tiny models with vLLM, in an environment of its own (n
 
 test-app: setup ## run the app in Chromium, with screenshots in outputs/app (APP_MODEL=folder shows another model)
 	$(BIN)/python -m pip install --quiet "playwright==1.65.2"
-	APP_SCREENSHOTS=$(or $(APP_SCREENSHOTS),outputs/app) APP_MODEL=$(APP_MODEL) \
+	APP_SCREENSHOTS=$(or $(APP_SCREENSHOTS),outputs/app) APP_MODEL=$(APP_MODEL) APP_DOCS=$(APP_DOCS) \
 		$(BIN)/python -m pytest -m slow tests/serving/test_app_browser.py $(PYTEST_ARGS)
 
 test-sources: setup ## record clips with the simulators of the extra `sources`, and test them (needs a package index and libegl1)

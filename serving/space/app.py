@@ -85,7 +85,7 @@ CSS = (
 .dark button[role=tab][aria-selected=true] { color: var(--primary-400) !important; }
 .icon-button-wrapper:not(:has(button, a)) { display: none; }
 /* The frame of a video is as wide as its picture: small clips are enlarged, large ones shrink. */
-#chatbot .message video, #chatbot .message img { height: auto; max-height: 260px; width: auto; min-width: min(200px, 100%);
+#chatbot .message video, #chatbot .message img { height: auto; max-height: 260px; width: auto; min-width: 160px;
   max-width: 100%; }
 #chatbot .message-wrap { padding-right: 1.4rem; }  /* room for the button that clears the chat */
 #chatbot .message .mirror-wrap, #chatbot .message .wrap { width: fit-content; max-width: 100%; min-width: 0; }

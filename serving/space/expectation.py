@@ -152,8 +152,8 @@ def expectation_html(clip: Clip, expectation: Expectation) -> str:
         skill_html(prediction.metrics, expectation.notes),
         section(
             "Surprise over time",
-            "The error of each prediction, divided by the error of copying the frame before plus a floor. A low value means that "
-            "the frame was expected.",
+            "The error of each prediction, divided by the error of copying the frame before plus a floor. A low value means "
+            "that the frame was expected.",
             timeline_html(thumbnails, of_file),
         ),
         section(

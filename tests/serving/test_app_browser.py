@@ -1,6 +1,7 @@
 """The app in a real browser, at the width of a desktop and of a phone, in a light and a dark look; run by `make test-app`.
 
-Each step writes a screenshot into the folder APP_SCREENSHOTS. APP_MODEL names another checkpoint than a tiny untrained one.
+Each step writes a screenshot into the folder APP_SCREENSHOTS. APP_MODEL names another checkpoint than a tiny
+untrained one. The pictures of the docs are parts of the screenshots, written into the folder APP_DOCS.
 """
 
 import io
@@ -232,21 +233,23 @@ def make_pictures_of_docs(shots: Path, folder: Path) -> None:
     """Parts of the screenshots in both looks and at both widths, small enough for the documentation."""
 
     def part(name: str, top: int, height: int) -> Image.Image:
-        with Image.open(shots / f"{name}.png") as shot:
+        look, step = name.rsplit("_", 1)
+        (path,) = shots.glob(f"{look}_[0-9]_{step}.png")
+        with Image.open(path) as shot:
             return shot.convert("RGB").crop((0, top, shot.width, top + height))
 
     phones = [
-        part("390_light_1_start", 0, 844),
-        part("390_dark_2_chat", 0, 844),
-        part("390_light_4_expectation", 870, 844),
-        part("390_dark_5_running", 840, 844),
+        part("390_light_start", 0, 844),
+        part("390_dark_chat", 0, 844),
+        part("390_light_expectation", 870, 844),
+        part("390_dark_running", 840, 844),
     ]
     row = Image.new("RGB", (len(phones) * 406 - 16, 844), "#808080")
     for number, phone in enumerate(phones):
         row.paste(phone, (406 * number, 0))
     pictures = {
-        "app_light": part("1280_light_4_expectation", 0, 1200),
-        "app_dark": part("1280_dark_2_chat", 0, 1060),
+        "app_light": part("1280_light_expectation", 0, 1200),
+        "app_dark": part("1280_dark_chat", 0, 780),
         "app_phone": row,
     }
     for name, picture in pictures.items():
@@ -270,15 +273,17 @@ def desktop(chromium, address, shots):
 def test_every_step_looks_right(visit, model_service, tmp_path):
     """Chat of two turns, a whole clip and a running file, each without a fault on the page."""
     picture = tmp_path / "picture.png"
-    Image.fromarray(load_video(str(CLIP)).frames[0].permute(1, 2, 0).numpy()).resize((480, 270)).save(picture)
+    Image.fromarray(load_video(str(CLIP)).frames[0].permute(1, 2, 0).numpy()).resize((240, 240)).save(picture)
     visit.check("start")
     settings = GenerationSettings()
     first = visit.ask(QUESTION, CLIP)
     message = {"text": QUESTION, "files": [str(CLIP)]}
     assert first.split() == list(model_service.answer(message, [], settings, ""))[-1].split()
+    visit.ask("In which direction does the shape move?")
+    visit.check("chat")
     visit.ask(QUESTION, picture)
     visit.page.get_by_text("Generation settings").click()
-    visit.check("chat")
+    visit.check("settings")
     visit.tab("Expectation")
     visit.check("empty")
     visit.upload("#clip-video", CLIP)
