@@ -6,6 +6,7 @@ import io
 import pickle
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -28,7 +29,7 @@ from llava_next_ar.pictures.visualize import VisualizeSettings, read_clip
 from llava_next_ar.processing.video_frames import load_video
 from llava_next_ar.serving.space import accelerator, app, service
 from llava_next_ar.serving.space.chat import GenerationSettings, conversation_of, prepare
-from llava_next_ar.serving.space.drawing import compared, skill_html, strip_html
+from llava_next_ar.serving.space.drawing import compared, skill_html, strip_html, timeline_html
 from llava_next_ar.serving.space.expectation import expectation_html
 from llava_next_ar.serving.space.service import ModelService
 
@@ -299,6 +300,23 @@ def test_a_patch_has_the_colour_of_its_number_on_the_bar(expected):
         assert float(text) == pytest.approx(100 * float(bar.scale.norm(number)), abs=0.01)
 
 
+def test_a_narrow_timeline_keeps_the_most_surprising_frame_of_each_stretch(expected):
+    """Places of thumbnails on a phone come from the same figures: those of the class `ar-wide` are hidden there."""
+    surprise = expected[2]
+    count, values = len(surprise.frames), torch.tensor([0.1, 0.2, 0.9, 0.3, 0.5, 0.4, 0.8])
+    assert count == len(values)
+    page = timeline_html([f"{number}.png" for number in range(count)], replace(surprise, frames=values))
+    figures = re.findall(
+        r'<figure class="([^"]*)" style="--wide:([\d.]+)%;--narrow:([\d.]+)%">.*?>([\d.]+)</figure>', page
+    )
+    assert [float(value) for *_, value in figures] == pytest.approx(values.tolist())
+    narrow = [(float(place), float(value)) for name, _, place, value in figures if "ar-wide" not in name]
+    assert [value for _, value in narrow] == pytest.approx([0.2, 0.9, 0.5, 0.4, 0.8])
+    places = [place for place, _ in narrow]
+    assert min(np.diff(places)) >= 18.9 and places[0] >= 8.4 and places[-1] <= 91.6
+    assert page.count("ar-narrow") == 5
+
+
 def test_names_of_rows_and_headings_are_text():
     row = StripRow(name="<b>", pictures=[np.ones((2, 2, 3)), None], captions=["<i>", ""])
     page = strip_html([row], ["<u>", "2 s"])
@@ -373,6 +391,7 @@ def test_a_running_file_has_the_surprise_of_the_whole_one(checkpoint, client):
     marks = [page.count("<figure") for page in pages]
     assert marks == [0, *range(1, 8)]  # the timeline grows
     assert f"<b>surprise {float(surprise.frames[-1]):.2f}</b>" in pages[-1]
+    assert "The first frame of 8 is read" in pages[0] and "8 of 8 frames are read." in pages[-1]
 
 
 def test_pictures_of_a_webcam_are_read_one_by_one(checkpoint, client, tmp_path):

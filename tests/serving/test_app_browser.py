@@ -371,6 +371,10 @@ def test_errors_are_messages_on_the_page(desktop, tmp_path):
     desktop.complaints.clear()  # the browser itself cannot play the file either
     page.wait_for_timeout(500)
     page.screenshot(path=desktop._shots / "error.png")
+    assert (
+        page.locator("#chatbot .user").get_by_text(QUESTION).is_visible()
+    )  # the message does not hide the conversation
+    assert page.locator("#chatbot .error:visible").count() == 0
     assert desktop.ask(QUESTION, CLIP)  # the chat goes on
     desktop.tab("Expectation")
     page.get_by_role("button", name="Show the expectation").click()
