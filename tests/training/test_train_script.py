@@ -524,7 +524,7 @@ def test_a_folder_that_holds_a_run_is_not_started_in_again(work, capsys):
         return written.getvalue()
 
     assert "holds checkpoint-4 and a model of an earlier run" in refusal("--max_steps", "2")
-    assert "--resume_from_checkpoint true" in refusal() and "--overwrite_output_dir true" in refusal("--check", "true")
+    assert "--resume_from_checkpoint true" in refusal() and "--overwrite_output_dir true" in refusal()
     both = ("--resume_from_checkpoint", "true", "--overwrite_output_dir", "true")
     assert "contradict each other" in refusal(*both)
     (work / "data" / "other.json").write_text((work / "data" / "train.json").read_text())
