@@ -268,7 +268,10 @@ def _fetch(source: str | os.PathLike, revision: str | None) -> tuple[Path, str |
     except HFValidationError as error:
         raise FileNotFoundError(f"no such folder: {source}") from error
     patterns = ["*.safetensors", *_TEXT_FILES]
-    return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns)), str(source)
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns)), str(source)
+    except OSError as error:
+        raise OSError(f"{source} is not a folder here, and cannot be read from the Hub: {error}") from error
 
 
 def _choose_placeholders(

@@ -33,10 +33,13 @@ def media_part(source: str) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: if the file does not exist.
+        IsADirectoryError: if it is a folder.
         OSError: if the ending is that of an image, which the file is not.
     """
     kind, _ = mimetypes.guess_type(source)
     is_url, is_image = "://" in source, kind is not None and kind.startswith("image/")
+    if not is_url and Path(source).is_dir():
+        raise IsADirectoryError(f"{source} is a folder, expected a video or an image")
     if not is_url and not Path(source).is_file():
         raise FileNotFoundError(f"no such file: {source}")
     if is_image and not is_url:

@@ -126,11 +126,11 @@ class EvaluationSettings(VideoOptions):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not those of options that switch something off: theirs is the value of what they switch."""
+    """Shows defaults, except None, and those of options that switch something off: theirs is the value of what they switch."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        is_negative = isinstance(action, argparse._StoreFalseAction)
-        return action.help if is_negative else super()._get_help_string(action)
+        has_none = action.default is None or isinstance(action, argparse._StoreFalseAction)
+        return action.help if has_none else super()._get_help_string(action)
 
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:

@@ -26,7 +26,6 @@ picture that is left out, with the reason, and each video that cannot be read. T
 2 if nothing could be drawn or written.
 """
 
-import argparse
 import json
 import math
 import shlex
@@ -46,6 +45,7 @@ from ..evaluation.html_page import Report
 from ..evaluation.measures import load_checkpoint
 from ..evaluation.questions import sampling_options
 from ..evaluation.settings import (
+    HelpFormatter,
     VideoOptions,
     add_video_options,
     check_device,
@@ -501,7 +501,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     defaults = VisualizeSettings(model="", videos=("",))
     parser = CommandParser(
         description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--model", required=True, help="checkpoint: a folder or a Hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
@@ -516,7 +516,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--question", default=defaults.question, help="question of the answer whose attention is drawn"
     )
     add_video_options(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="of the answer")
+    parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="length of the answer")
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",

@@ -295,6 +295,18 @@ def recipe_path(name: str) -> Path:
     raise FileNotFoundError(f"config is {name!r}, expected a file or one of {names}")
 
 
+def _read_yaml(text: Any, source: str) -> Any:
+    """Returns the value of a YAML text or open file.
+
+    Raises:
+        ValueError: with the source, and line and column of the fault, if it is not valid YAML.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not valid YAML: {error}") from error
+
+
 def read_command_line(argv: list[str]) -> dict[str, Any]:
     """Returns the YAML values of `--key value`, `--key=value`, `--flag` and `--key a b`."""
     document: dict[str, list[str]] = {}
@@ -312,7 +324,7 @@ def read_command_line(argv: list[str]) -> dict[str, Any]:
             raise ValueError(f"expected --key before {token!r}")
         else:
             values.append(token)
-    parsed = {key: [yaml.safe_load(value) for value in values] for key, values in document.items()}
+    parsed = {key: [_read_yaml(value, f"--{key}") for value in values] for key, values in document.items()}
     return {key: True if not values else values[0] if len(values) == 1 else values for key, values in parsed.items()}
 
 
@@ -370,7 +382,7 @@ def parse_arguments(
     config_files = given.pop("config", [])
     for path in config_files if isinstance(config_files, list) else [config_files]:
         with open(recipe_path(str(path)), encoding="utf-8") as file:
-            document = yaml.safe_load(file) or {}
+            document = _read_yaml(file, str(path)) or {}
         values.update(flatten_recipe(document, str(path)))
     values.update(flatten_recipe(given, "the command line"))
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}

@@ -39,7 +39,10 @@ torch 2.13 has it) in the environment of the launcher.
 
 import contextlib
 import dataclasses
+import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import sys
@@ -49,8 +52,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoProcessor, AutoTokenizer, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..configuration.configuration_llava_next_ar import LlavaNextARConfig
@@ -102,7 +107,7 @@ def stop_on_bad_input() -> Iterator[None]:
     """Context whose errors are those of the recipe, the checkpoint or the data."""
     try:
         yield
-    except (ValueError, OSError, ImportError, TooManyBadSamplesError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError, TooManyBadSamplesError) as error:
         stop(error)
 
 
@@ -336,8 +341,11 @@ def train(trainer: AutoregressiveTrainer, checkpoint: str | None) -> None:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except (BadStepError, BadSampleError, TooManyBadSamplesError, ResumeError) as error:
         trainer.end()
-        # The text of an error in a worker of the loader is a traceback that ends with the message.
-        stop(str(error).strip().splitlines()[-1], BAD_STEP if isinstance(error, BadStepError) else BAD_INPUT)
+        # The text of an error in a worker of the loader is a traceback that ends with class and message.
+        message = (
+            str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+        )
+        stop(message, BAD_STEP if isinstance(error, BadStepError) else BAD_INPUT)
     stopped = max((c.stopped for c in trainer.callback_handler.callbacks if isinstance(c, StopOnSigterm)), default=0)
     if stopped:
         if trainer.is_world_process_zero():
@@ -346,8 +354,12 @@ def train(trainer: AutoregressiveTrainer, checkpoint: str | None) -> None:
             )
         trainer.end()
         sys.exit(128 + stopped)
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
+    if checkpoint is not None and steps_of(checkpoint) == trainer.state.global_step:
+        if trainer.is_world_process_zero():
+            print(f"{checkpoint} has all {trainer.state.global_step} steps: nothing was left to train", flush=True)
+    else:  # else the metrics of no step would replace those of the run
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
@@ -371,27 +383,36 @@ def save(trainer: AutoregressiveTrainer, merge_lora: bool) -> None:
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(_internal_call=True)  # pushed below, with its card
     if is_main:
-        write_card(folder, trainer.hub_model_id or f"user/{folder.resolve().name}")
+        write_card(folder, trainer.hub_model_id or f"user/{repository_name(folder)}")
     trainer.accelerator.wait_for_everyone()
     if training_args.push_to_hub:
         trainer.push_to_hub()
 
 
+def steps_of(checkpoint: str) -> int:
+    """Returns the number of steps of a checkpoint's state."""
+    return json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+
+
+def repository_name(folder: Path) -> str:
+    """Returns the name of a folder with hyphens for characters that a name on the Hub cannot have."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", folder.resolve().name).strip("-.") or "model"
+
+
 def next_commands(folder: Path, data_args: DataArguments) -> str:
-    """Returns a text with the usual commands after a training."""
-    data = (data_args.eval_data or ["<test.json>"])[0]
+    """Returns a text with the usual commands after a training, quoted for a shell."""
+    data = shlex.quote(data_args.eval_data[0]) if data_args.eval_data else "<test.json>"
+    name = repository_name(folder)
     commands: tuple[tuple[str, str], ...] = ()
     if not holds_weights(folder):  # DeepSpeed's ZeRO-3 left them split
         whole = folder.with_name(f"{folder.name}_whole")
-        commands = (("join the shards", f"consolidate {folder} {whole}"),)
+        commands = (("join the shards", f"consolidate {shlex.quote(str(folder))} {shlex.quote(str(whole))}"),)
         folder = whole
+    model, stem = shlex.quote(str(folder)), folder.name
     commands += (
-        ("evaluate", f"evaluate --model {folder} --data {data} --output {folder.name}_results.json"),
-        (
-            "look at a clip",
-            f"visualize --model {folder} --video <clip.mp4> --output {folder.name}_pictures",
-        ),
-        ("share", f"push {folder} <user>/{folder.resolve().name} --dry-run"),
+        ("evaluate", f"evaluate --model {model} --data {data} --output {shlex.quote(f'{stem}_results.json')}"),
+        ("look at a clip", f"visualize --model {model} --video <clip.mp4> --output {shlex.quote(f'{stem}_pictures')}"),
+        ("share", f"push {model} <user>/{name} --dry-run"),
     )
     return "\n".join(["next:", *(f"  {task + ':':<16}llava-next-ar {command}" for task, command in commands)])
 
@@ -417,7 +438,13 @@ def run(argv: list[str]) -> None:
         args, data_args, guard_args, training_args, sections, values = parse_arguments(argv)
         folder = Path(training_args.output_dir)
         overwrite = guard_args.overwrite_output_dir
-        checkpoint = checkpoint_to_resume(folder, training_args.resume_from_checkpoint, overwrite, values)
+        checkpoint, folder_in_use = None, []
+        try:
+            checkpoint = checkpoint_to_resume(folder, training_args.resume_from_checkpoint, overwrite, values)
+        except ValueError as error:
+            if not data_args.check:
+                raise
+            folder_in_use = [str(error)]  # one finding of the report among others
         check_quantization(args)
     is_main = training_args.process_index == 0
     quiet_other_ranks(training_args)
@@ -441,6 +468,7 @@ def run(argv: list[str]) -> None:
             if not is_main:
                 sys.exit()
             report = check(args, data_args, training_args, config, processor)
+            report.failures[:0] = folder_in_use
             print(report, flush=True)
             sys.exit(bool(report.failures))
         check_reports(training_args)

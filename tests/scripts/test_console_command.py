@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from llava_next_ar.evaluation.ask import main as ask
+from llava_next_ar.evaluation.ask import media_part
 from llava_next_ar.evaluation.measures import load_checkpoint
 from llava_next_ar.scripts.command import COMMANDS, main
 from llava_next_ar.training.recipes import parse_arguments, recipe_path
@@ -368,3 +369,8 @@ def test_ask_ends_with_one_line_on_an_error(words, message, folder, capsys):
         ask([word.format(**places) for word in words])
     error = capsys.readouterr().err
     assert end.value.code == 2 and message in error and len(error.splitlines()) == 1
+
+
+def test_ask_names_a_folder_that_is_given_as_a_video(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder, expected a video or an image"):
+        media_part(str(tmp_path))

@@ -264,3 +264,38 @@ def test_help_shows_defaults_and_says_what_negative_options_do():
     text = " ".join(evaluation_settings.make_parser("x").format_help().split())
     assert "do not measure generation, which is measured by default" in text and "default: True" not in text
     assert "tokens of an answer (default: 16)" in text
+
+
+def test_a_check_reports_all_if_the_output_folder_holds_a_run(work):
+    held = work / "never"
+    held.mkdir()
+    try:
+        (held / "model.safetensors").write_bytes(b"")
+        code, report = run(work)
+        line, _ = run(work, check=False)
+    finally:
+        shutil.rmtree(held)
+    assert code == "True" and "tokens per frame" in report
+    (failure,) = [line for line in report.splitlines() if line.startswith("FAILS: ")]
+    assert f"{held} holds a model" in failure and "--overwrite_output_dir true" in failure
+    assert line.startswith(f"train.py: {held} holds a model")
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--num_hist", "four"), "'num_hist' expected int, got str (value: 'four')"),
+        (("--num_hist", "[1"), "--num_hist is not valid YAML"),
+        (("--mm_newline_position", "everywhere"), "everywhere"),
+    ],
+)
+def test_values_of_the_wrong_form_end_in_one_line(options, message, check, work):
+    line, _ = run(work, *options, check=check)
+    assert line.startswith("train.py: ") and message in line
+
+
+def test_a_recipe_that_is_not_yaml_is_named_with_the_line(work):
+    (work / "bad.yaml").write_text("num_hist: 4\ntrain_data: [a.json\n")
+    with pytest.raises(ValueError, match=r"bad\.yaml is not valid YAML: (?s:.*)line 3"):
+        recipes.parse_arguments(["--config", str(work / "bad.yaml")])

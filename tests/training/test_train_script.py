@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -524,7 +525,7 @@ def test_a_folder_that_holds_a_run_is_not_started_in_again(work, capsys):
         return written.getvalue()
 
     assert "holds checkpoint-4 and a model of an earlier run" in refusal("--max_steps", "2")
-    assert "--resume_from_checkpoint true" in refusal() and "--overwrite_output_dir true" in refusal("--check", "true")
+    assert "--resume_from_checkpoint true" in refusal() and "--overwrite_output_dir true" in refusal()
     both = ("--resume_from_checkpoint", "true", "--overwrite_output_dir", "true")
     assert "contradict each other" in refusal(*both)
     (work / "data" / "other.json").write_text((work / "data" / "train.json").read_text())
@@ -577,6 +578,20 @@ def test_lines_tell_how_far_it_is_and_what_comes_next(work, capsys):
     following = lines[lines.index("next:") + 1 :]
     assert f"llava-next-ar evaluate --model {work / 'lines'} --data {data} --output lines_results.json" in following[0]
     assert [line.split("llava-next-ar ")[1].split()[0] for line in following] == ["evaluate", "visualize", "push"]
+
+
+def test_commands_after_a_training_are_quoted_and_a_complete_run_keeps_its_metrics(work, capsys):
+    steps = ("--save_strategy", "steps", "--save_steps", "1")
+    train.main(options(work, "two words", *steps))
+    folder = work / "two words"
+    metrics = (folder / "train_results.json").read_bytes()
+    lines = capsys.readouterr().out.splitlines()
+    evaluate, _, push = (shlex.split(line.split(":", 1)[1]) for line in lines[lines.index("next:") + 1 :])
+    assert evaluate[3] == str(folder) and evaluate[-1] == "two words_results.json"
+    assert push[2:4] == [str(folder), "<user>/two-words"]
+    train.main(options(work, "two words", *steps, "--resume_from_checkpoint", "true"))
+    assert "checkpoint-2 has all 2 steps: nothing was left to train" in capsys.readouterr().out
+    assert (folder / "train_results.json").read_bytes() == metrics
 
 
 # Saves for longer than the launcher waits.
