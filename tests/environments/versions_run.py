@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
+from own_environment import SECONDS_TO_RUN
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -218,7 +219,8 @@ def _run(*command: object, log: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if name not in unset}
     environ.update(OMP_NUM_THREADS="1", PYTHONNOUSERSITE="1", PYTHONDONTWRITEBYTECODE="1")
     with open(log, "a") as file:
-        subprocess.run([str(part) for part in command], cwd=ROOT, env=environ, stdout=file, stderr=file, check=True)
+        words = [str(part) for part in command]
+        subprocess.run(words, cwd=ROOT, env=environ, stdout=file, stderr=file, check=True, timeout=SECONDS_TO_RUN)
 
 
 # -- Exchange of checkpoints
