@@ -2,8 +2,8 @@
 
 | change | pixels |
 |---|---|
-| `light` | all of them brighter or darker by a quarter, from the event frame on |
-| `floor` | those that look as in most frames, which a still camera is needed for, redder or bluer from the event frame on |
+| `light` | all pixels brighter or darker by a quarter, from the event frame on |
+| `floor` | pixels that equal those of most frames (needs a still camera), redder or bluer from the event frame on |
 | `light throughout`, `floor throughout` | the same in the whole clip |
 """
 

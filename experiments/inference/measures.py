@@ -51,7 +51,7 @@ from .selection import (
 
 FRAME_SCORES = ("surprise", "error", "change", "pixels", "codec")
 FREE_SCORES = ("pixels", "codec")
-"""Of `FRAME_SCORES`, those that take neither a vision tower nor a language model."""
+"""Frame scores that need neither a vision tower nor a language model."""
 FRAME_RULES = {"top": select_key_frames, "spread": spread_key_frames}
 TOKEN_SCORES = ("surprise", "error", "change", "pixels", "codec", "random", "uniform")
 
@@ -144,7 +144,7 @@ def frame_scores(surprise: VideoSurprise, pixel_values: torch.Tensor, codec: lis
 
 
 def choose_frames(scores: dict[str, list[float]], num_kept: int, key: str) -> dict[str, list[int]]:
-    """The frames that each way of choosing keeps, for some of `FRAME_SCORES`; `key` is the seed of those that are drawn."""
+    """Frames that each rule keeps, by its name, for given `FRAME_SCORES`; `key` is the seed of the random frames."""
     num_frames = len(next(iter(scores.values())))
     drawn = _random(f"{key} {num_kept}").permutation(np.arange(1, num_frames))[: num_kept - 1]
     chosen = {"uniform": uniform_frames(num_frames, num_kept), "random": sorted([0, *drawn.tolist()])}
@@ -247,7 +247,7 @@ def token_scores(
 
     Args:
         surprise, features, tokens: of one video; features `[L, D]` as the language model gets them.
-        key: seed of those that are drawn.
+        key: seed of the random tokens.
         pixel_values: `[T, 3, H, W]`.
         codec: `[T]`, `codec_scores` of the video.
     """
