@@ -28,8 +28,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from huggingface_hub import constants
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".mp4", ".parquet", ".arrow")
 LFS_MIN_SIZE = 10_000_000
@@ -215,6 +218,20 @@ class HubServer:
                     fault.times -= 1
                     return fault
         return None
+
+
+def use_hub(monkeypatch: Any, server: "HubServer", cache: Path, token: str) -> None:
+    """Point the clients of this process at a server, with a cache and a token of a test."""
+    for name, value in {
+        "ENDPOINT": server.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # caches the address
+    monkeypatch.setenv("HF_TOKEN", token)
 
 
 # -- Protocol

@@ -55,7 +55,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoProcessor, AutoTokenizer, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..configuration.configuration_llava_next_ar import LlavaNextARConfig
@@ -66,7 +65,7 @@ from ..processing.llava_conversation import DEFAULT_CHAT_TEMPLATE
 from ..processing.processing_llava_next_ar import LlavaNextARProcessor, layout_options
 from ..processing.video_processing_llava_next_ar import LlavaNextARVideoProcessorKwargs
 from .bad_samples import BadSampleError, BadSampleLedger, TooManyBadSamplesError
-from .checkpoints import UNFINISHED, ResumeError, holds_weights, replace_model
+from .checkpoints import TRAINER_STATE, UNFINISHED, ResumeError, holds_weights, replace_model
 from .collator import LlavaVideoCollator
 from .data import any_answers, load_training_data
 from .expected_messages import quiet_expected_messages
@@ -391,7 +390,7 @@ def save(trainer: AutoregressiveTrainer, merge_lora: bool) -> None:
 
 def steps_of(checkpoint: str) -> int:
     """Returns the number of steps of a checkpoint's state."""
-    return json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+    return json.loads((Path(checkpoint) / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"]
 
 
 def repository_name(folder: Path) -> str:

@@ -176,6 +176,18 @@ def shows_moment(question: Question, times: torch.Tensor, frames: Sequence[int])
     return int(((seconds >= first - SAME_TIME) & (seconds <= last + SAME_TIME)).any())
 
 
+def right_answers(
+    model: Any,
+    processor: Any,
+    settings: EvaluationSettings,
+    samples: Sequence[dict[str, torch.Tensor]],
+    questions: Sequence[Question],
+) -> list[int]:
+    """For each sample, 1 if the most likely choice is the answer to its question, else 0."""
+    batch, _ = PromptCollator(processor)(samples)
+    return [int(record["likelihood"]) for record in measure_batch(model, processor, batch, questions, settings)]
+
+
 def measure_key_frames(
     model: Any,
     processor: Any,
@@ -197,11 +209,7 @@ def measure_key_frames(
     """
     collate = PromptCollator(processor)
     conditions = _Conditions()
-
-    def answer(samples: Sequence[dict[str, torch.Tensor]], some: Sequence[Question]) -> list[int]:
-        batch, _ = collate(samples)
-        return [int(record["likelihood"]) for record in measure_batch(model, processor, batch, some, settings)]
-
+    answer = partial(right_answers, model, processor, settings)
     for some, samples in _batches(questions, processor, settings, "key frames", progress):
         batch, _ = collate(samples)
         surprises = surprise_of_batch(model, _on_device(batch, model))

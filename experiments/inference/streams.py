@@ -13,6 +13,7 @@ ablation of `stream recent`, `stream growing`, has no contiguous positions: kept
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ import numpy as np
 import torch
 
 from ...configuration.transformers_compat import CACHE_ARGUMENT
-from ...evaluation.measures import answer_tokens, choice_log_likelihoods, measure_batch
-from ...evaluation.questions import PromptCollator, Question
+from ...evaluation.measures import answer_tokens, choice_log_likelihoods
+from ...evaluation.questions import Question
 from ...evaluation.settings import EvaluationSettings
 from ...modeling.frame_surprise import SurpriseStream, VideoSurprise
-from .measures import Condition, _batches, shows_moment
+from .measures import Condition, _batches, right_answers, shows_moment
 from .selection import keep_frames, uniform_frames
 from .tables import Answers, _text, accuracy_rows, as_markdown, hit_rows, knowledge_rows, mean_over_clips
 
@@ -127,13 +128,9 @@ def measure_streams(
     Returns:
         `all`, then each way at each budget; `stream growing` has no answers.
     """
-    collate, conditions = PromptCollator(processor), {("all", None): StreamCondition("all", None)}
+    conditions = {("all", None): StreamCondition("all", None)}
     layout, token = model.config.frame_token_layout, model.config.video_token_id
-
-    def answer(samples: Sequence[dict[str, torch.Tensor]], asked: Sequence[Question]) -> list[int]:
-        batch, _ = collate(samples)
-        return [int(record["likelihood"]) for record in measure_batch(model, processor, batch, asked, settings)]
-
+    answer = partial(right_answers, model, processor, settings)
     for asked, samples in _batches(questions, processor, settings, "streams", progress):
         conditions["all", None].right += answer(samples, asked)
         unbounded = [read_stream(model, sample, None)[1] for sample in samples]

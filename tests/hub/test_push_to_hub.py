@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 from card_metadata import check_card
-from hub_server import HubServer
-from huggingface_hub import HfApi, ModelCard, constants
+from hub_server import HubServer, use_hub
+from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from test_hub_card import RESULTS
 from tiny import tiny_model
@@ -41,17 +41,8 @@ def hub(monkeypatch, tmp_path):
         server.add_user("ann", TOKEN)
         server.add_user("bob", "hf_bob")
         server.add_user("ann", "hf_reader", can_write=False)
-        for name, value in {
-            "ENDPOINT": server.endpoint,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_OFFLINE": False,
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # caches the address
+        use_hub(monkeypatch, server, tmp_path / "cache", TOKEN)
         monkeypatch.setattr("time.sleep", lambda seconds: None)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
 
 

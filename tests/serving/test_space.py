@@ -14,7 +14,7 @@ import yaml
 from card_metadata import check_card
 from demo_folder import make_changed_checkpoint, make_demo_folder
 from gradio_client import Client, handle_file
-from hub_server import HubServer
+from hub_server import HubServer, use_hub
 from huggingface_hub import HfApi, constants
 from packaging.requirements import Requirement
 
@@ -48,16 +48,7 @@ def model_folder(tmp_path_factory) -> Path:
 def hub(monkeypatch, tmp_path):
     with HubServer(check_card=check_card) as server:
         server.add_user("ann", "hf_ann")
-        for name, value in {
-            "ENDPOINT": server.endpoint,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_OFFLINE": False,
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # remembers the address
-        monkeypatch.setenv("HF_TOKEN", "hf_ann")
+        use_hub(monkeypatch, server, tmp_path / "cache", "hf_ann")
         yield server
 
 
